@@ -1,0 +1,177 @@
+"""Convert a checkpoint of the original implementations into one that transformers loads.
+
+    python -m modeling_sumagg.convert_original_checkpoint --model_family tost \
+        --checkpoint_path best_model.pth --output_dir tost-small-12-p16 --id2label imagenet_labels.json
+"""
+
+import argparse
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors.torch
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.image_processing_utils import BaseImageProcessor
+
+from .modeling_tost import ToSTForImageClassification, tost_image_processor
+
+
+class ModelFamily(NamedTuple):
+    """What converting a family of original checkpoints takes.
+
+    Attributes:
+        renaming: (pattern, replacement) pairs; all are applied, in order, to every original tensor name.
+        infer: the model class and the arguments of its config, read from the original names and shapes.
+        image_processor: the image processor to save beside the model.
+    """
+
+    renaming: tuple[tuple[str, str], ...]
+    infer: Callable[[dict[str, torch.Tensor]], tuple[type[PreTrainedModel], dict[str, Any]]]
+    image_processor: Callable[[PreTrainedConfig], BaseImageProcessor] | None = None
+
+
+def _infer_tost(state_dict: dict[str, torch.Tensor]) -> tuple[type[PreTrainedModel], dict[str, Any]]:
+    num_labels, hidden_size = state_dict["head.weight"].shape
+    num_stages = sum(re.fullmatch(r"patch_embed\.proj\.\d+\.0\.weight", name) is not None for name in state_dict)
+    return ToSTForImageClassification, {
+        "hidden_size": hidden_size,
+        "num_hidden_layers": _num_blocks(state_dict, "blocks"),
+        "num_attention_heads": state_dict["blocks.0.attn.temp"].shape[0],
+        "num_class_attention_layers": _num_blocks(state_dict, "cls_attn_blocks"),
+        "mlp_ratio": state_dict["blocks.0.mlp.fc1.weight"].shape[0] / hidden_size,
+        "patch_size": 2**num_stages,
+        "num_channels": state_dict["patch_embed.proj.0.0.weight"].shape[1],
+        "qkv_bias": "blocks.0.attn.qkv.bias" in state_dict,
+        "num_labels": num_labels,
+    }
+
+
+def _num_blocks(state_dict: dict[str, torch.Tensor], prefix: str) -> int:
+    """Number of blocks `prefix.0.`, `prefix.1.`, ... in the names."""
+    return len({name.split(".")[prefix.count(".") + 1] for name in state_dict if name.startswith(f"{prefix}.")})
+
+
+FAMILIES = {
+    "tost": ModelFamily(
+        renaming=(
+            (r"^patch_embed\.proj\.(\d+)\.0\.", r"embeddings.patch_embeddings.projection.\1.convolution."),
+            (r"^patch_embed\.proj\.(\d+)\.1\.", r"embeddings.patch_embeddings.projection.\1.normalization."),
+            (r"^pos_embeder\.token_projection\.", "embeddings.position_embeddings.projection."),
+            (r"^blocks\.(\d+)\.attn\.qkv\.", r"blocks.\1.attn.w_proj."),
+            (r"^blocks\.", "encoder.layers."),
+            (r"^cls_attn_blocks\.", "class_attention_layers."),
+            (r"^norm\.", "layernorm."),
+            (r"\.attn\.(?:to_out\.0|proj)\.", ".attention.o_proj."),
+            (r"\.attn\.(w_proj|qkv)\.", r".attention.\1."),
+            (r"\.attn\.temp$", ".attention.temperature"),
+            (r"\.gamma([12])$", r".layer_scale\1.scale"),
+            (r"^(?!head\.)", "tost."),
+            (r"^head\.", "classifier."),
+        ),
+        infer=_infer_tost,
+        image_processor=tost_image_processor,
+    ),
+}
+
+
+def read_state_dict(checkpoint_path: str | Path) -> dict[str, torch.Tensor]:
+    """
+    The tensors of an original checkpoint by name: `.safetensors`, or `.pt` and `.pth` holding a state dict, alone or
+    under `"model"`. The prefixes of `torch.compile` and `DistributedDataParallel` are removed.
+
+    Raises:
+        ValueError: another kind of file.
+    """
+    suffix = Path(checkpoint_path).suffix
+    if suffix == ".safetensors":
+        checkpoint = safetensors.torch.load_file(checkpoint_path)
+    elif suffix in (".pt", ".pth"):
+        # The original training scripts store their parsed arguments beside the weights.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            checkpoint = torch.load(checkpoint_path, map_location="cpu", weights_only=True)
+    else:
+        raise ValueError(f"The checkpoint must be a .safetensors, .pt or .pth file, got {checkpoint_path}.")
+    state_dict = checkpoint.get("model", checkpoint)
+    return {re.sub(r"^(_orig_mod\.|module\.)+", "", name): tensor for name, tensor in state_dict.items()}
+
+
+def convert_original_checkpoint(
+    model_family: str,
+    checkpoint_path: str | Path,
+    output_dir: str | Path,
+    *,
+    id2label: dict[int, str] | None = None,
+) -> PreTrainedModel:
+    """
+    Write the original checkpoint at `checkpoint_path` to `output_dir` as `from_pretrained` reads it, with the config
+    inferred from the tensors' shapes and, for images, the image processor. The image size of a vision model leaves no
+    trace in its tensors (its positions are computed): it is the config's default.
+
+    Args:
+        model_family: a key of `FAMILIES`.
+        checkpoint_path: see `read_state_dict`.
+        output_dir: folder to write.
+        id2label: name of every class, for a classifier.
+
+    Returns:
+        The converted model.
+
+    Raises:
+        ValueError: not a checkpoint of this family, or `id2label` has other classes than the model.
+        RuntimeError: tensors are missing, unexpected or misshaped; the message lists them.
+    """
+    family = FAMILIES[model_family]
+    state_dict = read_state_dict(checkpoint_path)
+    try:
+        model_class, config_arguments = family.infer(state_dict)
+    except KeyError as error:
+        raise ValueError(
+            f"{checkpoint_path} is not an original {model_family} checkpoint: it has no tensor {error}. "
+            f"It has {len(state_dict)} entries, the first of them {list(state_dict)[:5]}."
+        ) from None
+    config = model_class.config_class(**config_arguments)
+    if id2label is not None:
+        if sorted(id2label) != list(range(config.num_labels)):
+            raise ValueError(
+                f"id2label must name the classes 0 to {config.num_labels - 1} of the checkpoint, each once; "
+                f"it names {len(id2label)}, the first of them {sorted(id2label)[:3]}."
+            )
+        config.id2label = id2label
+        config.label2id = {label: index for index, label in id2label.items()}
+
+    renamed = {}
+    for name, tensor in state_dict.items():
+        for pattern, replacement in family.renaming:
+            name = re.sub(pattern, replacement, name)
+        renamed[name] = tensor
+    with torch.device("meta"):
+        model = model_class(config)
+    model.load_state_dict(renamed, assign=True)
+    model.tie_weights()
+    model.save_pretrained(output_dir)
+    if family.image_processor is not None:
+        family.image_processor(config).save_pretrained(output_dir)
+    return model
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_family", required=True, choices=sorted(FAMILIES))
+    parser.add_argument("--checkpoint_path", required=True, help="a .pth, .pt or .safetensors file")
+    parser.add_argument("--output_dir", required=True, help="the folder to write")
+    parser.add_argument("--id2label", help="a JSON file with the name of every class: {index: name}")
+    arguments = parser.parse_args()
+    id2label = None
+    if arguments.id2label is not None:
+        id2label = {int(index): label for index, label in json.loads(Path(arguments.id2label).read_text()).items()}
+    model = convert_original_checkpoint(
+        arguments.model_family, arguments.checkpoint_path, arguments.output_dir, id2label=id2label
+    )
+    print(f"{arguments.output_dir}: {type(model).__name__}, {model.num_parameters():,} parameters")
+
+
+if __name__ == "__main__":
+    main()
