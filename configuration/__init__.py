@@ -1,0 +1,25 @@
+"""What a model is: the config classes, and the named architectures as data."""
+
+from pathlib import Path
+
+from .configuration_sumagg import SumAggConfig
+from .configuration_tost import ToSTConfig
+
+
+def preset_path(name: str) -> str:
+    """
+    The JSON file of a named architecture, for `AutoConfig.from_pretrained`.
+
+    Args:
+        name (`str`): the name of a file in `configuration/presets`, without its ending.
+
+    Raises:
+        `ValueError`: there is no such preset; the message lists them.
+    """
+    presets = {path.stem: path for path in (Path(__file__).parent / "presets").glob("*.json")}
+    if name not in presets:
+        raise ValueError(f"There is no preset {name!r}. The presets are {sorted(presets)}.")
+    return str(presets[name])
+
+
+__all__ = ["SumAggConfig", "ToSTConfig", "preset_path"]

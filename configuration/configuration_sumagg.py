@@ -1,0 +1,150 @@
+"""Configuration of the summation aggregation models."""
+
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+
+LAYER_TYPES = ("summation", "full_attention", "sliding_attention")
+
+
+@strict
+class SumAggConfig(PreTrainedConfig):
+    r"""
+    Configuration of a [`SumAggModel`] and of the models with a head on it.
+
+    The architecture is that of P. Ekin, "Summation-Based Transformers: A Path Toward Linear Complexity Sequence
+    Modeling" (TechRxiv 2025, doi 10.36227/techrxiv.175790522.25734653). The defaults are what is trained well today (a
+    normalised sum and pre-norm blocks); the published form is in the presets `sumagg-published-lm` and
+    `sumagg-published-classifier`.
+
+    Args:
+        vocab_size (`int`, defaults to 50257): number of token ids.
+        hidden_size (`int`, defaults to 768): width `d`.
+        num_hidden_layers (`int`, defaults to 12): number of blocks. 0 leaves the embedding alone, as in the published
+            classifier.
+        num_attention_heads (`int`, defaults to 12): heads of the attention layers; must divide `hidden_size`.
+        intermediate_size (`int`, *optional*, defaults to `4 * hidden_size`): width of the feed-forward layers.
+        hidden_act (`str`, defaults to `"gelu"`): activation of the feed-forward layers (published: `"relu"`). The maps
+            inside the summation mixer are always followed by ReLU.
+        layer_types (`list[str]`, *optional*): the mixer of each block, `"summation"`, `"full_attention"` or
+            `"sliding_attention"`. By default every block sums but the last, which attends (the published hybrid).
+        sliding_window (`int`, *optional*, defaults to 512 where a layer needs one): tokens that a sliding attention
+            layer sees, the current one included.
+        is_causal (`bool`, defaults to `True`): whether a token sees only itself and the tokens before it.
+        position_embedding_type (`str`, defaults to `"learned"`): `"learned"` (a table, as published), `"sinusoidal"`
+            (computed, for unlimited length) or `"none"`.
+        position_bias (`float`, defaults to 2.0): the `b` of `E[x] * (P + b)` (published: 2.0 in the language models,
+            1.0 in the classifier).
+        max_position_embeddings (`int`, defaults to 1024): rows of the learned table.
+        norm_position (`str`, defaults to `"pre"`): LayerNorm before each sublayer (`"pre"`), or after each residual sum
+            (`"post"`, as published).
+        sum_normalization (`str`, defaults to `"sqrt"`): divide the sum over `n` tokens by `n` (`"mean"`), by its square
+            root (`"sqrt"`), or not (`"none"`, as published).
+        pooling (`str`, defaults to `"sum"`): how a sequence classifier pools: the sum over `relu(W h_t)` (`"sum"`, as
+            published), its mean (`"mean"`), or the hidden state of the last token (`"last"`).
+        embedding_dropout (`float`, defaults to 0.0): dropout on the modulated embeddings.
+        hidden_dropout (`float`, defaults to 0.0): dropout on the output of every mixer and feed-forward layer.
+        attention_dropout (`float`, defaults to 0.0): dropout on the attention probabilities.
+        classifier_dropout (`float`, defaults to 0.0): dropout before the classification heads.
+        layer_norm_eps (`float`, defaults to 1e-5): epsilon of the LayerNorms.
+        initializer_range (`float`, defaults to 0.02): standard deviation of the initial weights.
+        lm_head_bias (`bool`, defaults to `False`): whether the output projection has a bias (published: yes).
+        tie_word_embeddings (`bool`, defaults to `True`): whether the output projection is the embedding table
+            (published: no).
+        use_cache (`bool`, defaults to `True`): whether the model returns its decode state.
+        bos_token_id, eos_token_id, pad_token_id (`int`, *optional*): the special tokens.
+
+    Raises:
+        `ValueError` or the strict dataclass's validation error: a value is of the wrong type or not allowed.
+
+    Example:
+
+    ```python
+    >>> from modeling_sumagg import SumAggConfig, SumAggForCausalLM
+
+    >>> config = SumAggConfig(vocab_size=1000, hidden_size=64, num_hidden_layers=3, num_attention_heads=4)
+    >>> config.layer_types
+    ['summation', 'summation', 'full_attention']
+    >>> model = SumAggForCausalLM(config)
+    ```
+    """
+
+    model_type = "sumagg"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    vocab_size: int = 50257
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int | None = None
+    hidden_act: str = "gelu"
+    layer_types: list[str] | None = None
+    sliding_window: int | None = None
+    is_causal: bool = True
+    position_embedding_type: Literal["learned", "sinusoidal", "none"] = "learned"
+    position_bias: float | int = 2.0
+    max_position_embeddings: int = 1024
+    norm_position: Literal["pre", "post"] = "pre"
+    sum_normalization: Literal["none", "mean", "sqrt"] = "sqrt"
+    pooling: Literal["sum", "mean", "last"] = "sum"
+    embedding_dropout: float | int = 0.0
+    hidden_dropout: float | int = 0.0
+    attention_dropout: float | int = 0.0
+    classifier_dropout: float | int = 0.0
+    layer_norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+    lm_head_bias: bool = False
+    tie_word_embeddings: bool = True
+    use_cache: bool = True
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self, **kwargs):
+        if self.intermediate_size is None:
+            self.intermediate_size = 4 * self.hidden_size
+        if self.layer_types is None:
+            self.layer_types = ["summation"] * (self.num_hidden_layers - 1) + ["full_attention"]
+            self.layer_types = self.layer_types[: self.num_hidden_layers]
+        if self.sliding_window is None and "sliding_attention" in self.layer_types:
+            self.sliding_window = 512
+        super().__post_init__(**kwargs)
+
+    def validate_layer_type(self):
+        """Every entry of `layer_types` is known, and there is one a layer (transformers' own list lacks ours)."""
+        unknown = sorted(set(self.layer_types) - set(LAYER_TYPES))
+        if unknown:
+            raise ValueError(f"`layer_types` may hold {list(LAYER_TYPES)}, got {unknown}.")
+        if len(self.layer_types) != self.num_hidden_layers:
+            raise ValueError(
+                f"`layer_types` must have `num_hidden_layers` = {self.num_hidden_layers} entries, got "
+                f"{len(self.layer_types)}: {self.layer_types}."
+            )
+
+    def validate_sizes(self):
+        """Sizes are positive, the heads divide the width, and probabilities are probabilities."""
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "num_attention_heads",
+            "intermediate_size",
+            "max_position_embeddings",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if self.num_hidden_layers < 0:
+            raise ValueError(f"`num_hidden_layers` must be at least 0, got {self.num_hidden_layers}.")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"`num_attention_heads` must divide `hidden_size`, got {self.num_attention_heads} heads for a width of "
+                f"{self.hidden_size}."
+            )
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise ValueError(f"`sliding_window` must be at least 1, got {self.sliding_window}.")
+        if self.position_embedding_type == "sinusoidal" and self.hidden_size % 2:
+            raise ValueError(f"Sinusoidal positions need an even `hidden_size`, got {self.hidden_size}.")
+        for name in ("embedding_dropout", "hidden_dropout", "attention_dropout", "classifier_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be in [0, 1), got {getattr(self, name)}.")

@@ -1,0 +1,600 @@
+"""Summation aggregation models.
+
+P. Ekin, "Summation-Based Transformers: A Path Toward Linear Complexity Sequence Modeling", TechRxiv 2025,
+doi 10.36227/techrxiv.175790522.25734653.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    MaskedLMOutput,
+    SequenceClassifierOutputWithPast,
+    TokenClassifierOutput,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .cache import adopt_cache
+from .configuration.configuration_sumagg import SumAggConfig
+from .generation import RecurrentGenerationMixin
+from .ops.summation import bidirectional_sum, causal_sum
+from .sequence import (
+    SequenceLayout,
+    check_ids,
+    check_label_shape,
+    check_labels,
+    create_attention_masks,
+    eager_attention_forward,
+    last_real_hidden_states,
+    sequence_layout,
+    sinusoidal_positions,
+)
+
+
+class SumAggPositionModulation(nn.Module):
+    """
+    Position modulation, `h_t = E[x_t] * (P_t + b)`, elementwise, with a learned table P, a sinusoidal one, or P = 0.
+    """
+
+    def __init__(self, config: SumAggConfig):
+        super().__init__()
+        self.position_embedding_type = config.position_embedding_type
+        self.position_bias = config.position_bias
+        if config.position_embedding_type == "learned":
+            self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+
+    def forward(self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        if self.position_embedding_type == "none":
+            return inputs_embeds * self.position_bias
+        if self.position_embedding_type == "learned":
+            check_ids("position_ids", position_ids, self.position_embeddings.num_embeddings, "positions of the table")
+            positions = self.position_embeddings(position_ids)
+        else:
+            positions = sinusoidal_positions(position_ids, inputs_embeds.shape[-1]).to(inputs_embeds.dtype)
+        return inputs_embeds * (positions + self.position_bias)
+
+
+class SumAggSummation(nn.Module):
+    """
+    Summation mixer: `z_t = relu(W2 relu(W1 h_t))`, `s_t = sum_{u <= t} z_u` (over all u if the model is
+    bidirectional), output `W_o s_t + b_o`.
+    """
+
+    def __init__(self, config: SumAggConfig, layer_idx: int):
+        super().__init__()
+        self.is_causal = config.is_causal
+        self.layer_idx = layer_idx
+        self.in_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.hidden_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        layout: SequenceLayout,
+        sum_scale: torch.Tensor | None,
+        past_key_values: Cache | None = None,
+    ) -> torch.Tensor:
+        terms = self.hidden_proj(self.in_proj(hidden_states).relu()).relu()
+        per_token = {"attention_mask": layout.attention_mask, "document_ids": layout.document_ids}
+        if past_key_values is not None:
+            sums, _ = past_key_values.update(
+                terms, None, self.layer_idx, restart=layout.restart, per_token=per_token, parameters={}
+            )
+        elif self.is_causal:
+            sums, _ = causal_sum(terms, **per_token)
+        else:
+            sums = bidirectional_sum(terms, **per_token)
+        if sum_scale is not None:
+            sums = sums * sum_scale
+        return self.out_proj(sums)
+
+
+class SumAggAttention(nn.Module):
+    """Softmax attention, full or sliding, through transformers' attention interface."""
+
+    def __init__(self, config: SumAggConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = config.is_causal
+        self.is_sliding = config.layer_types[layer_idx] == "sliding_attention"
+        self.sliding_window = config.sliding_window if self.is_sliding else None
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        layout: SequenceLayout,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        heads = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query_states = self.q_proj(hidden_states).view(heads).transpose(1, 2)
+        key_states = self.k_proj(hidden_states).view(heads).transpose(1, 2)
+        value_states = self.v_proj(hidden_states).view(heads).transpose(1, 2)
+        if past_key_values is not None:
+            padding = {"attention_mask": layout.attention_mask} if self.is_sliding else {}
+            key_states, value_states = past_key_values.update(key_states, value_states, self.layer_idx, **padding)
+
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        attn_output, attn_weights = attention_interface(
+            self,
+            query_states,
+            key_states,
+            value_states,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            position_ids=layout.position_ids,
+            **kwargs,
+        )
+        return self.out_proj(attn_output.reshape(hidden_states.shape)), attn_weights
+
+
+class SumAggMLP(nn.Module):
+    """Feed-forward layer, `W_b act(W_a h + a) + b`."""
+
+    def __init__(self, config: SumAggConfig):
+        super().__init__()
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.act_fn = ACT2FN[config.hidden_act]
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
+
+
+class SumAggDecoderLayer(GradientCheckpointingLayer):
+    """
+    One block. Post-norm, as published: `h = LN(h + mixer(h))`, `h = LN(h + mlp(h))`. Pre-norm: `h = h + mixer(LN(h))`,
+    `h = h + mlp(LN(h))`.
+    """
+
+    def __init__(self, config: SumAggConfig, layer_idx: int):
+        super().__init__()
+        self.is_summation = config.layer_types[layer_idx] == "summation"
+        self.norm_first = config.norm_position == "pre"
+        self.mixer = SumAggSummation(config, layer_idx) if self.is_summation else SumAggAttention(config, layer_idx)
+        self.mlp = SumAggMLP(config)
+        self.mixer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        layout: SequenceLayout,
+        sum_scale: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        mixer_input = self.mixer_norm(hidden_states) if self.norm_first else hidden_states
+        if self.is_summation:
+            mixed = self.mixer(mixer_input, layout, sum_scale, past_key_values=past_key_values)
+        else:
+            mixed, _ = self.mixer(mixer_input, attention_mask, layout, past_key_values=past_key_values, **kwargs)
+        hidden_states = hidden_states + self.dropout(mixed)
+        if not self.norm_first:
+            hidden_states = self.mixer_norm(hidden_states)
+
+        mlp_input = self.mlp_norm(hidden_states) if self.norm_first else hidden_states
+        hidden_states = hidden_states + self.dropout(self.mlp(mlp_input))
+        return hidden_states if self.norm_first else self.mlp_norm(hidden_states)
+
+
+class SumAggPreTrainedModel(PreTrainedModel):
+    config: SumAggConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["SumAggDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {
+        "hidden_states": SumAggDecoderLayer,
+        "attentions": OutputRecorder(SumAggAttention, index=1),
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, SumAggDecoderLayer) and self.config.norm_position == "pre":
+            # Each of the 2 L residual branches adds to the same stream, so each starts smaller.
+            std = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
+            init.normal_(module.mixer.out_proj.weight, std=std)
+            init.normal_(module.mlp.down_proj.weight, std=std)
+
+
+class SumAggModel(SumAggPreTrainedModel):
+    """
+    The bare summation aggregation model.
+
+    A masked token is transparent: nothing sees it, and its own output repeats that of the last real token before it.
+    """
+
+    def __init__(self, config: SumAggConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.modulation = SumAggPositionModulation(config)
+        self.dropout = nn.Dropout(config.embedding_dropout)
+        self.layers = nn.ModuleList([SumAggDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        # The published classifier has no blocks, and then no norm either.
+        self.norm = (
+            nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.num_hidden_layers else nn.Identity()
+        )
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | dict[str, torch.Tensor | None] | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPast:
+        r"""
+        Args:
+            input_ids (`torch.LongTensor` of shape `[B, T]`, *optional*): token ids. Exactly one of `input_ids` and
+                `inputs_embeds` is needed.
+            attention_mask (`torch.Tensor` of shape `[B, past + T]`, *optional*): 1 for real tokens, 0 for padding,
+                which may stand anywhere.
+            position_ids (`torch.LongTensor` of shape `[1, T]` or `[B, T]`, *optional*): the position of each token in
+                its document. Position 0 begins a document: restarting positions pack several into one row. By default
+                the real tokens are counted.
+            past_key_values ([`~transformers.Cache`], *optional*): the decode state of the tokens before these.
+            inputs_embeds (`torch.FloatTensor` of shape `[B, T, d]`, *optional*): embeddings, before modulation.
+            use_cache (`bool`, *optional*): whether to return the decode state.
+
+        Raises:
+            `ValueError`: not exactly one of `input_ids` and `inputs_embeds`; an id outside the vocabulary; a position
+                beyond a learned table; a mask or positions of the wrong shape; a cache of another model, or any in a
+                bidirectional model.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
+        if inputs_embeds is None:
+            check_ids("input_ids", input_ids, self.embed_tokens.num_embeddings, "ids of the vocabulary")
+            inputs_embeds = self.embed_tokens(input_ids)
+
+        if not self.config.is_causal:
+            if past_key_values is not None:
+                raise ValueError("A bidirectional model has no decode state: pass no `past_key_values`.")
+            use_cache = False
+        if past_key_values is not None:
+            adopt_cache(past_key_values, self.config)
+        elif use_cache and self.config.num_hidden_layers > 0:
+            past_key_values = DynamicCache(config=self.config)
+            adopt_cache(past_key_values, self.config)
+
+        layout = sequence_layout(inputs_embeds, attention_mask, position_ids, past_key_values)
+        masks = attention_mask
+        if not isinstance(masks, dict):
+            masks = create_attention_masks(self.config, inputs_embeds, masks, past_key_values, position_ids)
+
+        hidden_states = self.dropout(self.modulation(inputs_embeds, layout.position_ids))
+        sum_scale = self._sum_scale(layout, hidden_states)
+        for layer, layer_type in zip(self.layers, self.config.layer_types, strict=True):
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=masks.get(layer_type),
+                layout=layout,
+                sum_scale=sum_scale,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+        hidden_states = last_real_hidden_states(self.norm(hidden_states), layout.attention_mask)
+        return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
+
+    def _sum_scale(self, layout: SequenceLayout, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """`1 / n` or `1 / sqrt(n)` for the `n` tokens that each sum adds, `[B or 1, T, 1]`; `None`: not normalised."""
+        if self.config.sum_normalization == "none" or "summation" not in self.config.layer_types:
+            return None
+        if self.config.is_causal:
+            count = layout.position_ids[..., None].float() + 1
+        else:
+            ones = torch.ones_like(hidden_states[..., :1], dtype=torch.float32)
+            count = bidirectional_sum(
+                ones, attention_mask=layout.attention_mask, document_ids=layout.document_ids
+            ).clamp(min=1)
+        scale = count.reciprocal() if self.config.sum_normalization == "mean" else count.rsqrt()
+        return scale.to(hidden_states.dtype)
+
+
+class SumAggForCausalLM(SumAggPreTrainedModel, RecurrentGenerationMixin):
+    """The summation aggregation model with a language modelling head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: SumAggConfig):
+        super().__init__(config)
+        if not config.is_causal:
+            raise ValueError(
+                "A causal language model needs `is_causal=True` in its config. `SumAggForMaskedLM` is the language "
+                "model for a bidirectional one."
+            )
+        self.model = SumAggModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | dict[str, torch.Tensor | None] | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutputWithPast:
+        r"""
+        Args:
+            labels (`torch.LongTensor` of shape `[B, T]`, *optional*): the token ids to predict, usually `input_ids`
+                itself (they are shifted here); -100 is ignored.
+            logits_to_keep (`int` or `torch.Tensor`, defaults to 0): compute the logits of the last so many tokens
+                only, 0 for all; or the indices of the tokens.
+
+        The other arguments and the errors are those of [`SumAggModel.forward`]. Also raised:
+            `ValueError`: `labels` of another shape than the logits, or outside the vocabulary.
+        """
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            check_label_shape(labels, logits.shape[:2], "[B, T]")
+            check_labels(labels, self.config.vocab_size)
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class SumAggForMaskedLM(SumAggPreTrainedModel):
+    """The bidirectional summation aggregation model with a masked language modelling head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: SumAggConfig):
+        super().__init__(config)
+        if config.is_causal:
+            raise ValueError(
+                "A masked language model sees both sides: set `is_causal=False` in its config (as a keyword of "
+                "`from_pretrained` too)."
+            )
+        self.model = SumAggModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MaskedLMOutput:
+        r"""
+        Args:
+            labels (`torch.LongTensor` of shape `[B, T]`, *optional*): the token ids to predict; -100 is ignored.
+
+        The other arguments and the errors are those of [`SumAggModel.forward`]. Also raised:
+            `ValueError`: `labels` of another shape than the logits, or outside the vocabulary.
+        """
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        logits = self.lm_head(outputs.last_hidden_state)
+        loss = None
+        if labels is not None:
+            check_label_shape(labels, logits.shape[:2], "[B, T]")
+            check_labels(labels, self.config.vocab_size)
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return MaskedLMOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class SumAggPooler(nn.Module):
+    """
+    One vector a sequence, `[B, d]`: `sum_t relu(W h_t)` over the real tokens as in the published classifier, its mean,
+    or the hidden state of the last real token.
+    """
+
+    def __init__(self, config: SumAggConfig):
+        super().__init__()
+        self.pooling = config.pooling
+        if config.pooling != "last":
+            self.proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        if self.pooling == "last":
+            # `SumAggModel` repeats the last real token over the padding after it.
+            return hidden_states[:, -1]
+        pooled = bidirectional_sum(self.proj(hidden_states).relu(), attention_mask=attention_mask)[:, 0]
+        if self.pooling == "mean":
+            count = hidden_states.shape[1] if attention_mask is None else attention_mask.sum(dim=1, keepdim=True)
+            pooled = pooled / (count if attention_mask is None else count.clamp(min=1))
+        return pooled
+
+
+class SumAggForSequenceClassification(SumAggPreTrainedModel):
+    """
+    The summation aggregation model with a sequence classification or regression head on a pooled vector. Without
+    blocks (`num_hidden_layers=0`) and with `pooling="sum"` it is the published document classifier,
+    `s = sum_t relu(W (E[x_t] * (P_t + 1)))`, logits `V s + c`.
+    """
+
+    def __init__(self, config: SumAggConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = SumAggModel(config)
+        self.pooler = SumAggPooler(config)
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> SequenceClassifierOutputWithPast:
+        r"""
+        Args:
+            attention_mask (`torch.Tensor` of shape `[B, past + T]`, *optional*): 1 for real tokens. Only real tokens
+                are pooled; without a mask every token is real, whatever its id.
+            labels (`torch.Tensor`, *optional*): `[B]` class indices, or `[B]` or `[B, num_labels]` targets for
+                regression, or `[B, num_labels]` for several labels, by `config.problem_type`.
+
+        The other arguments and the errors are those of [`SumAggModel.forward`]. Also raised:
+            `ValueError`: `labels` of the wrong shape, or a class index that does not exist.
+        """
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        mask = (
+            None if attention_mask is None else attention_mask[:, attention_mask.shape[1] - hidden_states.shape[1] :]
+        )
+        logits = self.score(self.dropout(self.pooler(hidden_states, mask)))
+        loss = None
+        if labels is not None:
+            if self.config.problem_type == "multi_label_classification" or labels.dim() == 2:
+                check_label_shape(labels, logits.shape, "[B, num_labels]")
+            else:
+                check_label_shape(labels, logits.shape[:1], "[B]")
+            if not labels.is_floating_point() and labels.dim() == 1 and self.num_labels > 1:
+                check_labels(labels, self.num_labels)
+            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config, logits=logits)
+        return SequenceClassifierOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class SumAggForTokenClassification(SumAggPreTrainedModel):
+    """The summation aggregation model with a classification head on every token."""
+
+    def __init__(self, config: SumAggConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = SumAggModel(config)
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> TokenClassifierOutput:
+        r"""
+        Args:
+            labels (`torch.LongTensor` of shape `[B, T]`, *optional*): the class of each token; -100 is ignored.
+
+        The other arguments and the errors are those of [`SumAggModel.forward`]. Also raised:
+            `ValueError`: `labels` of the wrong shape, or a class index that does not exist.
+        """
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self.score(self.dropout(outputs.last_hidden_state))
+        loss = None
+        if labels is not None:
+            check_label_shape(labels, logits.shape[:2], "[B, T]")
+            check_labels(labels, self.num_labels)
+            loss = self.loss_function(logits=logits, labels=labels, config=self.config)
+        return TokenClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+__all__ = [
+    "SumAggForCausalLM",
+    "SumAggForMaskedLM",
+    "SumAggForSequenceClassification",
+    "SumAggForTokenClassification",
+    "SumAggModel",
+    "SumAggPreTrainedModel",
+]

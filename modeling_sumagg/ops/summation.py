@@ -1,0 +1,235 @@
+"""Summation aggregation: the causal and the bidirectional sum over a sequence.
+
+Source: P. Ekin, "Summation-Based Transformers: A Path Toward Linear Complexity Sequence Modeling",
+TechRxiv 2025, doi 10.36227/techrxiv.175790522.25734653.
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+# Long enough for the triangular product to be a matrix product, short enough for its C·T·D work to stay small.
+CHUNK_SIZE = 32
+
+
+def causal_sum_reference(
+    x: torch.Tensor,
+    *,
+    initial_state: torch.Tensor | None = None,
+    attention_mask: torch.Tensor | None = None,
+    document_ids: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[`causal_sum`], one token at a time: slow, and the definition of every other path."""
+    batch_size, length, hidden_size = x.shape
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    state = x.new_zeros(batch_size, hidden_size, dtype=dtype) if initial_state is None else initial_state.to(dtype)
+    document: list[int | None] = [None] * batch_size
+    outputs = []
+    for t in range(length):
+        rows = []
+        for b in range(batch_size):
+            row = state[b]
+            if attention_mask is None or attention_mask[b, t]:
+                if document_ids is not None:
+                    if document[b] is not None and document[b] != document_ids[b, t].item():
+                        row = torch.zeros_like(row)
+                    document[b] = document_ids[b, t].item()
+                row = row + x[b, t].to(dtype)
+            rows.append(row)
+        state = torch.stack(rows) if rows else state
+        outputs.append(state)
+    y = torch.stack(outputs, dim=1) if outputs else x.to(dtype)
+    return y.to(x.dtype), state
+
+
+def causal_sum(
+    x: torch.Tensor,
+    *,
+    initial_state: torch.Tensor | None = None,
+    attention_mask: torch.Tensor | None = None,
+    document_ids: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    r"""
+    Running sum over time, `s_t = s_{t-1} + x_t`, the causal summation aggregator of the summation paper.
+
+    Prefill, decoding, packed training and streaming are this one call: pass the state that the previous call
+    returned, and the sums go on as if the segments had been one.
+
+    Args:
+        x (`torch.Tensor` of shape `[B, T, D]`, any floating dtype):
+            The terms. `T` may be 0 or 1.
+        initial_state (`torch.Tensor` of shape `[B, D]`, float32, *optional*):
+            The sum before the first token. It belongs to the document of the first real token. Zero if not given.
+        attention_mask (`torch.Tensor` of shape `[B, T]`, bool or 0/1, *optional*):
+            True where a token is real. A masked position adds nothing, whatever its values (NaN included), and
+            repeats the sum before it.
+        document_ids (`torch.Tensor` of shape `[B, T]`, integer, *optional*):
+            A change of id from one real token to the next restarts the sum. Terms of different documents are never
+            added to each other, so that no rounding of an earlier document reaches a later one.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: the sums `[B, T, D]` in the dtype of `x`, and the final state `[B, D]`
+        in float32. The accumulation is in float32 whatever the dtype of `x` (in float64 for float64).
+
+    Raises:
+        `TypeError`: `x` is not floating, or `document_ids` is not integer.
+        `ValueError`: a shape does not fit `x`.
+    """
+    _check_sequence(x, attention_mask, document_ids)
+    batch_size, length, hidden_size = x.shape
+    if initial_state is not None and initial_state.shape != (batch_size, hidden_size):
+        raise ValueError(
+            f"`initial_state` must have the shape [B, D] = [{batch_size}, {hidden_size}] of `x`, got "
+            f"{list(initial_state.shape)}."
+        )
+
+    terms = _masked_terms(x, attention_mask)
+    if initial_state is None:
+        initial_state = terms.new_zeros(batch_size, hidden_size)
+    initial_state = initial_state.to(terms.dtype)
+    if length == 0:
+        return x, initial_state
+    if length == 1:
+        y = terms + initial_state[:, None]
+        return y.to(x.dtype), y[:, 0]
+
+    # A matrix product in reduced precision would round the sums.
+    with torch.autocast(x.device.type, enabled=False):
+        if document_ids is not None:
+            runs = document_runs(document_ids, attention_mask)
+            y = _segmented_sum(terms, runs, initial_state, runs[:, 0])
+        elif x.device.type == "cpu" and not torch.compiler.is_exporting():
+            y = _chunked_sum(terms, initial_state)
+        else:
+            y = torch.cumsum(terms, dim=1) + initial_state[:, None]
+    # A slice would keep the sums of the whole segment alive for as long as the state.
+    return y.to(x.dtype), y[:, -1].clone()
+
+
+def bidirectional_sum(
+    x: torch.Tensor,
+    *,
+    attention_mask: torch.Tensor | None = None,
+    document_ids: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """
+    Sum over the whole sequence, `s = sum_u x_u`, given to every position: the bidirectional summation aggregator.
+
+    Args:
+        x (`torch.Tensor` of shape `[B, T, D]`, any floating dtype): the terms.
+        attention_mask (`torch.Tensor` of shape `[B, T]`, bool or 0/1, *optional*): True where a token is real;
+            masked positions add nothing.
+        document_ids (`torch.Tensor` of shape `[B, T]`, integer, *optional*): with it, every position gets the sum
+            of its own document, as [`causal_sum`] delimits documents.
+
+    Returns:
+        `torch.Tensor` of shape `[B, T, D]` in the dtype of `x`, accumulated in float32 (float64 for float64).
+
+    Raises:
+        `TypeError`: `x` is not floating, or `document_ids` is not integer.
+        `ValueError`: a shape does not fit `x`.
+    """
+    _check_sequence(x, attention_mask, document_ids)
+    terms = _masked_terms(x, attention_mask)
+    if document_ids is None:
+        return terms.sum(dim=1, keepdim=True).to(x.dtype).expand_as(x)
+    runs = document_runs(document_ids, attention_mask)[..., None].expand_as(terms)
+    totals = torch.zeros_like(terms).scatter_add(1, runs, terms)
+    return totals.gather(1, runs).to(x.dtype)
+
+
+def document_runs(document_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+    """
+    Number the documents of each row 0, 1, 2, … in the order of the sequence.
+
+    Args:
+        document_ids (`torch.Tensor` of shape `[B, T]`, integer): a change from one real token to the next begins
+            another document.
+        attention_mask (`torch.Tensor` of shape `[B, T]`, bool or 0/1, *optional*): True where a token is real. The
+            ids of masked positions are ignored: they belong to the document before them.
+
+    Returns:
+        `torch.Tensor` of shape `[B, T]`, int64, never decreasing along a row.
+    """
+    if attention_mask is not None:
+        real = attention_mask.bool()
+        index = torch.arange(real.shape[1], device=real.device).expand_as(real)
+        last_real = torch.where(real, index, -1).cummax(dim=1).values
+        first_real = real.int().argmax(dim=1, keepdim=True)
+        document_ids = document_ids.gather(1, torch.where(last_real < 0, first_real, last_real))
+    changes = document_ids[:, 1:] != document_ids[:, :-1]
+    return F.pad(changes.long().cumsum(dim=1), (1, 0))
+
+
+def _check_sequence(x: torch.Tensor, attention_mask: torch.Tensor | None, document_ids: torch.Tensor | None) -> None:
+    if x.dim() != 3:
+        raise ValueError(f"`x` must have the shape [B, T, D], got {list(x.shape)}.")
+    if not x.is_floating_point():
+        raise TypeError(f"`x` must be of a floating dtype, got {x.dtype}.")
+    for name, tensor in (("attention_mask", attention_mask), ("document_ids", document_ids)):
+        if tensor is not None and tensor.shape != x.shape[:2]:
+            raise ValueError(
+                f"`{name}` must have the shape [B, T] = {list(x.shape[:2])} of `x`, got {list(tensor.shape)}."
+            )
+    if document_ids is not None and (document_ids.is_floating_point() or document_ids.dtype == torch.bool):
+        raise TypeError(f"`document_ids` must be of an integer dtype, got {document_ids.dtype}.")
+
+
+def _masked_terms(x: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """`x` in the dtype of the sums, zero where masked."""
+    terms = x.to(torch.promote_types(x.dtype, torch.float32))
+    if attention_mask is not None:
+        terms = terms.masked_fill(~attention_mask.bool()[..., None], 0)
+    return terms
+
+
+def _to_chunks(x: torch.Tensor) -> torch.Tensor:
+    """`[B, T, D]` as `[B, ceil(T / C), C, D]`, the end filled with zeros."""
+    padding = -x.shape[1] % CHUNK_SIZE
+    # A compiled graph pads always (by nothing, fused) and so serves every length.
+    if torch.compiler.is_compiling() or padding:
+        x = F.pad(x, (0, 0, 0, padding))
+    return x.unflatten(1, (x.shape[1] // CHUNK_SIZE, CHUNK_SIZE))
+
+
+def _chunked_sum(terms: torch.Tensor, initial_state: torch.Tensor) -> torch.Tensor:
+    """
+    Running sum `[B, T, D]` as a product with a lower triangle of ones inside each chunk plus the sum before the chunk.
+
+    Several times faster on a CPU than `torch.cumsum` along time, which walks memory with stride D. Linear, so autograd
+    saves none of the activations, and differentiates it any number of times.
+    """
+    length = terms.shape[1]
+    chunks = _to_chunks(terms)
+    triangle = torch.ones(CHUNK_SIZE, CHUNK_SIZE, dtype=terms.dtype, device=terms.device).tril()
+    totals = torch.cat([initial_state[:, None], chunks[:, :-1].sum(dim=2)], dim=1)
+    y = torch.matmul(triangle, chunks)
+    y += totals.cumsum(dim=1)[:, :, None]
+    return y.flatten(1, 2)[:, :length]
+
+
+def _segmented_sum(
+    terms: torch.Tensor, runs: torch.Tensor, initial_state: torch.Tensor, initial_run: torch.Tensor
+) -> torch.Tensor:
+    """
+    Running sum `[B, T, D]` that restarts where `runs` `[B, T]` changes, begun with `initial_state` for `initial_run` `[B]`.
+
+    The same chunks, with the triangle cut at the borders of the documents. What a chunk hands on is the sum over its
+    last document only; these sums are themselves a segmented running sum over chunks, a sequence C times shorter.
+    """
+    length = terms.shape[1]
+    # The filling goes on with the last document, so that the last chunk ends in it too.
+    runs = torch.cat([runs, runs[:, -1:].expand(-1, -length % CHUNK_SIZE)], dim=1).unflatten(1, (-1, CHUNK_SIZE))
+    chunks = _to_chunks(terms)
+    same_document = (runs[..., :, None] == runs[..., None, :]).to(terms.dtype).tril()
+    y = same_document @ chunks
+
+    last_runs = runs[:, :-1, -1]
+    handed_on = initial_state[:, None]
+    if last_runs.shape[1] > 0:
+        later = _segmented_sum(y[:, :-1, -1], last_runs, initial_state, initial_run)
+        handed_on = torch.cat([handed_on, later], dim=1)
+    handed_runs = torch.cat([initial_run[:, None], last_runs], dim=1)
+    continues = runs == handed_runs[..., None]
+    y = y + torch.where(continues[..., None], handed_on[:, :, None], 0)
+    return y.flatten(1, 2)[:, :length]
