@@ -15,12 +15,10 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
-    CausalLMOutputWithPast,
     MaskedLMOutput,
-    SequenceClassifierOutputWithPast,
-    TokenClassifierOutput,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.gpt2.modeling_gpt2 import eager_attention_forward
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
@@ -28,15 +26,12 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .cache import adopt_cache
 from .configuration.configuration_sumagg import SumAggConfig
-from .generation import RecurrentGenerationMixin
+from .heads import ForCausalLM, ForSequenceClassification, ForTokenClassification, check_labels
 from .ops.summation import bidirectional_sum, causal_sum
 from .sequence import (
     SequenceLayout,
     check_ids,
-    check_label_shape,
-    check_labels,
     create_attention_masks,
-    eager_attention_forward,
     last_real_hidden_states,
     sequence_layout,
     sinusoidal_positions,
@@ -332,7 +327,7 @@ class SumAggModel(SumAggPreTrainedModel):
         return scale.to(hidden_states.dtype)
 
 
-class SumAggForCausalLM(SumAggPreTrainedModel, RecurrentGenerationMixin):
+class SumAggForCausalLM(ForCausalLM, SumAggPreTrainedModel):
     """The summation aggregation model with a language modelling head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -347,53 +342,6 @@ class SumAggForCausalLM(SumAggPreTrainedModel, RecurrentGenerationMixin):
         self.model = SumAggModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
         self.post_init()
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | dict[str, torch.Tensor | None] | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> CausalLMOutputWithPast:
-        r"""
-        Args:
-            labels (`torch.LongTensor` of shape `[B, T]`, *optional*): the token ids to predict, usually `input_ids`
-                itself (they are shifted here); -100 is ignored.
-            logits_to_keep (`int` or `torch.Tensor`, defaults to 0): compute the logits of the last so many tokens
-                only, 0 for all; or the indices of the tokens.
-
-        The other arguments and the errors are those of [`SumAggModel.forward`]. Also raised:
-            `ValueError`: `labels` of another shape than the logits, or outside the vocabulary.
-        """
-        outputs: BaseModelOutputWithPast = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
-        )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
-        loss = None
-        if labels is not None:
-            check_label_shape(labels, logits.shape[:2], "[B, T]")
-            check_labels(labels, self.config.vocab_size)
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
 
 
 class SumAggForMaskedLM(SumAggPreTrainedModel):
@@ -439,8 +387,7 @@ class SumAggForMaskedLM(SumAggPreTrainedModel):
         logits = self.lm_head(outputs.last_hidden_state)
         loss = None
         if labels is not None:
-            check_label_shape(labels, logits.shape[:2], "[B, T]")
-            check_labels(labels, self.config.vocab_size)
+            check_labels(labels, logits.shape[:2], "[B, T]", self.config.vocab_size)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return MaskedLMOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
@@ -463,14 +410,15 @@ class SumAggPooler(nn.Module):
         if self.pooling == "last":
             # `SumAggModel` repeats the last real token over the padding after it.
             return hidden_states[:, -1]
+        if attention_mask is None:
+            attention_mask = hidden_states.new_ones(hidden_states.shape[:2], dtype=torch.bool)
         pooled = bidirectional_sum(self.proj(hidden_states).relu(), attention_mask=attention_mask)[:, 0]
         if self.pooling == "mean":
-            count = hidden_states.shape[1] if attention_mask is None else attention_mask.sum(dim=1, keepdim=True)
-            pooled = pooled / (count if attention_mask is None else count.clamp(min=1))
+            pooled = pooled / attention_mask.sum(dim=1, keepdim=True).clamp(min=1)
         return pooled
 
 
-class SumAggForSequenceClassification(SumAggPreTrainedModel):
+class SumAggForSequenceClassification(ForSequenceClassification, SumAggPreTrainedModel):
     """
     The summation aggregation model with a sequence classification or regression head on a pooled vector. Without
     blocks (`num_hidden_layers=0`) and with `pooling="sum"` it is the published document classifier,
@@ -486,61 +434,8 @@ class SumAggForSequenceClassification(SumAggPreTrainedModel):
         self.score = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.Tensor | None = None,
-        use_cache: bool | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> SequenceClassifierOutputWithPast:
-        r"""
-        Args:
-            attention_mask (`torch.Tensor` of shape `[B, past + T]`, *optional*): 1 for real tokens. Only real tokens
-                are pooled; without a mask every token is real, whatever its id.
-            labels (`torch.Tensor`, *optional*): `[B]` class indices, or `[B]` or `[B, num_labels]` targets for
-                regression, or `[B, num_labels]` for several labels, by `config.problem_type`.
 
-        The other arguments and the errors are those of [`SumAggModel.forward`]. Also raised:
-            `ValueError`: `labels` of the wrong shape, or a class index that does not exist.
-        """
-        outputs: BaseModelOutputWithPast = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
-        )
-        hidden_states = outputs.last_hidden_state
-        mask = (
-            None if attention_mask is None else attention_mask[:, attention_mask.shape[1] - hidden_states.shape[1] :]
-        )
-        logits = self.score(self.dropout(self.pooler(hidden_states, mask)))
-        loss = None
-        if labels is not None:
-            if self.config.problem_type == "multi_label_classification" or labels.dim() == 2:
-                check_label_shape(labels, logits.shape, "[B, num_labels]")
-            else:
-                check_label_shape(labels, logits.shape[:1], "[B]")
-            if not labels.is_floating_point() and labels.dim() == 1 and self.num_labels > 1:
-                check_labels(labels, self.num_labels)
-            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config, logits=logits)
-        return SequenceClassifierOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
-
-
-class SumAggForTokenClassification(SumAggPreTrainedModel):
+class SumAggForTokenClassification(ForTokenClassification, SumAggPreTrainedModel):
     """The summation aggregation model with a classification head on every token."""
 
     def __init__(self, config: SumAggConfig):
@@ -550,44 +445,6 @@ class SumAggForTokenClassification(SumAggPreTrainedModel):
         self.dropout = nn.Dropout(config.classifier_dropout)
         self.score = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
-        use_cache: bool | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> TokenClassifierOutput:
-        r"""
-        Args:
-            labels (`torch.LongTensor` of shape `[B, T]`, *optional*): the class of each token; -100 is ignored.
-
-        The other arguments and the errors are those of [`SumAggModel.forward`]. Also raised:
-            `ValueError`: `labels` of the wrong shape, or a class index that does not exist.
-        """
-        outputs: BaseModelOutputWithPast = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
-        )
-        logits = self.score(self.dropout(outputs.last_hidden_state))
-        loss = None
-        if labels is not None:
-            check_label_shape(labels, logits.shape[:2], "[B, T]")
-            check_labels(labels, self.num_labels)
-            loss = self.loss_function(logits=logits, labels=labels, config=self.config)
-        return TokenClassifierOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
 
 
 __all__ = [

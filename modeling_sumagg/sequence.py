@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from transformers import Cache, PreTrainedConfig
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.utils import is_tracing
@@ -292,37 +291,3 @@ def check_ids(name: str, ids: torch.Tensor, size: int, what: str) -> None:
         raise ValueError(
             f"`{name}` must be in [0, {size}), the {what}, got values from {low.item()} to {high.item()}."
         )
-
-
-def check_labels(labels: torch.Tensor, num_classes: int) -> None:
-    """Raise a `ValueError` for a label that is neither a class index nor -100, the index that a loss ignores."""
-    if is_tracing(labels) or labels.device.type == "meta":
-        return
-    unknown = labels[(labels != -100) & ((labels < 0) | (labels >= num_classes))]
-    if unknown.numel() > 0:
-        raise ValueError(f"`labels` must be in [0, {num_classes}), or -100 to be ignored, got {unknown[0].item()}.")
-
-
-def check_label_shape(labels: torch.Tensor, shape: torch.Size, meaning: str) -> None:
-    """Raise a `ValueError` for labels of another shape than the logits need."""
-    if labels.shape != shape:
-        raise ValueError(f"`labels` must have the shape {meaning} = {list(shape)}, got {list(labels.shape)}.")
-
-
-def eager_attention_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention as a formula, `softmax(q k^T scaling + mask) v`: transformers' `"eager"` implementation."""
-    weights = torch.matmul(query, key.transpose(2, 3)) * scaling
-    if attention_mask is not None:
-        weights = weights + attention_mask
-    weights = nn.functional.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
-    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
-    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
