@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
+from .modeling_sumagg import SumAggForCausalLM
 from .modeling_tost import ToSTForImageClassification, tost_image_processor
 
 
@@ -24,7 +25,8 @@ class ModelFamily(NamedTuple):
 
     Attributes:
         renaming: (pattern, replacement) pairs; all are applied, in order, to every original tensor name.
-        infer: the model class and the arguments of its config, read from the original names and shapes.
+        infer: the model class and the arguments of its config, read from the original names and shapes. The number of
+            attention heads is `None` where only the user can know it.
         image_processor: the image processor to save beside the model.
     """
 
@@ -49,12 +51,55 @@ def _infer_tost(state_dict: dict[str, torch.Tensor]) -> tuple[type[PreTrainedMod
     }
 
 
+def _infer_sumagg(state_dict: dict[str, torch.Tensor]) -> tuple[type[PreTrainedModel], dict[str, Any]]:
+    vocab_size, hidden_size = state_dict["token_embedding.weight"].shape
+    attends = [f"layers.{i}.q_proj.weight" in state_dict for i in range(_num_blocks(state_dict, "layers"))]
+    if all(attends):
+        raise ValueError(
+            "No layer of the checkpoint sums. The original code adds positions in its attention-only baseline, where a "
+            "SumAgg model multiplies by them: such a checkpoint cannot be converted."
+        )
+    return SumAggForCausalLM, {
+        "vocab_size": vocab_size,
+        "hidden_size": hidden_size,
+        "num_hidden_layers": len(attends),
+        "num_attention_heads": None if any(attends) else 1,
+        "intermediate_size": state_dict["layers.0.ff.0.weight"].shape[0],
+        "hidden_act": "relu",
+        "layer_types": ["full_attention" if attention else "summation" for attention in attends],
+        "position_embedding_type": "learned",
+        "position_bias": 2.0,
+        "max_position_embeddings": state_dict["pos_embedding.weight"].shape[0],
+        "norm_position": "post",
+        "sum_normalization": "none",
+        "lm_head_bias": "output_projection.bias" in state_dict,
+        "tie_word_embeddings": False,
+    }
+
+
 def _num_blocks(state_dict: dict[str, torch.Tensor], prefix: str) -> int:
     """Number of blocks `prefix.0.`, `prefix.1.`, ... in the names."""
     return len({name.split(".")[prefix.count(".") + 1] for name in state_dict if name.startswith(f"{prefix}.")})
 
 
 FAMILIES = {
+    "sumagg": ModelFamily(
+        renaming=(
+            (r"^token_embedding\.", "embed_tokens."),
+            (r"^pos_embedding\.", "modulation.position_embeddings."),
+            (r"\.proj\.0\.", ".mixer.in_proj."),
+            (r"\.proj\.2\.", ".mixer.hidden_proj."),
+            (r"\.([qkv]|out)_proj\.", r".mixer.\1_proj."),
+            (r"\.ff\.0\.", ".mlp.up_proj."),
+            (r"\.ff\.2\.", ".mlp.down_proj."),
+            (r"\.norm1\.", ".mixer_norm."),
+            (r"\.norm2\.", ".mlp_norm."),
+            (r"^final_norm\.", "norm."),
+            (r"^(?!output_projection\.)", "model."),
+            (r"^output_projection\.", "lm_head."),
+        ),
+        infer=_infer_sumagg,
+    ),
     "tost": ModelFamily(
         renaming=(
             (r"^patch_embed\.proj\.(\d+)\.0\.", r"embeddings.patch_embeddings.projection.\1.convolution."),
@@ -103,6 +148,7 @@ def convert_original_checkpoint(
     checkpoint_path: str | Path,
     output_dir: str | Path,
     *,
+    num_attention_heads: int | None = None,
     id2label: dict[int, str] | None = None,
 ) -> PreTrainedModel:
     """
@@ -114,13 +160,15 @@ def convert_original_checkpoint(
         model_family: a key of `FAMILIES`.
         checkpoint_path: see `read_state_dict`.
         output_dir: folder to write.
+        num_attention_heads: heads of the attention layers, for checkpoints whose shapes do not tell.
         id2label: name of every class, for a classifier.
 
     Returns:
         The converted model.
 
     Raises:
-        ValueError: not a checkpoint of this family, or `id2label` has other classes than the model.
+        ValueError: not a checkpoint of this family, `num_attention_heads` is needed, or `id2label` has other classes
+            than the model.
         RuntimeError: tensors are missing, unexpected or misshaped; the message lists them.
     """
     family = FAMILIES[model_family]
@@ -132,6 +180,13 @@ def convert_original_checkpoint(
             f"{checkpoint_path} is not an original {model_family} checkpoint: it has no tensor {error}. "
             f"It has {len(state_dict)} entries, the first of them {list(state_dict)[:5]}."
         ) from None
+    if num_attention_heads is not None:
+        config_arguments["num_attention_heads"] = num_attention_heads
+    elif config_arguments["num_attention_heads"] is None:
+        raise ValueError(
+            "The checkpoint has attention layers, and their number of heads cannot be read from the shapes: pass "
+            "--num_attention_heads (`num_attention_heads` in Python), 8 in the published experiments."
+        )
     config = model_class.config_class(**config_arguments)
     if id2label is not None:
         if sorted(id2label) != list(range(config.num_labels)):
@@ -162,13 +217,20 @@ def main() -> None:
     parser.add_argument("--model_family", required=True, choices=sorted(FAMILIES))
     parser.add_argument("--checkpoint_path", required=True, help="a .pth, .pt or .safetensors file")
     parser.add_argument("--output_dir", required=True, help="the folder to write")
+    parser.add_argument(
+        "--num_attention_heads", type=int, help="heads of the attention layers, for sumagg checkpoints that have some"
+    )
     parser.add_argument("--id2label", help="a JSON file with the name of every class: {index: name}")
     arguments = parser.parse_args()
     id2label = None
     if arguments.id2label is not None:
         id2label = {int(index): label for index, label in json.loads(Path(arguments.id2label).read_text()).items()}
     model = convert_original_checkpoint(
-        arguments.model_family, arguments.checkpoint_path, arguments.output_dir, id2label=id2label
+        arguments.model_family,
+        arguments.checkpoint_path,
+        arguments.output_dir,
+        num_attention_heads=arguments.num_attention_heads,
+        id2label=id2label,
     )
     print(f"{arguments.output_dir}: {type(model).__name__}, {model.num_parameters():,} parameters")
 
