@@ -151,6 +151,8 @@ def document_runs(document_ids: torch.Tensor, attention_mask: torch.Tensor | Non
     Returns:
         `torch.Tensor` of shape `[B, T]`, int64, never decreasing along a row.
     """
+    if document_ids.shape[1] == 0:
+        return document_ids.long()
     if attention_mask is not None:
         real = attention_mask.bool()
         index = torch.arange(real.shape[1], device=real.device).expand_as(real)

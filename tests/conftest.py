@@ -1,0 +1,7 @@
+import pytest
+from transformers import set_seed
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    set_seed(0)
