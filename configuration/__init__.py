@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from .configuration_sumagg import SumAggConfig
-from .configuration_tost import ToSTConfig
+from .configuration_tost import ToSTConfig, ToSTTextConfig
 
 
 def preset_path(name: str) -> str:
@@ -22,4 +22,4 @@ def preset_path(name: str) -> str:
     return str(presets[name])
 
 
-__all__ = ["SumAggConfig", "ToSTConfig", "preset_path"]
+__all__ = ["SumAggConfig", "ToSTConfig", "ToSTTextConfig", "preset_path"]

@@ -5,6 +5,8 @@ from typing import Literal
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from .validation import check_layer_types, check_text_sizes
+
 
 LAYER_TYPES = ("summation", "full_attention", "sliding_attention")
 
@@ -113,38 +115,9 @@ class SumAggConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def validate_layer_type(self):
-        """Every entry of `layer_types` is known, and there is one a layer (transformers' own list lacks ours)."""
-        unknown = sorted(set(self.layer_types) - set(LAYER_TYPES))
-        if unknown:
-            raise ValueError(f"`layer_types` may hold {list(LAYER_TYPES)}, got {unknown}.")
-        if len(self.layer_types) != self.num_hidden_layers:
-            raise ValueError(
-                f"`layer_types` must have `num_hidden_layers` = {self.num_hidden_layers} entries, got "
-                f"{len(self.layer_types)}: {self.layer_types}."
-            )
+        """Part of `@strict`-powered validation: the layer types are known (transformers' own list lacks ours)."""
+        check_layer_types(self.layer_types, LAYER_TYPES, self.num_hidden_layers)
 
     def validate_sizes(self):
-        """Sizes are positive, the heads divide the width, and probabilities are probabilities."""
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "num_attention_heads",
-            "intermediate_size",
-            "max_position_embeddings",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
-        if self.num_hidden_layers < 0:
-            raise ValueError(f"`num_hidden_layers` must be at least 0, got {self.num_hidden_layers}.")
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"`num_attention_heads` must divide `hidden_size`, got {self.num_attention_heads} heads for a width of "
-                f"{self.hidden_size}."
-            )
-        if self.sliding_window is not None and self.sliding_window < 1:
-            raise ValueError(f"`sliding_window` must be at least 1, got {self.sliding_window}.")
-        if self.position_embedding_type == "sinusoidal" and self.hidden_size % 2:
-            raise ValueError(f"Sinusoidal positions need an even `hidden_size`, got {self.hidden_size}.")
-        for name in ("embedding_dropout", "hidden_dropout", "attention_dropout", "classifier_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be in [0, 1), got {getattr(self, name)}.")
+        """Part of `@strict`-powered validation: the sizes fit together."""
+        check_text_sizes(self)

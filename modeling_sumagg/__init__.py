@@ -2,7 +2,6 @@
 
 from transformers import (
     AutoBackbone,
-    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
@@ -16,7 +15,7 @@ from transformers import (
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import is_vision_available
 
-from .configuration import SumAggConfig, ToSTConfig
+from .configuration import SumAggConfig, ToSTConfig, ToSTTextConfig
 from .modeling_sumagg import (
     SumAggForCausalLM,
     SumAggForMaskedLM,
@@ -25,23 +24,46 @@ from .modeling_sumagg import (
     SumAggModel,
 )
 from .modeling_tost import ToSTBackbone, ToSTForImageClassification, ToSTModel
+from .modeling_tost_text import (
+    ToSTForCausalLM,
+    ToSTTextForSequenceClassification,
+    ToSTTextForTokenClassification,
+    ToSTTextModel,
+)
+from .remote_code import register_family
 
 
 __version__ = "0.1.0"
 
-AutoConfig.register("sumagg", SumAggConfig, exist_ok=True)
-AutoModel.register(SumAggConfig, SumAggModel, exist_ok=True)
-AutoModelForCausalLM.register(SumAggConfig, SumAggForCausalLM, exist_ok=True)
-AutoModelForMaskedLM.register(SumAggConfig, SumAggForMaskedLM, exist_ok=True)
-AutoModelForSequenceClassification.register(SumAggConfig, SumAggForSequenceClassification, exist_ok=True)
-AutoModelForTokenClassification.register(SumAggConfig, SumAggForTokenClassification, exist_ok=True)
-
-AutoConfig.register("tost", ToSTConfig, exist_ok=True)
-AutoModel.register(ToSTConfig, ToSTModel, exist_ok=True)
-AutoModelForImageClassification.register(ToSTConfig, ToSTForImageClassification, exist_ok=True)
-AutoBackbone.register(ToSTConfig, ToSTBackbone, exist_ok=True)
+register_family(
+    SumAggConfig,
+    {
+        AutoModel: SumAggModel,
+        AutoModelForCausalLM: SumAggForCausalLM,
+        AutoModelForMaskedLM: SumAggForMaskedLM,
+        AutoModelForSequenceClassification: SumAggForSequenceClassification,
+        AutoModelForTokenClassification: SumAggForTokenClassification,
+    },
+)
+register_family(
+    ToSTConfig,
+    {
+        AutoModel: ToSTModel,
+        AutoModelForImageClassification: ToSTForImageClassification,
+        AutoBackbone: ToSTBackbone,
+    },
+)
 if is_vision_available():
     AutoImageProcessor.register(ToSTConfig, image_processor_classes={"pil": BitImageProcessorPil}, exist_ok=True)
+register_family(
+    ToSTTextConfig,
+    {
+        AutoModel: ToSTTextModel,
+        AutoModelForCausalLM: ToSTForCausalLM,
+        AutoModelForSequenceClassification: ToSTTextForSequenceClassification,
+        AutoModelForTokenClassification: ToSTTextForTokenClassification,
+    },
+)
 
 
 __all__ = [
@@ -53,6 +75,11 @@ __all__ = [
     "SumAggModel",
     "ToSTBackbone",
     "ToSTConfig",
+    "ToSTForCausalLM",
     "ToSTForImageClassification",
     "ToSTModel",
+    "ToSTTextConfig",
+    "ToSTTextForSequenceClassification",
+    "ToSTTextForTokenClassification",
+    "ToSTTextModel",
 ]

@@ -21,6 +21,7 @@ from transformers.cache_utils import (
 from transformers.utils import is_torchdynamo_compiling
 
 from .ops.summation import causal_sum
+from .ops.token_statistics import TokenStatisticsState, causal_token_statistics
 
 
 State = tuple[torch.Tensor, ...]
@@ -129,6 +130,12 @@ class _Segment:
         return _Segment(self.state, self.inputs[..., :length, :], self.restart, per_token, self.parameters)
 
 
+def _restarted(state: State | None, restart: torch.Tensor | None) -> State | None:
+    if state is None or restart is None:
+        return state
+    return tuple(t.masked_fill(restart.view(-1, *[1] * (t.dim() - 1)), 0) for t in state)
+
+
 class RecurrentLayer(ReversibleLayer):
     """
     Base of the cache layers that hold the state of a recurrence: a few float32 tensors `[B, ...]` of constant size.
@@ -195,10 +202,12 @@ class RecurrentLayer(ReversibleLayer):
         return outputs, None
 
     def _run(self, segment: _Segment) -> tuple[torch.Tensor, State]:
-        state = segment.state
-        if state is not None and segment.restart is not None:
-            state = tuple(t.masked_fill(segment.restart.view(-1, *[1] * (t.dim() - 1)), 0) for t in state)
+        state = _restarted(segment.state, segment.restart)
         return self.operator(segment.inputs, state, **segment.per_token, **segment.parameters)
+
+    def initial_state(self, restart: torch.Tensor | None) -> State | None:
+        """The state that the next segment goes on from, in which the rows `restart` `[B]` begin another document."""
+        return _restarted(self.state, restart)
 
     def _hold(self, state: State | None) -> None:
         self.state = state
@@ -290,7 +299,32 @@ class StaticSummationLayer(StaticRecurrentLayer, SummationLayer):
     _layer_type = None
 
 
+class TokenStatisticsLayer(RecurrentLayer):
+    """Cache layer of causal token statistics: Σw² and ΣΠw² `[B, K, p]`, and ΣΠ `[B, K]`."""
+
+    _layer_type = "token_statistics"
+
+    @staticmethod
+    def operator(inputs, initial_state, *, attention_mask, document_ids, position_bias, temperature, dropout_p):
+        return causal_token_statistics(
+            inputs,
+            temperature,
+            position_bias,
+            initial_state=None if initial_state is None else TokenStatisticsState(*initial_state),
+            attention_mask=attention_mask,
+            document_ids=document_ids,
+            dropout_p=dropout_p,
+        )
+
+
+class StaticTokenStatisticsLayer(StaticRecurrentLayer, TokenStatisticsLayer):
+    """[`TokenStatisticsLayer`] in a `StaticCache`."""
+
+    _layer_type = None
+
+
 STATIC_LAYER_TYPE_MAPPING["summation"] = StaticSummationLayer
+STATIC_LAYER_TYPE_MAPPING["token_statistics"] = StaticTokenStatisticsLayer
 
 
 class SlidingWindowLayer(ReversibleLayer):
@@ -438,6 +472,7 @@ _LAYER_CLASSES = {
     "full_attention": (DynamicLayer, StaticLayer),
     "sliding_attention": SlidingWindowLayer,
     "summation": SummationLayer,
+    "token_statistics": TokenStatisticsLayer,
 }
 
 

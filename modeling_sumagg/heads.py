@@ -14,10 +14,8 @@ from transformers.modeling_outputs import (
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, is_tracing
 
-from .generation import RecurrentGenerationMixin
 
-
-class ForCausalLM(RecurrentGenerationMixin):
+class ForCausalLM:
     """Language modelling head: `lm_head` on every token."""
 
     @can_return_tuple

@@ -26,6 +26,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .cache import adopt_cache
 from .configuration.configuration_sumagg import SumAggConfig
+from .generation import RecurrentGenerationMixin
 from .heads import ForCausalLM, ForSequenceClassification, ForTokenClassification, check_labels
 from .ops.summation import bidirectional_sum, causal_sum
 from .sequence import (
@@ -327,7 +328,7 @@ class SumAggModel(SumAggPreTrainedModel):
         return scale.to(hidden_states.dtype)
 
 
-class SumAggForCausalLM(ForCausalLM, SumAggPreTrainedModel):
+class SumAggForCausalLM(ForCausalLM, SumAggPreTrainedModel, RecurrentGenerationMixin):
     """The summation aggregation model with a language modelling head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
