@@ -18,6 +18,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from .modeling_sumagg import SumAggForCausalLM
 from .modeling_tost import ToSTForImageClassification, tost_image_processor
+from .modeling_tost_text import ToSTForCausalLM
 
 
 class ModelFamily(NamedTuple):
@@ -77,6 +78,22 @@ def _infer_sumagg(state_dict: dict[str, torch.Tensor]) -> tuple[type[PreTrainedM
     }
 
 
+def _infer_tost_text(state_dict: dict[str, torch.Tensor]) -> tuple[type[PreTrainedModel], dict[str, Any]]:
+    embeddings = state_dict["transformer.wte.weight"]
+    vocab_size, hidden_size = embeddings.shape
+    return ToSTForCausalLM, {
+        "vocab_size": vocab_size,
+        "hidden_size": hidden_size,
+        "num_hidden_layers": _num_blocks(state_dict, "transformer.h"),
+        "num_attention_heads": state_dict["transformer.h.0.attn.temp"].shape[0],
+        "intermediate_size": state_dict["transformer.h.0.mlp.c_fc.weight"].shape[0],
+        "use_bias": "transformer.ln_f.bias" in state_dict,
+        "use_membership_bias": "transformer.h.0.attn.denom_bias" in state_dict,
+        "max_position_embeddings": state_dict["transformer.wpe.weight"].shape[0],
+        "tie_word_embeddings": torch.equal(state_dict.get("lm_head.weight", embeddings), embeddings),
+    }
+
+
 def _num_blocks(state_dict: dict[str, torch.Tensor], prefix: str) -> int:
     """Number of blocks `prefix.0.`, `prefix.1.`, ... in the names."""
     return len({name.split(".")[prefix.count(".") + 1] for name in state_dict if name.startswith(f"{prefix}.")})
@@ -118,6 +135,23 @@ FAMILIES = {
         ),
         infer=_infer_tost,
         image_processor=tost_image_processor,
+    ),
+    "tost_text": ModelFamily(
+        renaming=(
+            (r"^transformer\.wte\.", "model.embed_tokens."),
+            (r"^transformer\.wpe\.", "model.position_embeddings."),
+            (r"^transformer\.ln_f\.", "model.norm."),
+            (r"^transformer\.h\.", "model.layers."),
+            (r"\.ln_([12])\.", r".norm\1."),
+            (r"\.attn\.c_attn\.", ".attention.w_proj."),
+            (r"\.attn\.c_proj\.", ".attention.o_proj."),
+            (r"\.attn\.temp$", ".attention.temperature"),
+            (r"\.attn\.denom_bias$", ".attention.membership_bias"),
+            (r"\.mlp\.c_fc\.", ".mlp.fc1."),
+            (r"\.mlp\.c_proj\.", ".mlp.fc2."),
+            (r"\.gamma([12])$", r".layer_scale\1"),
+        ),
+        infer=_infer_tost_text,
     ),
 }
 
@@ -204,6 +238,10 @@ def convert_original_checkpoint(
         renamed[name] = tensor
     with torch.device("meta"):
         model = model_class(config)
+    if config.tie_word_embeddings:
+        # Some originals store a tied weight once.
+        for tied, source in (model._tied_weights_keys or {}).items():
+            renamed.setdefault(tied, renamed[source])
     model.load_state_dict(renamed, assign=True)
     model.tie_weights()
     model.save_pretrained(output_dir)

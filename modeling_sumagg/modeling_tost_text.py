@@ -44,7 +44,7 @@ class ToSTTextTokenStatistics(nn.Module):
         self.w_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.use_bias)
         self.temperature = nn.Parameter(torch.ones(config.num_attention_heads, 1))
         self.membership_bias = (
-            nn.Parameter(torch.zeros(config.num_attention_heads, config.max_position_embeddings))
+            nn.Parameter(torch.zeros(config.num_attention_heads, config.max_position_embeddings, 1))
             if config.use_membership_bias
             else None
         )
@@ -66,7 +66,7 @@ class ToSTTextTokenStatistics(nn.Module):
         w = self.w_proj(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         position_bias = None
         if self.membership_bias is not None:
-            position_bias = self.membership_bias[:, layout.position_ids].transpose(0, 1).expand(batch_size, -1, -1)
+            position_bias = self.membership_bias[:, layout.position_ids, 0].transpose(0, 1).expand(batch_size, -1, -1)
         per_token = {"attention_mask": layout.attention_mask, "document_ids": layout.document_ids}
 
         membership = None
