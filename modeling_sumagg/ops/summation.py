@@ -187,11 +187,13 @@ def _masked_terms(x: torch.Tensor, attention_mask: torch.Tensor | None) -> torch
 
 def _to_chunks(x: torch.Tensor) -> torch.Tensor:
     """`[B, T, D]` as `[B, ceil(T / C), C, D]`, the end filled with zeros."""
-    padding = -x.shape[1] % CHUNK_SIZE
+    # Written so that a compiler meets one quotient; remainders make its symbolic shapes several times slower.
+    num_chunks = (x.shape[1] + CHUNK_SIZE - 1) // CHUNK_SIZE
+    padding = num_chunks * CHUNK_SIZE - x.shape[1]
     # A compiled graph pads always (by nothing, fused) and so serves every length.
     if torch.compiler.is_compiling() or padding:
         x = F.pad(x, (0, 0, 0, padding))
-    return x.unflatten(1, (x.shape[1] // CHUNK_SIZE, CHUNK_SIZE))
+    return x.unflatten(1, (num_chunks, CHUNK_SIZE))
 
 
 def _chunked_sum(terms: torch.Tensor, initial_state: torch.Tensor) -> torch.Tensor:
@@ -220,18 +222,20 @@ def _segmented_sum(
     last document only; these sums are themselves a segmented running sum over chunks, a sequence C times shorter.
     """
     length = terms.shape[1]
-    # The filling goes on with the last document, so that the last chunk ends in it too.
-    runs = torch.cat([runs, runs[:, -1:].expand(-1, -length % CHUNK_SIZE)], dim=1).unflatten(1, (-1, CHUNK_SIZE))
     chunks = _to_chunks(terms)
+    num_chunks = chunks.shape[1]
+    # The filling goes on with the last document, so that the last chunk ends in it too.
+    filling = runs[:, -1:].expand(-1, num_chunks * CHUNK_SIZE - length)
+    runs = torch.cat([runs, filling], dim=1).unflatten(1, (num_chunks, CHUNK_SIZE))
     same_document = (runs[..., :, None] == runs[..., None, :]).to(terms.dtype).tril()
     y = same_document @ chunks
 
-    last_runs = runs[:, :-1, -1]
-    handed_on = initial_state[:, None]
-    if last_runs.shape[1] > 0:
-        later = _segmented_sum(y[:, :-1, -1], last_runs, initial_state, initial_run)
-        handed_on = torch.cat([handed_on, later], dim=1)
-    handed_runs = torch.cat([initial_run[:, None], last_runs], dim=1)
+    handed_on, handed_runs = initial_state[:, None], initial_run[:, None]
+    if num_chunks > 1:
+        last_runs = runs[:, :, -1]
+        later = _segmented_sum(y[:, :, -1], last_runs, initial_state, initial_run)
+        handed_on = torch.cat([handed_on, later[:, :-1]], dim=1)
+        handed_runs = torch.cat([handed_runs, last_runs[:, :-1]], dim=1)
     continues = runs == handed_runs[..., None]
     y = y + torch.where(continues[..., None], handed_on[:, :, None], 0)
     return y.flatten(1, 2)[:, :length]

@@ -209,6 +209,7 @@ def test_one_compiled_graph_serves_every_length(masked, packed):
     def both(x, **arguments):
         return *causal_sum(x, **arguments), bidirectional_sum(x, **arguments)
 
+    # Documents take a graph for each power of 32 in length, as their borders are carried from chunk to chunk.
     compiled = torch.compile(both, fullgraph=True, dynamic=True, backend=counter)
     for length in (70, 96, 33, 333):
         x, arguments = draw(2, length, 3, masked=masked, packed=packed, seed=length)
