@@ -476,12 +476,30 @@ _LAYER_CLASSES = {
 }
 
 
+_RECURRENT_CLASSES = {
+    "summation": (SummationLayer, StaticSummationLayer),
+    "token_statistics": (TokenStatisticsLayer, StaticTokenStatisticsLayer),
+}
+
+
+def _own_layer(layer: CacheLayerMixin, layer_type: str) -> CacheLayerMixin:
+    """The layer, or in place of an empty one that another copy of this module made, one of our own."""
+    for cls in _RECURRENT_CLASSES.get(layer_type, ()):
+        if type(layer).__name__ == cls.__name__ and type(layer) is not cls:
+            own = cls(max_cache_len=layer.max_cache_len) if issubclass(cls, StaticRecurrentLayer) else cls()
+            own.record_past = layer.record_past
+            return own
+    return layer
+
+
 def adopt_cache(cache: Cache, config: PreTrainedConfig) -> None:
     """
     Make `cache` fit a model with recurrent layers, in place; a cache that already fits is left as it is.
 
-    A `DynamicCache()` that was made without a config gets the layers of `config`, and transformers' own sliding layers,
-    as long as they are empty, are replaced by [`SlidingWindowLayer`].
+    A `DynamicCache()` that was made without a config gets the layers of `config`. As long as they are empty,
+    transformers' own sliding layers are replaced by [`SlidingWindowLayer`], and the recurrent layers of another copy of
+    this module by its own: layer types are registered by name for the whole process, and a checkpoint may bring its
+    own version of this code.
 
     Args:
         cache (`transformers.Cache`): the cache passed to the model.
@@ -505,6 +523,8 @@ def adopt_cache(cache: Cache, config: PreTrainedConfig) -> None:
         elif isinstance(layer, DynamicSlidingWindowLayer) and not layer.is_initialized:
             cache.layers[i] = SlidingWindowLayer(sliding_window=layer.sliding_window)
             cache.layers[i].record_past = layer.record_past
+        elif not layer.is_initialized:
+            cache.layers[i] = _own_layer(layer, layer_type)
         if not isinstance(cache.layers[i], _LAYER_CLASSES[layer_type]):
             raise ValueError(
                 f"Layer {i} of the model is of type {layer_type!r}, and `past_key_values` has a "
