@@ -5,7 +5,6 @@ doi 10.36227/techrxiv.175790522.25734653.
 """
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -17,13 +16,12 @@ from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     MaskedLMOutput,
 )
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.gpt2.modeling_gpt2 import eager_attention_forward
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from .attention import attention
 from .cache import adopt_cache
 from .configuration.configuration_sumagg import SumAggConfig
 from .generation import RecurrentGenerationMixin
@@ -107,10 +105,8 @@ class SumAggAttention(nn.Module):
         self.layer_idx = layer_idx
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.scaling = self.head_dim**-0.5
-        self.attention_dropout = config.attention_dropout
         self.is_causal = config.is_causal
         self.is_sliding = config.layer_types[layer_idx] == "sliding_attention"
-        self.sliding_window = config.sliding_window if self.is_sliding else None
         self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
@@ -132,22 +128,10 @@ class SumAggAttention(nn.Module):
             padding = {"attention_mask": layout.attention_mask} if self.is_sliding else {}
             key_states, value_states = past_key_values.update(key_states, value_states, self.layer_idx, **padding)
 
-        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
+        output, weights = attention(
+            self, query_states, key_states, value_states, attention_mask, position_ids=layout.position_ids, **kwargs
         )
-        attn_output, attn_weights = attention_interface(
-            self,
-            query_states,
-            key_states,
-            value_states,
-            attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            sliding_window=self.sliding_window,
-            position_ids=layout.position_ids,
-            **kwargs,
-        )
-        return self.out_proj(attn_output.reshape(hidden_states.shape)), attn_weights
+        return self.out_proj(output), weights
 
 
 class SumAggMLP(nn.Module):
@@ -332,6 +316,7 @@ class SumAggForCausalLM(ForCausalLM, SumAggPreTrainedModel, RecurrentGenerationM
     """The summation aggregation model with a language modelling head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
 
     def __init__(self, config: SumAggConfig):
         super().__init__(config)
@@ -349,6 +334,7 @@ class SumAggForMaskedLM(SumAggPreTrainedModel):
     """The bidirectional summation aggregation model with a masked language modelling head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
 
     def __init__(self, config: SumAggConfig):
         super().__init__(config)

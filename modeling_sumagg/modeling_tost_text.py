@@ -2,7 +2,6 @@
 Variational Rate Reduction", Wu et al., ICLR 2025, arXiv 2412.17810."""
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -11,13 +10,12 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.gpt2.modeling_gpt2 import eager_attention_forward
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from .attention import attention
 from .cache import adopt_cache
 from .configuration.configuration_tost import ToSTTextConfig
 from .generation import RecurrentGenerationMixin
@@ -104,7 +102,6 @@ class ToSTTextAttention(nn.Module):
         self.scaling = self.head_dim**-0.5
         self.is_causal = True
         self.is_sliding = config.layer_types[layer_idx] == "sliding_attention"
-        self.sliding_window = config.sliding_window if self.is_sliding else None
         self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.use_bias)
         self.k_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.use_bias)
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.use_bias)
@@ -125,22 +122,10 @@ class ToSTTextAttention(nn.Module):
             padding = {"attention_mask": layout.attention_mask} if self.is_sliding else {}
             key_states, value_states = past_key_values.update(key_states, value_states, self.layer_idx, **padding)
 
-        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
+        output, weights = attention(
+            self, query_states, key_states, value_states, attention_mask, position_ids=layout.position_ids, **kwargs
         )
-        output, weights = attention_interface(
-            self,
-            query_states,
-            key_states,
-            value_states,
-            attention_mask,
-            dropout=self.config.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            sliding_window=self.sliding_window,
-            position_ids=layout.position_ids,
-            **kwargs,
-        )
-        return self.o_proj(output.reshape(hidden_states.shape)), weights
+        return self.o_proj(output), weights
 
 
 class ToSTTextMLP(nn.Module):
@@ -311,6 +296,7 @@ class ToSTForCausalLM(ForCausalLM, ToSTTextPreTrainedModel, RecurrentGenerationM
     """The ToST language model with its output projection."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
 
     def __init__(self, config: ToSTTextConfig):
         super().__init__(config)

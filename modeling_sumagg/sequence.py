@@ -17,6 +17,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from transformers.utils import is_tracing
 from transformers.utils.generic import is_flash_attention_requested
 
+from .attention import attends_in_blocks
 from .cache import SlidingWindowLayer, adopt_cache
 
 
@@ -161,6 +162,9 @@ def create_attention_masks(
                     config.sliding_window if is_sliding else None,
                 )
                 create, layer_mask = create_causal_mask, None
+            elif is_sliding and attends_in_blocks(config, length):
+                masks[layer_type] = None
+                continue
         masks[layer_type] = create(
             config=config,
             inputs_embeds=inputs_embeds,

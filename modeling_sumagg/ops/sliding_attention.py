@@ -1,0 +1,60 @@
+"""Causal sliding-window attention in time and memory linear in the sequence."""
+
+import torch
+import torch.nn.functional as F
+
+
+def sliding_window_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    sliding_window: int,
+    scaling: float,
+    dropout_p: float = 0.0,
+) -> torch.Tensor:
+    """
+    Softmax attention in which each query sees the `sliding_window` keys that end with its own.
+
+    The queries are cut into blocks of one window. A block sees its own keys and those of the block before, so that a
+    mask of two windows replaces the one of T × T.
+
+    Args:
+        query (`torch.Tensor` of shape `[B, H, T, p]`): the queries.
+        key, value (`torch.Tensor` of shape `[B, H, P + T, p]`): those of the `P < sliding_window` tokens before the
+            first query, and of the queries' own tokens.
+        sliding_window (`int`): the keys a query sees, its own included.
+        scaling (`float`): factor of the scores.
+        dropout_p (`float`, defaults to 0.0): dropout on the probabilities; for training only.
+
+    Returns:
+        `torch.Tensor` of shape `[B, H, T, p]`.
+
+    Raises:
+        `ValueError`: more keys before the first query than the window reaches.
+    """
+    batch_size, num_heads, length, head_dim = query.shape
+    past = key.shape[2] - length
+    if not 0 <= past < sliding_window:
+        raise ValueError(
+            f"A window of {sliding_window} takes 0 to {sliding_window - 1} keys before the first query, got {past}."
+        )
+    num_blocks = -(-length // sliding_window)
+    end = num_blocks * sliding_window - length
+
+    def blocks(x: torch.Tensor) -> torch.Tensor:
+        """Keys as `[B · blocks, H, 2 windows, p]`, the first block beginning one window before the first query."""
+        x = F.pad(x, (0, 0, sliding_window - past, end)).unfold(2, 2 * sliding_window, sliding_window)
+        return x.permute(0, 2, 1, 4, 3).reshape(batch_size * num_blocks, num_heads, 2 * sliding_window, -1)
+
+    query = F.pad(query, (0, 0, 0, end)).unflatten(2, (num_blocks, sliding_window)).transpose(1, 2).flatten(0, 1)
+    rows = torch.arange(sliding_window, device=query.device)[:, None]
+    columns = torch.arange(2 * sliding_window, device=query.device)
+    visible = (columns > rows) & (columns <= rows + sliding_window)
+    # Only the first block reaches back to where there is no key.
+    exists = columns >= F.pad(columns.new_full((1,), sliding_window - past), (0, num_blocks - 1))[:, None, None]
+    mask = (visible & exists)[None, :, None].expand(batch_size, -1, -1, -1, -1).flatten(0, 1)
+    output = F.scaled_dot_product_attention(
+        query, blocks(key), blocks(value), attn_mask=mask, scale=scaling, dropout_p=dropout_p
+    )
+    return output.unflatten(0, (batch_size, num_blocks)).transpose(1, 2).flatten(2, 3)[:, :, :length]
