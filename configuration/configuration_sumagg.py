@@ -75,6 +75,18 @@ class SumAggConfig(PreTrainedConfig):
 
     model_type = "sumagg"
     keys_to_ignore_at_inference = ["past_key_values"]
+    # Sums run channel by channel, so that each process sums, and keeps the decode state of, its own channels.
+    base_model_tp_plan = {
+        "embed_tokens": "embedding_rowwise",
+        "layers.*.mixer.in_proj": "colwise_gather_output",
+        "layers.*.mixer.hidden_proj": "colwise",
+        "layers.*.mixer.q_proj": "colwise",
+        "layers.*.mixer.k_proj": "colwise",
+        "layers.*.mixer.v_proj": "colwise",
+        "layers.*.mixer.out_proj": "rowwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
 
     vocab_size: int = 50257
     hidden_size: int = 768

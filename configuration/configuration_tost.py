@@ -69,6 +69,17 @@ class ToSTConfig(BackboneConfigMixin, PreTrainedConfig):
     ```"""
 
     model_type = "tost"
+    # The membership is a softmax over the heads: every process computes all of them, from sharded projections.
+    base_model_tp_plan = {
+        "encoder.layers.*.attention.w_proj": "colwise_gather_output",
+        "encoder.layers.*.attention.o_proj": "rowwise_split_input",
+        "encoder.layers.*.mlp.fc1": "colwise",
+        "encoder.layers.*.mlp.fc2": "rowwise",
+        "class_attention_layers.*.attention.qkv": "colwise_gather_output",
+        "class_attention_layers.*.attention.o_proj": "rowwise_split_input",
+        "class_attention_layers.*.mlp.fc1": "colwise",
+        "class_attention_layers.*.mlp.fc2": "rowwise",
+    }
 
     hidden_size: int = 384
     num_hidden_layers: int = 12
@@ -181,6 +192,17 @@ class ToSTTextConfig(PreTrainedConfig):
     model_type = "tost_text"
     keys_to_ignore_at_inference = ["past_key_values"]
     is_causal = True
+    # The membership is a softmax over the heads: every process computes all of them, from sharded projections.
+    base_model_tp_plan = {
+        "embed_tokens": "embedding_rowwise",
+        "layers.*.attention.w_proj": "colwise_gather_output",
+        "layers.*.attention.q_proj": "colwise_gather_output",
+        "layers.*.attention.k_proj": "colwise_gather_output",
+        "layers.*.attention.v_proj": "colwise_gather_output",
+        "layers.*.attention.o_proj": "rowwise_split_input",
+        "layers.*.mlp.fc1": "colwise",
+        "layers.*.mlp.fc2": "rowwise",
+    }
 
     vocab_size: int = 50304
     hidden_size: int = 768

@@ -16,6 +16,8 @@ from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     MaskedLMOutput,
 )
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.gpt2.modeling_gpt2 import eager_attention_forward
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
@@ -128,8 +130,16 @@ class SumAggAttention(nn.Module):
             padding = {"attention_mask": layout.attention_mask} if self.is_sliding else {}
             key_states, value_states = past_key_values.update(key_states, value_states, self.layer_idx, **padding)
 
+        interface = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         output, weights = attention(
-            self, query_states, key_states, value_states, attention_mask, position_ids=layout.position_ids, **kwargs
+            self,
+            interface,
+            query_states,
+            key_states,
+            value_states,
+            attention_mask,
+            position_ids=layout.position_ids,
+            **kwargs,
         )
         return self.out_proj(output), weights
 
@@ -159,6 +169,8 @@ class SumAggDecoderLayer(GradientCheckpointingLayer):
         self.norm_first = config.norm_position == "pre"
         self.mixer = SumAggSummation(config, layer_idx) if self.is_summation else SumAggAttention(config, layer_idx)
         self.mlp = SumAggMLP(config)
+        # Marked here, as `_init_weights` of a model outside transformers sees only modules with weights of their own.
+        self.mixer.out_proj.adds_to_stream = self.mlp.down_proj.adds_to_stream = self.norm_first
         self.mixer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout)
@@ -205,11 +217,10 @@ class SumAggPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, SumAggDecoderLayer) and self.config.norm_position == "pre":
+        if getattr(module, "adds_to_stream", False):
             # Each of the 2 L residual branches adds to the same stream, so each starts smaller.
             std = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
-            init.normal_(module.mixer.out_proj.weight, std=std)
-            init.normal_(module.mlp.down_proj.weight, std=std)
+            init.normal_(module.weight, std=std)
 
 
 class SumAggModel(SumAggPreTrainedModel):

@@ -10,6 +10,8 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.gpt2.modeling_gpt2 import eager_attention_forward
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import merge_with_config_defaults
@@ -122,8 +124,16 @@ class ToSTTextAttention(nn.Module):
             padding = {"attention_mask": layout.attention_mask} if self.is_sliding else {}
             key_states, value_states = past_key_values.update(key_states, value_states, self.layer_idx, **padding)
 
+        interface = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         output, weights = attention(
-            self, query_states, key_states, value_states, attention_mask, position_ids=layout.position_ids, **kwargs
+            self,
+            interface,
+            query_states,
+            key_states,
+            value_states,
+            attention_mask,
+            position_ids=layout.position_ids,
+            **kwargs,
         )
         return self.o_proj(output), weights
 
