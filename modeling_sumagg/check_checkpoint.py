@@ -38,12 +38,14 @@ def check_files(folder: Path) -> dict[str, str]:
 
 def run(model: transformers.PreTrainedModel) -> None:
     """One forward pass, and a short generation where the model can."""
-    if model.main_input_name == "pixel_values":
-        size = model.config.image_size
+    config, inputs = model.config, {}
+    if getattr(config, "vocab_size", None):
+        inputs["input_ids"] = torch.arange(8)[None] % config.vocab_size
+    if getattr(config, "num_numeric_features", 0):
+        inputs["numeric_features"] = torch.zeros(1, config.num_numeric_features)
+    if size := getattr(config, "image_size", None):
         height, width = (size, size) if isinstance(size, int) else size
-        inputs = {"pixel_values": torch.zeros(1, model.config.num_channels, height, width, dtype=model.dtype)}
-    else:
-        inputs = {"input_ids": torch.arange(8)[None] % model.config.vocab_size}
+        inputs["pixel_values"] = torch.zeros(1, config.num_channels, height, width)
     with torch.no_grad():
         outputs = model(**inputs).to_tuple()
     tensors = [output for output in outputs if isinstance(output, torch.Tensor)]
@@ -61,9 +63,9 @@ def check_checkpoint(folder: Path) -> None:
     classes = {name: get_class_from_dynamic_module(reference, str(folder)) for name, reference in auto_map.items()}
     config = classes["AutoConfig"].from_pretrained(folder)
     auto_name = next(name for name, cls in classes.items() if cls.__name__ == config.architectures[0])
-    model, info = getattr(transformers, auto_name).from_pretrained(
-        folder, trust_remote_code=True, output_loading_info=True
-    )
+    # `AutoBackbone` takes no local folder.
+    loader = classes[auto_name] if auto_name == "AutoBackbone" else getattr(transformers, auto_name)
+    model, info = loader.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
     wrong = {kind: sorted(keys) for kind, keys in info.items() if keys}
     if wrong:
         raise ValueError(f"The weights do not fit {config.architectures[0]}: {wrong}.")
@@ -71,7 +73,7 @@ def check_checkpoint(folder: Path) -> None:
     print(f"also loads as: {', '.join(sorted(set(classes) - {auto_name, 'AutoConfig'}))}")
     run(model.eval())
     if (folder / "tokenizer_config.json").is_file():
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
         if len(tokenizer) > config.vocab_size:
             raise ValueError(f"The tokenizer has {len(tokenizer)} tokens, and the model only {config.vocab_size}.")
         print(f"tokenizer: {type(tokenizer).__name__}, {len(tokenizer)} tokens")
@@ -82,6 +84,7 @@ def check_checkpoint(folder: Path) -> None:
 if __name__ == "__main__":
     sys.modules["modeling_sumagg"] = None
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         check_checkpoint(Path(sys.argv[1]))
     except Exception as error:

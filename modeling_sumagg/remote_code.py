@@ -1,8 +1,8 @@
 """Self-contained checkpoints: the code of a model family, written flat beside the weights.
 
 transformers loads the code of a checkpoint from one folder of modules that import each other as `from .name import …`.
-What is written here is our own source with its relative imports flattened to that form; nothing else is changed. A
-model loaded from such a folder carries the code on when it is saved again, by transformers' own means.
+What is written here is our own source with its relative imports flattened to that form and, at its end, the classes
+registered by `register_for_auto_class`: transformers itself then carries the code on when such a model is saved again.
 """
 
 import ast
@@ -20,7 +20,8 @@ from transformers.utils import CONFIG_NAME
 HEADER = """\
 # From the Python package modeling-sumagg {version} (Apache-2.0), module {module}.
 # Written beside the checkpoint so that it loads with `trust_remote_code=True` where the package is not installed: the
-# source unchanged but for this header and its relative imports, which name the modules of this folder.
+# source unchanged but for this header, its relative imports, which name the modules of this folder, and the classes
+# that it registers at its end, if any, so that the code is carried on when the model is saved again.
 """
 
 
@@ -38,7 +39,7 @@ def register_family(config_class: type[PreTrainedConfig], models: dict[type, typ
     AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
     for auto_class, model_class in models.items():
         auto_class.register(config_class, model_class, exist_ok=True)
-    classes = {"AutoConfig": config_class, **{auto_class.__name__: model for auto_class, model in models.items()}}
+    classes = {"AutoConfig": config_class} | {auto_class.__name__: model for auto_class, model in models.items()}
     write_json = config_class.to_json_file
 
     # `save_pretrained` takes stock of the folder first and uploads what changes after that; this is called in between.
@@ -46,7 +47,7 @@ def register_family(config_class: type[PreTrainedConfig], models: dict[type, typ
     def to_json_file(self, json_file_path: str | os.PathLike, use_diff: bool = True):
         path = Path(json_file_path)
         if type(self) is config_class and path.name == CONFIG_NAME:
-            for name, source in flat_sources(tuple({cls.__module__ for cls in classes.values()})).items():
+            for name, source in flat_sources(tuple(classes.items())).items():
                 (path.parent / name).write_text(source, encoding="utf-8")
             auto_map = {key: f"{cls.__module__.rpartition('.')[2]}.{cls.__name__}" for key, cls in classes.items()}
             self.auto_map = {**(getattr(self, "auto_map", None) or {}), **auto_map}
@@ -56,12 +57,12 @@ def register_family(config_class: type[PreTrainedConfig], models: dict[type, typ
 
 
 @functools.cache
-def flat_sources(modules: tuple[str, ...]) -> dict[str, str]:
+def flat_sources(classes: tuple[tuple[str, type], ...]) -> dict[str, str]:
     """
-    The modules and every module of this package that they import, directly or not, for one flat folder.
+    The modules of some classes, and every module of this package that they import, directly or not, for one flat folder.
 
     Args:
-        modules (`tuple[str, ...]`): full names, such as `"modeling_sumagg.modeling_tost"`.
+        classes (`tuple[tuple[str, type], ...]`): the name of an Auto class and the class it finds, one pair for each.
 
     Returns:
         `dict[str, str]`: the text of each file by its name.
@@ -70,7 +71,7 @@ def flat_sources(modules: tuple[str, ...]) -> dict[str, str]:
         `ValueError`: a module imports from a package instead of a module, or two modules have the same last name.
     """
     version = importlib.metadata.version("modeling-sumagg")
-    sources, origin, waiting = {}, {}, list(modules)
+    sources, origin, waiting = {}, {}, [cls.__module__ for _, cls in classes]
     while waiting:
         module = waiting.pop()
         name = module.rpartition(".")[2] + ".py"
@@ -78,7 +79,12 @@ def flat_sources(modules: tuple[str, ...]) -> dict[str, str]:
             raise ValueError(f"{origin[name]} and {module} would both be written to {name}: rename one of them.")
         if name not in sources:
             source, imported = flatten_imports(importlib.util.find_spec(module).loader.get_source(module), module)
-            sources[name] = HEADER.format(version=version, module=module) + source
+            registered = [
+                f'{cls.__name__}.register_for_auto_class("{key}")\n'
+                for key, cls in classes
+                if cls.__module__ == module
+            ]
+            sources[name] = "".join([HEADER.format(version=version, module=module), source, *registered])
             waiting += imported
     return sources
 

@@ -1,0 +1,45 @@
+"""Pull from the Hub without the package: both revisions side by side, the tokenizer, the card and the images."""
+
+import sys
+from pathlib import Path
+
+import torch
+from huggingface_hub import ModelCard
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+
+assert "modeling_sumagg" not in sys.modules
+root, first, second = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+recorded = load_file(root / "SumAggForCausalLM.safetensors")
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(recorded["input_ids"]).logits
+
+
+models = {
+    revision: AutoModelForCausalLM.from_pretrained("user/language", revision=revision, trust_remote_code=True)
+    for revision in (second, first, "main")
+}
+assert len({type(model) for model in models.values()}) == 2
+torch.testing.assert_close(logits(models[first]), recorded["output"], rtol=0, atol=0)
+torch.testing.assert_close(logits(models[second]), 2 * recorded["output"], rtol=1e-5, atol=1e-5)
+assert torch.equal(logits(models["main"]), logits(models[second]))
+for revision in (first, second, first):
+    tokens = models[revision].generate(recorded["input_ids"], max_new_tokens=3, do_sample=False)
+    assert tokens.shape == (2, 10)
+
+tokenizer = AutoTokenizer.from_pretrained("user/language", revision=first, trust_remote_code=True)
+assert tokenizer("w0 w1")["input_ids"] == [3, 4]
+assert ModelCard.load("user/language").data.library_name == "transformers"
+classify = pipeline("image-classification", "user/images", trust_remote_code=True)
+assert len(classify(Image.new("RGB", (40, 30), "red"))) == 3
+
+# Pulled by revision, changed, pushed elsewhere: it must carry its code, not point to where it came from.
+models[first].push_to_hub("user/again", token="hf_test")
+again = AutoModelForCausalLM.from_pretrained("user/again", trust_remote_code=True)
+assert torch.equal(logits(again), recorded["output"])
+print("ok")

@@ -1,0 +1,66 @@
+"""Over HTTP: push, pull without the package, pin a revision, and break an upload off."""
+
+import threading
+from pathlib import Path
+
+import pytest
+from checkpoints import save_with_outputs, text_config, tost_config
+from hub_server import HubServer
+from testing import build
+
+from modeling_sumagg import SumAggForCausalLM, ToSTForImageClassification
+from modeling_sumagg.hub import create_model_card
+
+
+@pytest.fixture
+def hub():
+    server = HubServer()
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_push_pull_pin_and_break_off(tmp_path, hub, clean_python, start_script, run_script):
+    import sys
+
+    root = tmp_path / "checkpoints"
+    model = build(SumAggForCausalLM, text_config(lm_head_bias=False, tie_word_embeddings=False))
+    save_with_outputs(model, "AutoModelForCausalLM", root / "SumAggForCausalLM")
+    images = build(ToSTForImageClassification, tost_config())
+    save_with_outputs(images, "AutoModelForImageClassification", root / "ToSTForImageClassification")
+    create_model_card(
+        model,
+        model_id="user/language",
+        dataset_type="random",
+        dataset_name="random tokens",
+        steps=0,
+        hyperparameters={"seed": 0},
+        metrics={"perplexity": 61.0},
+        baselines={"uniform": {"perplexity": 61.0}},
+    ).save(root / "card.md")
+
+    push = start_script(sys.executable, "push.py", root, HF_ENDPOINT=hub.endpoint)
+    revisions = []
+    for line in push.stdout:
+        if line.startswith("revision"):
+            revisions.append(line.split()[1])
+        if line.startswith("third"):
+            break
+    else:
+        raise AssertionError("the push failed")
+    repository = hub.repositories["user/language"]
+    before = list(repository.commits)
+    hub.stall.set()
+    push.stdin.write("\n")
+    push.stdin.flush()
+    assert hub.stalled.wait(60)
+    push.kill()
+    push.wait()
+    hub.stall.clear()
+    assert repository.commits == before
+
+    assert {path.name for path in Path(root / "SumAggForCausalLM").glob("*.py")} <= set(repository.commits[-1][1])
+    output = run_script(clean_python, "pull.py", root, *revisions, HF_ENDPOINT=hub.endpoint)
+    assert output.endswith("ok\n")
