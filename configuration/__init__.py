@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from .configuration_sumagg import SumAggConfig
+from .configuration_sumagg_multimodal import SumAggMultimodalConfig
 from .configuration_tost import ToSTConfig, ToSTTextConfig
 
 
@@ -22,4 +23,4 @@ def preset_path(name: str) -> str:
     return str(presets[name])
 
 
-__all__ = ["SumAggConfig", "ToSTConfig", "ToSTTextConfig", "preset_path"]
+__all__ = ["SumAggConfig", "SumAggMultimodalConfig", "ToSTConfig", "ToSTTextConfig", "preset_path"]

@@ -15,7 +15,8 @@ from transformers import (
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import is_vision_available
 
-from .configuration import SumAggConfig, ToSTConfig, ToSTTextConfig
+from .configuration import SumAggConfig, SumAggMultimodalConfig, ToSTConfig, ToSTTextConfig
+from .data_collator import DataCollatorForMultimodalRegression
 from .modeling_sumagg import (
     SumAggForCausalLM,
     SumAggForMaskedLM,
@@ -23,6 +24,7 @@ from .modeling_sumagg import (
     SumAggForTokenClassification,
     SumAggModel,
 )
+from .modeling_sumagg_multimodal import SumAggForMultimodalRegression
 from .modeling_tost import ToSTBackbone, ToSTForImageClassification, ToSTModel
 from .modeling_tost_text import (
     ToSTForCausalLM,
@@ -45,6 +47,7 @@ register_family(
         AutoModelForTokenClassification: SumAggForTokenClassification,
     },
 )
+register_family(SumAggMultimodalConfig, {AutoModelForSequenceClassification: SumAggForMultimodalRegression})
 register_family(
     ToSTConfig,
     {
@@ -67,12 +70,15 @@ register_family(
 
 
 __all__ = [
+    "DataCollatorForMultimodalRegression",
     "SumAggConfig",
     "SumAggForCausalLM",
     "SumAggForMaskedLM",
+    "SumAggForMultimodalRegression",
     "SumAggForSequenceClassification",
     "SumAggForTokenClassification",
     "SumAggModel",
+    "SumAggMultimodalConfig",
     "ToSTBackbone",
     "ToSTConfig",
     "ToSTForCausalLM",

@@ -1,0 +1,67 @@
+"""Batches of rows in which any modality may be missing."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase, default_data_collator
+
+
+@dataclass
+class DataCollatorForMultimodalRegression:
+    """
+    Collate rows for [`SumAggForMultimodalRegression`]. What a row lacks becomes what the model takes for "not given".
+
+    A row may have `input_ids` (and `attention_mask`), `numeric_features` (`F` numbers), `pixel_values` (an array
+    `[channels, height, width]`) and `label` or `labels`. A modality that is `None` or absent becomes an all-zero mask,
+    NaN numbers or a NaN image; `None` among the numbers becomes NaN. A modality that no row of the batch has is left out.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): pads the texts; needed where rows have `input_ids`.
+        pad_to_multiple_of (`int`, *optional*): pad the texts to a multiple of this length.
+
+    Returns:
+        `dict[str, torch.Tensor]`: `input_ids` and `attention_mask` `[B, T]` int64, `numeric_features` `[B, F]` float32,
+        `pixel_values` `[B, channels, height, width]` float32, and `labels`.
+
+    Raises:
+        `ValueError`: rows have `input_ids` and there is no tokenizer, or rows have numbers or images of several shapes.
+    """
+
+    tokenizer: PreTrainedTokenizerBase | None = None
+    pad_to_multiple_of: int | None = None
+
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        batch = {}
+        if any(row.get("input_ids") is not None for row in features):
+            batch.update(self._pad_texts(features))
+        for name in ("numeric_features", "pixel_values"):
+            rows = [row.get(name) for row in features]
+            if any(row is not None for row in rows):
+                batch[name] = _stack(name, rows)
+        labels = [{key: row[key] for key in ("label", "labels") if key in row} for row in features]
+        return {**batch, **default_data_collator(labels)}
+
+    def _pad_texts(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        if self.tokenizer is None:
+            raise ValueError("Rows have `input_ids`: give the collator the `tokenizer` that pads them.")
+        texts = []
+        for row in features:
+            input_ids = [] if row.get("input_ids") is None else np.asarray(row["input_ids"], dtype=np.int64).tolist()
+            mask = row.get("attention_mask") if input_ids else []
+            mask = [1] * len(input_ids) if mask is None else np.asarray(mask, dtype=np.int64).tolist()
+            texts.append({"input_ids": input_ids, "attention_mask": mask})
+        padded = self.tokenizer.pad(texts, pad_to_multiple_of=self.pad_to_multiple_of)
+        return {name: torch.tensor(padded[name], dtype=torch.long) for name in ("input_ids", "attention_mask")}
+
+
+def _stack(name: str, rows: Sequence[Any]) -> torch.Tensor:
+    """The rows as one float32 tensor, NaN for a row that is `None`."""
+    arrays = [None if row is None else np.asarray(row, dtype=np.float32) for row in rows]
+    shapes = {array.shape for array in arrays if array is not None}
+    if len(shapes) > 1:
+        raise ValueError(f"`{name}` must have the same shape in every row, got {sorted(shapes)}.")
+    missing = np.full(shapes.pop(), np.nan, dtype=np.float32)
+    return torch.from_numpy(np.stack([missing if array is None else array for array in arrays]))

@@ -1,0 +1,278 @@
+"""The multimodal summation aggregation model: text, numbers and images summed into one latent vector.
+
+P. Ekin, "Summation-Based Transformers: A Path Toward Linear Complexity Sequence Modeling", TechRxiv 2025,
+doi 10.36227/techrxiv.175790522.25734653.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple, is_tracing
+
+from .configuration.configuration_sumagg_multimodal import SumAggMultimodalConfig
+from .heads import check_labels
+from .modeling_sumagg import SumAggPositionModulation
+from .ops.summation import bidirectional_sum
+from .sequence import check_ids, sequence_layout
+
+
+def sum_given(terms: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
+    """Sum over the terms given, `[B, N, d]` with `given` `[B, N]` to `[B, d]`, accumulated in float32."""
+    return bidirectional_sum(terms, attention_mask=given)[:, 0]
+
+
+class SumAggSequenceSum(nn.Module):
+    """`relu(Dense_d(sum_t relu(W h_t)))` over the terms given, tokens or patches; zero where none is."""
+
+    def __init__(self, config: SumAggMultimodalConfig):
+        super().__init__()
+        self.proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
+        summed = self.dense(sum_given(self.proj(hidden_states).relu(), given)).relu()
+        return summed.masked_fill(~given.any(dim=1, keepdim=True), 0)
+
+
+class SumAggTextBranch(nn.Module):
+    """The text, from `E[x_t]` `[B, T, d]` to `[B, d]`: the sum over `h_t = E[x_t] * (P_t + b)`."""
+
+    def __init__(self, config: SumAggMultimodalConfig):
+        super().__init__()
+        self.modulation = SumAggPositionModulation(config)
+        self.sequence_sum = SumAggSequenceSum(config)
+
+    def forward(self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        layout = sequence_layout(inputs_embeds, attention_mask, None, None)
+        given = layout.attention_mask
+        if given is None:
+            given = inputs_embeds.new_ones(inputs_embeds.shape[:2], dtype=torch.bool)
+        return self.sequence_sum(self.modulation(inputs_embeds, layout.position_ids), given)
+
+
+class SumAggFeatureDense(nn.Module):
+    """A dense layer of its own for each feature, `relu(W_f x_f + b_f)`: `[B, F, in]` to `[B, F, out]`."""
+
+    def __init__(self, num_features: int, in_features: int, out_features: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_features, in_features, out_features))
+        self.bias = nn.Parameter(torch.empty(num_features, out_features))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return (torch.einsum("bfi,fio->bfo", hidden_states, self.weight) + self.bias).relu()
+
+
+class SumAggNumericBranch(nn.Module):
+    """
+    The numbers, `[B, F]` to `[B, d]`: two dense layers of its own for each feature, the sum over the features given,
+    two more dense layers; zero where no feature is given.
+    """
+
+    def __init__(self, config: SumAggMultimodalConfig):
+        super().__init__()
+        self.mean, self.std = config.numeric_mean, config.numeric_std
+        self.num_features = config.num_numeric_features
+        self.feature_dense1 = SumAggFeatureDense(self.num_features, 1, config.hidden_size)
+        self.feature_dense2 = SumAggFeatureDense(self.num_features, config.hidden_size, config.hidden_size)
+        self.dense1 = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dense2 = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, numeric_features: torch.Tensor) -> torch.Tensor:
+        if numeric_features.dim() != 2 or numeric_features.shape[1] != self.num_features:
+            raise ValueError(
+                f"`numeric_features` must have the shape [B, F] with F = {self.num_features} "
+                f"(`config.num_numeric_features`), got {list(numeric_features.shape)}."
+            )
+        if not numeric_features.is_floating_point():
+            raise TypeError(f"`numeric_features` must be of a floating dtype, got {numeric_features.dtype}.")
+        if not is_tracing(numeric_features) and numeric_features.device.type != "meta":
+            if numeric_features.isinf().any():
+                raise ValueError(
+                    "`numeric_features` must be finite, or NaN where a feature is not given, got infinity."
+                )
+
+        given = ~numeric_features.isnan()
+        # Before any weight, since the gradient of NaN times a weight is NaN.
+        features = numeric_features.masked_fill(~given, 0)
+        if self.mean is not None:
+            # In float32 whatever the model's dtype, which may not tell 2024 from 2025.
+            features = features.to(torch.promote_types(features.dtype, torch.float32))
+            features = (features - features.new_tensor(self.mean)) / features.new_tensor(self.std)
+        hidden_states = features.to(self.dense1.weight.dtype)[..., None]
+        hidden_states = self.feature_dense2(self.feature_dense1(hidden_states))
+        summed = self.dense2(self.dense1(sum_given(hidden_states, given)).relu()).relu()
+        return summed.masked_fill(~given.any(dim=1, keepdim=True), 0)
+
+
+class SumAggImageBranch(nn.Module):
+    """The image, `[B, channels, height, width]` to `[B, d]`: the sum over its patches, `h_n = patch_n * (P_n + b)`."""
+
+    def __init__(self, config: SumAggMultimodalConfig):
+        super().__init__()
+        self.patch_size = config.patch_size
+        self.position_bias = config.position_bias
+        height, width = (config.image_size,) * 2 if isinstance(config.image_size, int) else config.image_size
+        self.image_shape = (config.num_channels, height, width)
+        self.patch_embeddings = nn.Conv2d(
+            config.num_channels, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size
+        )
+        num_patches = (height // config.patch_size) * (width // config.patch_size)
+        self.position_embeddings = nn.Embedding(num_patches, config.hidden_size)
+        self.sequence_sum = SumAggSequenceSum(config)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        if pixel_values.dim() != 4 or pixel_values.shape[1:] != self.image_shape:
+            raise ValueError(
+                f"`pixel_values` must have the shape [B, channels, height, width] = [B, "
+                f"{', '.join(map(str, self.image_shape))}], got {list(pixel_values.shape)}."
+            )
+        missing = pixel_values.isnan()
+        patch_missing = F.max_pool2d(missing.any(dim=1, keepdim=True).float(), self.patch_size).flatten(1).bool()
+        pixel_values = pixel_values.masked_fill(missing, 0).to(self.patch_embeddings.weight.dtype)
+        patches = self.patch_embeddings(pixel_values).flatten(2).transpose(1, 2)
+        return self.sequence_sum(patches * (self.position_embeddings.weight + self.position_bias), ~patch_missing)
+
+
+class SumAggMultimodalPreTrainedModel(PreTrainedModel):
+    config: SumAggMultimodalConfig
+    input_modalities = ("text", "image")
+    _no_split_modules = ["SumAggTextBranch", "SumAggNumericBranch", "SumAggImageBranch"]
+    _can_compile_fullgraph = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        # Glorot's bounds: without residuals and norms, narrower weights would shrink what every further layer sees.
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            init.xavier_uniform_(module.weight)
+        elif isinstance(module, SumAggFeatureDense):
+            bound = math.sqrt(6 / (module.weight.shape[1] + module.weight.shape[2]))
+            init.uniform_(module.weight, -bound, bound)
+            init.zeros_(module.bias)
+
+
+class SumAggForMultimodalRegression(SumAggMultimodalPreTrainedModel):
+    """
+    Regression (or, by `config.problem_type`, classification) from text, numbers and images. Each modality becomes a
+    vector of width d; the vectors are added into one latent `z`, and the output is `Dense(dropout(relu(Dense_64(relu(
+    Dense_256(z))))))`. A modality that is not given adds nothing to `z`, for a whole batch or for some of its rows.
+    """
+
+    # The mean squared error is a mean over the batch: `Trainer` has to divide by the accumulation steps.
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: SumAggMultimodalConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.loss_type = "ForSequenceClassification"
+        if config.vocab_size is not None:
+            self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+            self.text_branch = SumAggTextBranch(config)
+        if config.num_numeric_features > 0:
+            self.numeric_branch = SumAggNumericBranch(config)
+        if config.image_size is not None:
+            self.image_branch = SumAggImageBranch(config)
+        sizes = [config.hidden_size, *config.head_hidden_sizes]
+        self.head = nn.ModuleList([nn.Linear(a, b) for a, b in zip(sizes[:-1], sizes[1:], strict=True)])
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.score = nn.Linear(sizes[-1], config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        numeric_features: torch.FloatTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> SequenceClassifierOutput:
+        r"""
+        Any of the modalities may be left out; a row with nothing at all gets the prediction of a zero latent.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `[B, T]`, *optional*): token ids.
+            attention_mask (`torch.Tensor` of shape `[B, T]`, *optional*): 1 for real tokens, 0 for padding, which may
+                stand anywhere. A row of zeros has no text. Without a mask every token is real, whatever its id.
+            numeric_features (`torch.FloatTensor` of shape `[B, F]`, *optional*): the numbers, in their own units where
+                the config has `numeric_mean` and `numeric_std`, and otherwise standardised by the caller. NaN: this
+                feature is not given. A row of NaN has no numbers.
+            pixel_values (`torch.FloatTensor` of shape `[B, channels, height, width]`, *optional*): the images, as an
+                image processor makes them. A patch with a NaN in it is not given; an image of NaN is no image.
+            inputs_embeds (`torch.FloatTensor` of shape `[B, T, d]`, *optional*): embeddings, before modulation,
+                instead of `input_ids`.
+            labels (`torch.Tensor`, *optional*): targets `[B, num_labels]`, or `[B]` for one label, in the units of the
+                predictions; class indices `[B]` for single-label classification; 0.0 and 1.0 `[B, num_labels]` for
+                several labels.
+
+        Returns:
+            [`~transformers.modeling_outputs.SequenceClassifierOutput`]: `logits` `[B, num_labels]`, at least float32:
+                the predictions, in the labels' own units where the config has `label_mean` and `label_std`. `loss` is
+                then the mean squared error in units of the labels' variance.
+
+        Raises:
+            `TypeError`: `numeric_features` of an integer dtype.
+            `ValueError`: no modality is given, or one that this model does not have; both `input_ids` and
+                `inputs_embeds`; an id outside the vocabulary; more tokens than positions; an infinite number; a wrong
+                shape.
+        """
+        if input_ids is not None and inputs_embeds is not None:
+            raise ValueError("Pass one of `input_ids` and `inputs_embeds`, not both.")
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        if tokens is None and numeric_features is None and pixel_values is None:
+            raise ValueError(
+                "No modality is given: pass at least one of `input_ids`, `numeric_features` and `pixel_values`."
+            )
+        for name, value, size_name, size in (
+            ("input_ids", tokens, "vocab_size", self.config.vocab_size),
+            ("numeric_features", numeric_features, "num_numeric_features", self.config.num_numeric_features),
+            ("pixel_values", pixel_values, "image_size", self.config.image_size),
+        ):
+            if value is not None and not size:
+                raise ValueError(f"`{name}` is given, but the model was built without (`config.{size_name}`={size}).")
+
+        latents = []
+        # Texts that are all empty have no tokens, not even padding.
+        if tokens is not None and tokens.shape[1] > 0:
+            if inputs_embeds is None:
+                check_ids("input_ids", input_ids, self.embed_tokens.num_embeddings, "ids of the vocabulary")
+                inputs_embeds = self.embed_tokens(input_ids)
+            latents.append(self.text_branch(inputs_embeds, attention_mask))
+        if numeric_features is not None:
+            latents.append(self.numeric_branch(numeric_features))
+        if pixel_values is not None:
+            latents.append(self.image_branch(pixel_values))
+        hidden_states = sum(latents) if latents else self.score.weight.new_zeros(len(tokens), self.config.hidden_size)
+
+        for dense in self.head:
+            hidden_states = dense(hidden_states).relu()
+        scores = self.score(self.dropout(hidden_states))
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        logits = scores
+        if self.config.label_mean is not None:
+            logits = scores * scores.new_tensor(self.config.label_std) + scores.new_tensor(self.config.label_mean)
+        loss = self._loss(labels, scores) if labels is not None else None
+        return SequenceClassifierOutput(loss=loss, logits=logits)
+
+    def _loss(self, labels: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        is_class = self.config.problem_type == "single_label_classification"
+        if is_class or (self.num_labels == 1 and labels.dim() == 1):
+            check_labels(labels, scores.shape[:1], "[B]", self.num_labels if is_class else None)
+        else:
+            check_labels(labels, scores.shape, "[B, num_labels]", None)
+        if not is_class:
+            labels = labels.to(scores)
+        if self.config.label_mean is not None:
+            labels = (labels - labels.new_tensor(self.config.label_mean)) / labels.new_tensor(self.config.label_std)
+        return self.loss_function(labels=labels, pooled_logits=scores, config=self.config)
+
+
+__all__ = ["SumAggForMultimodalRegression", "SumAggMultimodalPreTrainedModel"]
