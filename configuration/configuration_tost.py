@@ -69,17 +69,6 @@ class ToSTConfig(BackboneConfigMixin, PreTrainedConfig):
     ```"""
 
     model_type = "tost"
-    # The membership is a softmax over the heads: every process computes all of them, from sharded projections.
-    base_model_tp_plan = {
-        "encoder.layers.*.attention.w_proj": "colwise_gather_output",
-        "encoder.layers.*.attention.o_proj": "rowwise_split_input",
-        "encoder.layers.*.mlp.fc1": "colwise",
-        "encoder.layers.*.mlp.fc2": "rowwise",
-        "class_attention_layers.*.attention.qkv": "colwise_gather_output",
-        "class_attention_layers.*.attention.o_proj": "rowwise_split_input",
-        "class_attention_layers.*.mlp.fc1": "colwise",
-        "class_attention_layers.*.mlp.fc2": "rowwise",
-    }
 
     hidden_size: int = 384
     num_hidden_layers: int = 12

@@ -288,6 +288,14 @@ class ToSTPreTrainedModel(PreTrainedModel):
 class ToSTEncoder(ToSTPreTrainedModel):
     """The token statistics blocks."""
 
+    # The membership is a softmax over the heads: every process computes all of them, from sharded projections.
+    _tp_plan = {
+        "layers.*.attention.w_proj": "colwise_gather_output",
+        "layers.*.attention.o_proj": "rowwise_split_input",
+        "layers.*.mlp.fc1": "colwise",
+        "layers.*.mlp.fc2": "rowwise",
+    }
+
     def __init__(self, config: ToSTConfig):
         super().__init__(config)
         self.layers = nn.ModuleList([ToSTLayer(config) for _ in range(config.num_hidden_layers)])
@@ -302,6 +310,14 @@ class ToSTEncoder(ToSTPreTrainedModel):
 
 class ToSTModel(ToSTPreTrainedModel):
     """ToST vision model: convolutional patches, token statistics blocks, then class attention."""
+
+    # q, k and v are one map, whose shards would not be whole heads.
+    _tp_plan = {
+        "class_attention_layers.*.attention.qkv": "colwise_gather_output",
+        "class_attention_layers.*.attention.o_proj": "rowwise_split_input",
+        "class_attention_layers.*.mlp.fc1": "colwise",
+        "class_attention_layers.*.mlp.fc2": "rowwise",
+    }
 
     def __init__(self, config: ToSTConfig):
         super().__init__(config)
