@@ -1,0 +1,213 @@
+"""Every model class, held to the tests that transformers holds its own models to.
+
+For each class of `CLASSES` a test case is made of transformers' mixins, as the test file of a native model does.
+`NOT_APPLICABLE` is the one table of what is left out, with reasons.
+"""
+
+import functools
+import multiprocessing
+import sys
+import unittest
+
+import pytest
+import torch
+from source_distribution import import_path
+
+import modeling_sumagg
+from modeling_sumagg import SumAggConfig, ToSTConfig, ToSTTextConfig
+
+
+try:
+    sys.path += import_path()
+except OSError as error:
+    pytest.skip(f"transformers' source distribution is not to be had: {error}", allow_module_level=True)
+
+from transformers.models.auto import modeling_auto
+from transformers_tests import test_fsdp_mixin, test_tensor_parallel_mixin
+from transformers_tests.generation.test_utils import GenerationTesterMixin
+from transformers_tests.test_backbone_common import BackboneTesterMixin
+from transformers_tests.test_configuration_common import ConfigTester
+from transformers_tests.test_modeling_common import ModelTesterMixin, floats_tensor, ids_tensor, random_attention_mask
+from transformers_tests.test_training_mixin import TrainingTesterMixin
+
+
+TOST = ("ToSTModel", "ToSTForImageClassification", "ToSTBackbone")
+# test name -> reason; or "ClassName.test name" for one class.
+NOT_APPLICABLE: dict[str, str] = {
+    **{f"{name}.test_attention_outputs": "a membership is [B, K, N]: there are no pairwise weights" for name in TOST},
+    **{f"{name}.test_model_get_set_embeddings": "images have no embedding table" for name in TOST},
+    "ToSTBackbone.test_retain_grad_hidden_states_attentions": "the first output is a tuple of feature maps",
+}
+
+# The mixins choose labels and expectations by these names, which only native models are listed under.
+for mapping, task in {
+    "MODEL_MAPPING_NAMES": "Model",
+    "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES": "ForCausalLM",
+    "MODEL_FOR_MASKED_LM_MAPPING_NAMES": "ForMaskedLM",
+    "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES": "ForSequenceClassification",
+    "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES": "ForTokenClassification",
+    "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES": "ForImageClassification",
+    "MODEL_FOR_BACKBONE_MAPPING_NAMES": "Backbone",
+}.items():
+    for model_type, family in {"sumagg": "SumAgg", "tost": "ToST", "tost_text": "ToSTText"}.items():
+        if hasattr(modeling_sumagg, f"{family}{task}"):
+            getattr(modeling_auto, mapping)[model_type] = f"{family}{task}"
+modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["tost_text"] = "ToSTForCausalLM"
+# Each distributed test starts processes: they are forked off one that has imported what they need.
+multiprocessing.set_forkserver_preload(["transformers.testing_utils", "transformers.trainer_utils", "modeling_sumagg"])
+torch.multiprocessing.spawn = functools.partial(torch.multiprocessing.start_processes, start_method="forkserver")
+# By default the distributed tests run for a few model types only.
+test_tensor_parallel_mixin.TP_DISTRIBUTED_TEST_MODEL_TYPES = None
+test_fsdp_mixin.FSDP_DISTRIBUTED_TEST_MODEL_TYPES = None
+
+
+class TextModelTester:
+    """Small configs and inputs, under the names that the mixins read."""
+
+    def __init__(self, model_class):
+        self.model_class = model_class
+        self.causal_lm_class = model_class if model_class.__name__.endswith("ForCausalLM") else None
+        self.is_training = True
+        self.batch_size, self.seq_length = 3, 7
+        self.vocab_size, self.hidden_size, self.num_hidden_layers, self.num_attention_heads = 99, 32, 2, 2
+        self.intermediate_size = 37
+        self.options = {}
+
+    def get_config(self):
+        return self.model_class.config_class(
+            vocab_size=self.vocab_size,
+            hidden_size=self.hidden_size,
+            num_hidden_layers=self.num_hidden_layers,
+            num_attention_heads=self.num_attention_heads,
+            intermediate_size=self.intermediate_size,
+            max_position_embeddings=512,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
+            **self.options,
+        )
+
+    def prepare_config_and_inputs_for_common(self):
+        inputs = {
+            "input_ids": ids_tensor([self.batch_size, self.seq_length], self.vocab_size),
+            "attention_mask": random_attention_mask([self.batch_size, self.seq_length]),
+        }
+        return self.get_config(), inputs
+
+
+class SumAggTester(TextModelTester):
+    def __init__(self, model_class):
+        super().__init__(model_class)
+        self.options = {"is_causal": not model_class.__name__.endswith(("ForMaskedLM", "ForTokenClassification"))}
+
+
+class ToSTTextTester(TextModelTester):
+    def __init__(self, model_class):
+        super().__init__(model_class)
+        self.options = {"layer_types": ["token_statistics", "full_attention"]}
+
+
+class TextTests:
+    # No file of ours has the copyright line by which the test would tell that it was written after 2022.
+    test_can_init_all_missing_weights_before_2023 = True
+
+    def test_config(self):
+        sizes = {"hidden_size": 32, "num_attention_heads": 2}
+        ConfigTester(self, config_class=self.model_tester.model_class.config_class, **sizes).run_common_tests()
+
+    def test_attention_outputs(self):
+        # It counts one map of pairwise weights a layer.
+        self.model_tester.options["layer_types"] = ["full_attention"] * self.model_tester.num_hidden_layers
+        super().test_attention_outputs()
+
+    def test_retain_grad_hidden_states_attentions(self):
+        # Memberships are read out beside the operator, so that no gradient flows through them.
+        self.model_tester.options["layer_types"] = ["full_attention"] * self.model_tester.num_hidden_layers
+        super().test_retain_grad_hidden_states_attentions()
+
+
+class ToSTTester:
+    def __init__(self, model_class):
+        self.model_class = model_class
+        self.is_training = True
+        self.batch_size, self.image_size, self.num_channels, self.num_labels = 3, 32, 3, 4
+        self.hidden_size, self.num_hidden_layers, self.num_attention_heads = 32, 2, 2
+        self.seq_length = (self.image_size // 8) ** 2
+
+    def get_config(self):
+        return ToSTConfig(
+            hidden_size=self.hidden_size,
+            num_hidden_layers=self.num_hidden_layers,
+            num_attention_heads=self.num_attention_heads,
+            num_class_attention_layers=1,
+            image_size=self.image_size,
+            patch_size=8,
+            num_labels=self.num_labels,
+        )
+
+    def prepare_config_and_inputs_for_common(self):
+        shape = [self.batch_size, self.num_channels, self.image_size, self.image_size]
+        return self.get_config(), {"pixel_values": floats_tensor(shape)}
+
+
+class ToSTTests:
+    test_resize_embeddings = False
+    test_can_init_all_missing_weights_before_2023 = True
+
+    def test_retain_grad_hidden_states_attentions(self):
+        # Memberships are read out beside the operator, so that no gradient flows through them.
+        self.has_attentions = False
+        super().test_retain_grad_hidden_states_attentions()
+
+    def test_config(self):
+        tester = ConfigTester(self, config_class=ToSTConfig, has_text_modality=False, hidden_size=32)
+        tester.run_common_tests()
+
+
+CAUSAL_LM_MIXINS = (
+    GenerationTesterMixin,
+    TrainingTesterMixin,
+    test_tensor_parallel_mixin.TensorParallelTesterMixin,
+    test_fsdp_mixin.FSDPTesterMixin,
+)
+FAMILIES = {
+    SumAggConfig: (SumAggTester, TextTests),
+    ToSTConfig: (ToSTTester, ToSTTests),
+    ToSTTextConfig: (ToSTTextTester, TextTests),
+}
+
+
+def conformance(model_class):
+    """The test case of one model class."""
+    tester_class, family_tests = FAMILIES[model_class.config_class]
+    name = model_class.__name__
+    mixins = [family_tests]
+    if name.endswith("ForCausalLM"):
+        mixins += CAUSAL_LM_MIXINS
+    if name.endswith("Backbone"):
+        mixins.append(BackboneTesterMixin)
+
+    def set_up(self):
+        torch.manual_seed(0)
+        self.model_tester = tester_class(model_class)
+
+    attributes = {
+        "__module__": __name__,
+        "all_model_classes": (model_class,),
+        "config_class": model_class.config_class,
+        "model_tester": None,
+        "setUp": set_up,
+    }
+    case = type(f"{name}Conformance", (*mixins, ModelTesterMixin, unittest.TestCase), attributes)
+    for key, reason in NOT_APPLICABLE.items():
+        class_name, _, test = key.rpartition(".")
+        if class_name in ("", name) and hasattr(case, test):
+            setattr(case, test, unittest.skip(reason)(getattr(case, test)))
+    return case
+
+
+for model_class in vars(modeling_sumagg).values():
+    if isinstance(model_class, type) and getattr(model_class, "config_class", None) in FAMILIES:
+        case = conformance(model_class)
+        globals()[case.__name__] = case
+del case, model_class
