@@ -27,7 +27,6 @@ from transformers import (
     AutoTokenizer,
     GenerationConfig,
     HfArgumentParser,
-    PreTrainedModel,
     PreTrainedTokenizerFast,
     TextStreamer,
     TrainingArguments,
@@ -36,6 +35,7 @@ from transformers import (
 )
 
 from modeling_sumagg import SumAggConfig
+from modeling_sumagg.hub import decode_state_size
 
 
 @dataclass
@@ -73,19 +73,6 @@ def mean_token_bytes(tokenizer: PreTrainedTokenizerFast, token_ids: list[int]) -
     """Mean bytes of text a token. Byte-level BPE writes a byte as one character; special tokens are no text."""
     tokens = tokenizer.convert_ids_to_tokens(token_ids)
     return sum(len(token) for token in tokens if token not in tokenizer.all_special_tokens) / len(tokens)
-
-
-def decode_state_bytes(model: PreTrainedModel, length: int, layer_type: str) -> int:
-    """Bytes of the cache that the layers of one type hold for one sequence of `length` tokens."""
-    input_ids = torch.zeros(1, length, dtype=torch.long)
-    with torch.no_grad():
-        cache = model(input_ids, use_cache=True, logits_to_keep=1).past_key_values
-    total = 0
-    for layer, kind in zip(cache.layers, model.config.layer_types, strict=True):
-        if kind == layer_type:
-            tensors = layer.state if kind == "summation" else (layer.keys, layer.values)
-            total += sum(tensor.nbytes for tensor in tensors)
-    return total
 
 
 def main() -> None:
@@ -154,7 +141,7 @@ def main() -> None:
     trainer.save_model()
 
     held_out = {"input_ids": torch.tensor(blocks["held out"][:1])}
-    model = check_reload(AutoModelForCausalLM, model, arguments.output_dir, held_out)
+    model = check_reload(AutoModelForCausalLM, trainer, held_out)
     tokenizer = AutoTokenizer.from_pretrained(arguments.output_dir)
     print(f"\nReloaded from {arguments.output_dir}: the logits are identical. The model writes:\n")
     inputs = tokenizer(arguments.prompt, return_tensors="pt")
@@ -173,11 +160,15 @@ def main() -> None:
         print("  The model is no better than the frequencies: train it for more steps.")
 
     length = arguments.context_length
-    attention_bytes = 2 * length * config.num_hidden_layers * config.hidden_size * model.dtype.itemsize
-    print(f"\nDecode state of one sequence of {length} tokens")
-    print(f"  {decode_state_bytes(model, length, 'summation'):12,} bytes in the summation layers, at any length")
-    print(f"  {decode_state_bytes(model, length, 'full_attention'):12,} bytes in the attention layer, growing")
-    print(f"  {attention_bytes:12,} bytes in a model of this size with attention in every layer, growing")
+    constant, per_token = decode_state_size(model)
+    attention = 2 * config.num_hidden_layers * config.hidden_size * model.dtype.itemsize
+    print("\nDecode state of one sequence, in bytes        summation   attention       total")
+    for name, sums, keys_and_values in (
+        ("this model", constant, per_token),
+        ("attention in every layer", 0, attention),
+    ):
+        total = sums + length * keys_and_values
+        print(f"  {name:36}{sums:16,}{length * keys_and_values:12,}{total:12,}  at {length} tokens")
 
     training_speed = training["train_samples_per_second"] * length
     print(f"\nTraining {training_speed:,.0f} tokens/s, decoding {decoding_speed:,.0f} tokens/s")

@@ -1,19 +1,212 @@
-"""What the training scripts have in common: tokenizers, baselines, plots, and the check of what was saved."""
+"""What the training scripts have in common: arguments, data, models, baselines, plots, and the check of what was saved."""
 
-from collections.abc import Iterable, Iterator
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from datasets import DatasetDict, IterableDatasetDict, load_dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerFast, Trainer
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    HfArgumentParser,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Trainer,
+)
 
+from modeling_sumagg.configuration import preset_path
+from modeling_sumagg.hub import create_model_card
 from modeling_sumagg.training import decay_parameter_names
 
 
 END_OF_TEXT = "<|endoftext|>"
+
+# A model for a few minutes on two cores; `--config_overrides` changes it.
+SMALL_MODEL = {
+    "model_type": "sumagg",
+    "hidden_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "max_position_embeddings": 1024,
+}
+
+DATA_LOADERS = {
+    ".csv": ("csv", {"keep_default_na": False}),
+    ".json": ("json", {}),
+    ".jsonl": ("json", {}),
+    ".parquet": ("parquet", {}),
+    ".txt": ("text", {"sample_by": "document"}),
+}
+
+
+@dataclass
+class ModelArguments:
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "A checkpoint to start from: a folder or a Hub id."}
+    )
+    preset: str | None = field(
+        default=None, metadata={"help": "A named architecture to train from scratch, such as sumagg-hybrid-small."}
+    )
+    config_overrides: str = field(
+        default="{}",
+        metadata={"help": 'Config values to replace, as JSON: \'{"model_type": "tost_text", "hidden_size": 384}\'.'},
+    )
+    tokenizer_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "A tokenizer: a folder or a Hub id. By default the checkpoint's, or one learned from the data."
+        },
+    )
+    vocab_size: int = field(default=4096, metadata={"help": "Tokens of a tokenizer learned from the data."})
+    dtype: str = field(default="float32", metadata={"help": "dtype of the weights, such as bfloat16."})
+    attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flex_attention, ..."})
+
+    def __post_init__(self):
+        if self.model_name_or_path is not None and self.preset is not None:
+            raise ValueError("Give --model_name_or_path or --preset, not both.")
+
+
+@dataclass
+class DataArguments:
+    dataset_name: str | None = field(default=None, metadata={"help": "A data set of the Hub, or a local folder."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "The data set's configuration."})
+    train_file: str | None = field(default=None, metadata={"help": "A csv, json, jsonl, parquet or txt file."})
+    validation_file: str | None = field(default=None, metadata={"help": "The same for the held-out data."})
+    text_column_name: str = field(default="text", metadata={"help": "Column with the texts."})
+    streaming: bool = field(default=False, metadata={"help": "Read the data while training; needs --max_steps."})
+    held_out_share: float = field(
+        default=0.1, metadata={"help": "Share of the training rows split off where there is no held-out split."}
+    )
+    held_out_rows: int = field(default=100, metadata={"help": "The same as a number of rows, for --streaming."})
+
+    def __post_init__(self):
+        if self.dataset_name is not None and self.train_file is not None:
+            raise ValueError("Give --dataset_name or --train_file, not both.")
+        if self.validation_file is not None and self.train_file is None:
+            raise ValueError("--validation_file needs a --train_file.")
+
+    @property
+    def source(self) -> str:
+        return self.dataset_name or self.train_file or "Python's standard library"
+
+
+def parse_arguments(dataclasses: tuple[type, ...], **defaults) -> tuple:
+    """Parse the command line into `dataclasses`, of which the last is `TrainingArguments`, with defaults of a script."""
+    parser = HfArgumentParser(dataclasses)
+    parser.set_defaults(report_to="none", dataloader_pin_memory=torch.accelerator.is_available(), **defaults)
+    arguments = parser.parse_args_into_dataclasses()
+    # `Trainer` finds the newest checkpoint in its folder itself.
+    if arguments[-1].resume_from_checkpoint == "last":
+        arguments[-1].resume_from_checkpoint = True
+    return arguments
+
+
+def load_splits(
+    arguments: DataArguments, embedded: Callable[[], DatasetDict], columns: dict[str, str], seed: int
+) -> DatasetDict | IterableDatasetDict:
+    """
+    The splits of the Hub's data set, of the files, or of the embedded data, with the columns renamed.
+
+    Args:
+        arguments (`DataArguments`): where the data is.
+        embedded (`Callable`): makes the embedded data.
+        columns (`dict[str, str]`): for each column to return, its name in the data.
+        seed (`int`): seed of the split, where the data has none.
+
+    Returns:
+        `DatasetDict` or, if they are streamed, `IterableDatasetDict`: `train`, `validation`, and more if there are.
+
+    Raises:
+        `ValueError`: an ending that has no loader, a missing column, or too few rows to hold some out.
+    """
+    if arguments.dataset_name is not None:
+        splits = load_dataset(arguments.dataset_name, arguments.dataset_config_name, streaming=arguments.streaming)
+    elif arguments.train_file is not None:
+        files = {split: getattr(arguments, f"{split}_file", None) for split in ("train", "validation", "test")}
+        # One at a time: they may differ in columns that are not used.
+        splits = {name: _load_file(path, arguments.streaming) for name, path in files.items() if path is not None}
+    else:
+        splits = embedded()
+        if arguments.streaming:
+            splits = {name: split.to_iterable_dataset() for name, split in splits.items()}
+    splits = (IterableDatasetDict if arguments.streaming else DatasetDict)(splits)
+    for name, split in splits.items():
+        found = split.column_names or list(next(iter(split)))
+        missing = sorted(set(columns.values()) - set(found))
+        if missing:
+            raise ValueError(
+                f"The {name} split of {arguments.source} has no column {missing[0]!r}. Its columns are {found}: choose "
+                + " and ".join(f"the column for `{column}` with --{column}_column_name" for column in columns)
+                + "."
+            )
+        renamed = {old: new for new, old in columns.items() if old != new}
+        splits[name] = split.select_columns(list(columns.values())).rename_columns(renamed)
+    if "validation" not in splits:
+        _hold_out(splits, arguments, seed)
+    return splits
+
+
+def _load_file(path: str, streaming: bool):
+    ending = Path(path).suffix
+    if ending not in DATA_LOADERS:
+        raise ValueError(f"A data file ends with one of {sorted(DATA_LOADERS)}, got {path!r}.")
+    builder, options = DATA_LOADERS[ending]
+    return load_dataset(builder, data_files=path, split="train", streaming=streaming, **options)
+
+
+def _hold_out(splits: DatasetDict | IterableDatasetDict, arguments: DataArguments, seed: int) -> None:
+    if arguments.streaming:
+        splits["validation"] = splits["train"].take(arguments.held_out_rows)
+        splits["train"] = splits["train"].skip(arguments.held_out_rows)
+        return
+    if len(splits["train"]) < 2:
+        raise ValueError(
+            f"{arguments.source} has {len(splits['train'])} rows: too few to hold some out. Give a --validation_file."
+        )
+    parts = splits["train"].train_test_split(arguments.held_out_share, seed=seed)
+    splits["train"], splits["validation"] = parts["train"], parts["test"]
+
+
+def load_tokenizer(arguments: ModelArguments, texts: Iterable[str]) -> PreTrainedTokenizerBase:
+    """The tokenizer that the arguments name, or one learned from the texts."""
+    name = arguments.tokenizer_name or arguments.model_name_or_path
+    if name is not None:
+        return AutoTokenizer.from_pretrained(name)
+    return train_tokenizer(texts, arguments.vocab_size)
+
+
+def load_config(
+    arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase, defaults: dict[str, Any], **values
+) -> PreTrainedConfig:
+    """
+    The config of the checkpoint, of the preset, or of `defaults`, with the overrides and then `values` in it. A new
+    model gets the vocabulary and the special tokens of the tokenizer.
+    """
+    overrides = {**json.loads(arguments.config_overrides), **values}
+    if arguments.model_name_or_path is not None:
+        return AutoConfig.from_pretrained(arguments.model_name_or_path, **overrides)
+    if arguments.preset is not None:
+        defaults = json.loads(Path(preset_path(arguments.preset)).read_text(encoding="utf-8"))
+    special_tokens = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    config = {**defaults, "vocab_size": len(tokenizer), **special_tokens, **overrides}
+    return AutoConfig.for_model(config.pop("model_type"), **config)
+
+
+def load_model(auto_class: type, arguments: ModelArguments, config: PreTrainedConfig) -> PreTrainedModel:
+    """The checkpoint's weights in a model of `auto_class`, or a new model."""
+    options = {"dtype": arguments.dtype, "attn_implementation": arguments.attn_implementation}
+    if arguments.model_name_or_path is not None:
+        return auto_class.from_pretrained(arguments.model_name_or_path, config=config, **options)
+    return auto_class.from_config(config, **options)
 
 
 class WeightDecayTrainer(Trainer):
@@ -67,18 +260,20 @@ def unigram_cross_entropy(training_tokens: Iterable[list[int]], tokens: Iterable
     return float(np.mean(np.concatenate([negative_log_likelihood[sequence[1:]] for sequence in tokens])))
 
 
-def check_reload(
-    auto_class: type, model: PreTrainedModel, folder: str, inputs: dict[str, torch.Tensor]
-) -> PreTrainedModel:
+def check_reload(auto_class: type, trainer: Trainer, inputs: dict[str, torch.Tensor]) -> PreTrainedModel:
     """
-    Load what was saved in `folder` through an Auto class, compare it with the model in memory, and return it.
+    Load what the trainer saved through an Auto class, compare it with the trained model, and return it.
 
     Raises:
         `RuntimeError`: the logits differ in any bit.
     """
-    model = model.eval()
-    reloaded = auto_class.from_pretrained(folder).to(model.device).eval()
-    inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+    folder = trainer.args.output_dir
+    reloaded = auto_class.from_pretrained(folder).to(trainer.args.device).eval()
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        # The trained model is in pieces, and one process alone cannot run it.
+        return reloaded
+    model = trainer.accelerator.unwrap_model(trainer.model).eval()
+    inputs = {name: tensor.to(trainer.args.device) for name, tensor in inputs.items()}
     with torch.no_grad():
         expected, logits = model(**inputs).logits, reloaded(**inputs).logits
     if not torch.equal(expected, logits):
@@ -116,3 +311,22 @@ def plot_training(log_history: list[dict], metric: str, references: dict[str, fl
         axes.legend(frameon=False)
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def save_model_card(
+    trainer: Trainer, source: str, metrics: dict[str, float], baselines: dict[str, dict[str, float]]
+) -> None:
+    """Write the card of the trained model beside its weights."""
+    arguments = trainer.args
+    hyperparameters = ("learning_rate", "lr_scheduler_type", "weight_decay", "per_device_train_batch_size", "seed")
+    card = create_model_card(
+        trainer.accelerator.unwrap_model(trainer.model),
+        model_id=arguments.hub_model_id or Path(arguments.output_dir).name,
+        dataset_type=Path(source).stem,
+        dataset_name=source,
+        hyperparameters={name: getattr(arguments, name) for name in hyperparameters},
+        metrics=metrics,
+        baselines=baselines,
+        steps=trainer.state.global_step,
+    )
+    card.save(Path(arguments.output_dir) / "README.md")

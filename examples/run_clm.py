@@ -1,0 +1,190 @@
+"""Train or fine-tune a causal language model with `Trainer`, save it, reload it, and compare it with a baseline.
+
+Without arguments: a small summation model on the sources of Python's standard library, which needs no network.
+
+    python examples/run_clm.py
+    python examples/run_clm.py --config_overrides '{"model_type": "tost_text"}' --packing flattened
+    python examples/run_clm.py --train_file books.parquet --preset sumagg-hybrid-small --num_train_epochs 3 --bf16
+    python examples/run_clm.py --dataset_name Salesforce/wikitext --dataset_config_name wikitext-2-raw-v1 \
+        --model_name_or_path runs/clm --streaming --max_steps 1000 --output_dir runs/wikitext
+"""
+
+import itertools
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import evaluate
+import torch
+from datasets import DatasetDict, IterableDatasetDict
+from embedded_data import standard_library_sources
+from torch.nn import functional as F
+from training_utils import (
+    SMALL_MODEL,
+    DataArguments,
+    ModelArguments,
+    WeightDecayTrainer,
+    check_reload,
+    concatenated_blocks,
+    load_config,
+    load_model,
+    load_splits,
+    load_tokenizer,
+    parse_arguments,
+    plot_training,
+    save_model_card,
+    unigram_cross_entropy,
+)
+from transformers import (
+    AutoModelForCausalLM,
+    DataCollatorForSeq2Seq,
+    DataCollatorWithFlattening,
+    EvalPrediction,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
+
+
+@dataclass
+class LanguageModelingArguments(DataArguments):
+    block_size: int = field(default=256, metadata={"help": "The longest sequence to train on, in tokens."})
+    packing: Literal["blocks", "flattened", "padded"] = field(
+        default="blocks",
+        metadata={
+            "help": "How documents become batches. blocks: all joined, and cut into blocks of equal length. flattened: "
+            "the documents of a batch laid end to end in one row, with positions that restart, so that none sees "
+            "another. padded: a document a row, padded."
+        },
+    )
+
+
+def tokenize(
+    splits: DatasetDict | IterableDatasetDict, tokenizer: PreTrainedTokenizerBase, packing: str, block_size: int
+) -> DatasetDict | IterableDatasetDict:
+    """`input_ids` and `labels`, from documents of which each ends with the end-of-text token."""
+
+    def to_sequences(batch: dict[str, list]) -> dict[str, list]:
+        documents = tokenizer([text or "" for text in batch["text"]], add_special_tokens=False)["input_ids"]
+        if packing == "blocks":
+            sequences = list(concatenated_blocks(documents, tokenizer.eos_token_id, block_size))
+        else:
+            documents = ([*document, tokenizer.eos_token_id] for document in documents)
+            sequences = [
+                document[start : start + block_size]
+                for document in documents
+                for start in range(0, len(document), block_size)
+            ]
+            # A single token predicts nothing.
+            sequences = [sequence for sequence in sequences if len(sequence) > 1]
+        return {"input_ids": sequences, "labels": [list(sequence) for sequence in sequences]}
+
+    return splits.map(to_sequences, batched=True, remove_columns=["text"])
+
+
+def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Negative log-likelihood `[B, T - 1]` of every label but the first; 0 where the label is -100."""
+    return F.cross_entropy(logits[:, :-1].transpose(1, 2).float(), labels[:, 1:], reduction="none")
+
+
+def main() -> None:
+    model_arguments, data_arguments, training_arguments = parse_arguments(
+        (ModelArguments, LanguageModelingArguments, TrainingArguments),
+        output_dir="runs/clm",
+        num_train_epochs=0.3,
+        learning_rate=2e-3,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.1,
+        weight_decay=0.1,
+        eval_strategy="steps",
+        eval_steps=0.25,
+        logging_steps=0.05,
+        save_strategy="no",
+    )
+    set_seed(training_arguments.seed)
+
+    splits = load_splits(
+        data_arguments,
+        standard_library_sources,
+        {"text": data_arguments.text_column_name},
+        training_arguments.seed,
+    )
+    tokenizer = load_tokenizer(model_arguments, (row["text"] or "" for row in splits["train"]))
+    config = load_config(model_arguments, tokenizer, SMALL_MODEL)
+    model = load_model(AutoModelForCausalLM, model_arguments, config)
+    print(f"{type(model).__name__}, {model.num_parameters():,} parameters, layers {config.layer_types}")
+    sequences = tokenize(splits, tokenizer, data_arguments.packing, data_arguments.block_size)
+    train, validation = sequences["train"], sequences["validation"]
+    if data_arguments.streaming:
+        train = train.shuffle(seed=training_arguments.seed, buffer_size=1000)
+    elif not len(train) or not len(validation):
+        raise ValueError(
+            f"{data_arguments.source} makes {len(train)} training and {len(validation)} held-out sequences: both need "
+            "one. Give more text, or a smaller --block_size."
+        )
+
+    metric = evaluate.load(str(Path(__file__).parent / "metrics" / "perplexity"))
+
+    def compute_metrics(outputs: EvalPrediction) -> dict[str, float]:
+        labels = outputs.label_ids[:, 1:]
+        predicted = labels != -100
+        return metric.compute(predictions=outputs.predictions[predicted], references=labels[predicted])
+
+    collators = {
+        "blocks": default_data_collator,
+        "flattened": DataCollatorWithFlattening(),
+        "padded": DataCollatorForSeq2Seq(tokenizer),
+    }
+    trainer = WeightDecayTrainer(
+        model=model,
+        args=training_arguments,
+        train_dataset=train,
+        eval_dataset=validation,
+        processing_class=tokenizer,
+        data_collator=collators[data_arguments.packing],
+        compute_metrics=compute_metrics,
+        preprocess_logits_for_metrics=token_losses,
+    )
+    training = trainer.train(resume_from_checkpoint=training_arguments.resume_from_checkpoint)
+    trainer.save_model()
+    trainer.save_state()
+    trainer.log_metrics("train", training.metrics)
+    trainer.save_metrics("train", training.metrics)
+    metrics = trainer.evaluate()
+    trainer.log_metrics("eval", metrics)
+    trainer.save_metrics("eval", metrics)
+    if not trainer.is_world_process_zero():
+        return
+
+    # Of a stream, count as many sequences as the model was trained on.
+    steps, seen_a_step = trainer.state.global_step, training_arguments.train_batch_size * training_arguments.world_size
+    seen = steps * seen_a_step * training_arguments.gradient_accumulation_steps if data_arguments.streaming else None
+    baseline = math.exp(
+        unigram_cross_entropy(
+            (row["input_ids"] for row in itertools.islice(train, seen)),
+            (row["input_ids"] for row in validation),
+            config.vocab_size,
+        )
+    )
+    plot_path = Path(training_arguments.output_dir) / "training.png"
+    plot_training(trainer.state.log_history, "perplexity", {"unigram frequencies": baseline}, plot_path)
+    perplexity = metrics["eval_perplexity"]
+    save_model_card(
+        trainer,
+        data_arguments.source,
+        {"perplexity": perplexity},
+        {"unigram frequencies": {"perplexity": baseline}},
+    )
+    check_reload(AutoModelForCausalLM, trainer, {"input_ids": torch.tensor([next(iter(validation))["input_ids"]])})
+
+    print(f"\nPerplexity on the held-out text\n  {perplexity:10.2f}  {type(model).__name__}")
+    print(f"  {baseline:10.2f}  unigram frequencies")
+    if perplexity >= baseline:
+        print("The model is no better than the frequencies of the tokens.")
+    print(f"Saved and reloaded from {training_arguments.output_dir}; losses and perplexity by step: {plot_path}")
+
+
+if __name__ == "__main__":
+    main()
