@@ -80,7 +80,8 @@ def create_model_card(
 ) -> ModelCard:
     """
     The card of a model that was trained here, filled from the run. Save it as `README.md` beside the weights:
-    `create_model_card(...).save(output_dir / "README.md")`.
+    `create_model_card(...).save(output_dir / "README.md")`, after a `trainer.push_to_hub`, which writes a card of its
+    own there.
 
     Args:
         model (`PreTrainedModel`): the trained model; its family chooses the template in `hub_cards/`.

@@ -8,6 +8,8 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote
 
+import yaml
+
 
 class Repository:
     """Commits as maps from path to content, oldest first; a commit is whole or it is not there."""
@@ -102,6 +104,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def whoami(self) -> None:
         self.reply({"type": "user", "name": "user", "orgs": [], "auth": {"accessToken": {"role": "write"}}})
+
+    def validate_yaml(self) -> None:
+        metadata = yaml.safe_load(json.loads(self.body())["content"].split("---")[1])
+        valid = isinstance(metadata, dict) and isinstance(metadata.get("tags", []), list)
+        self.reply({"warnings": [], "errors": [] if valid else [{"message": "invalid metadata"}]}, 200 if valid else 400)
 
     def create(self) -> None:
         request = json.loads(self.body())
@@ -198,6 +205,7 @@ class _Handler(BaseHTTPRequestHandler):
 REPO = r"([\w.-]+/[\w.-]+)"
 ROUTES = [
     ("GET", "/api/whoami-v2", _Handler.whoami),
+    ("POST", "/api/validate-yaml", _Handler.validate_yaml),
     ("POST", "/api/repos/create", _Handler.create),
     ("POST", f"/api/models/{REPO}/preupload/(.+)", _Handler.preupload),
     ("POST", f"/api/models/{REPO}/commit/(.+)", _Handler.commit),

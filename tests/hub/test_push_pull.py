@@ -1,5 +1,6 @@
 """Over HTTP: push, pull without the package, pin a revision, and break an upload off."""
 
+import sys
 import threading
 from pathlib import Path
 
@@ -23,8 +24,6 @@ def hub():
 
 
 def test_push_pull_pin_and_break_off(tmp_path, hub, clean_python, start_script, run_script):
-    import sys
-
     root = tmp_path / "checkpoints"
     model = build(SumAggForCausalLM, text_config(lm_head_bias=False, tie_word_embeddings=False))
     save_with_outputs(model, "AutoModelForCausalLM", root / "SumAggForCausalLM")
@@ -42,14 +41,14 @@ def test_push_pull_pin_and_break_off(tmp_path, hub, clean_python, start_script, 
     ).save(root / "card.md")
 
     push = start_script(sys.executable, "push.py", root, HF_ENDPOINT=hub.endpoint)
-    revisions = []
+    printed = []
     for line in push.stdout:
-        if line.startswith("revision"):
-            revisions.append(line.split()[1])
-        if line.startswith("third"):
+        printed.append(line)
+        if line == "third\n":
             break
     else:
-        raise AssertionError("the push failed")
+        raise AssertionError("".join(printed)[-6000:])
+    revisions = [line.split()[1] for line in printed if line.startswith("revision")]
     repository = hub.repositories["user/language"]
     before = list(repository.commits)
     hub.stall.set()

@@ -4,10 +4,10 @@ import sys
 from pathlib import Path
 
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, hf_hub_download
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers import AutoBackbone, AutoModelForCausalLM, AutoTokenizer, pipeline
 
 
 assert "modeling_sumagg" not in sys.modules
@@ -34,9 +34,13 @@ for revision in (first, second, first):
 
 tokenizer = AutoTokenizer.from_pretrained("user/language", revision=first, trust_remote_code=True)
 assert tokenizer("w0 w1")["input_ids"] == [3, 4]
-assert ModelCard.load("user/language").data.library_name == "transformers"
+card = ModelCard.load(hf_hub_download("user/language", "README.md", revision=first))
+assert (card.data.library_name, card.data.pipeline_tag) == ("transformers", "text-generation")
+assert card.data.eval_results[0].metric_value == 61.0
 classify = pipeline("image-classification", "user/images", trust_remote_code=True)
 assert len(classify(Image.new("RGB", (40, 30), "red"))) == 3
+backbone = AutoBackbone.from_pretrained("user/images", trust_remote_code=True)
+assert backbone(torch.zeros(1, 3, 16, 16)).feature_maps[-1].shape == (1, 16, 2, 2)
 
 # Pulled by revision, changed, pushed elsewhere: it must carry its code, not point to where it came from.
 models[first].push_to_hub("user/again", token="hf_test")
