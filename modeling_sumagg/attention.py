@@ -5,8 +5,6 @@ from collections.abc import Callable
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.gpt2.modeling_gpt2 import eager_attention_forward
 
 from .ops.sliding_attention import sliding_window_attention
 
@@ -21,6 +19,7 @@ def attends_in_blocks(config: PreTrainedConfig, length: int) -> bool:
 
 def attention(
     module: nn.Module,
+    interface: Callable,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -32,6 +31,8 @@ def attention(
 
     Args:
         module (`nn.Module`): with `config`, `scaling`, `is_causal`, `is_sliding`.
+        interface (`Callable`): that implementation, from `ALL_ATTENTION_FUNCTIONS.get_interface`. (The file of a model
+            makes this call itself: `set_attn_implementation` looks for it there.)
         query (`torch.Tensor` of shape `[B, H, T, p]`): the queries.
         key, value (`torch.Tensor` of shape `[B, H, P + T, p]`): those of the cache and of the segment.
         attention_mask: the mask of this type of layer that `create_attention_masks` made.
@@ -47,7 +48,6 @@ def attention(
             query, key, value, sliding_window=config.sliding_window, scaling=module.scaling, dropout_p=dropout
         )
         return output.transpose(1, 2).flatten(2), None
-    interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager_attention_forward)
     output, weights = interface(
         module,
         query,

@@ -79,6 +79,11 @@ def sequence_layout(
             f"`position_ids` must have the shape [1, T] or [B, T] = [{batch_size}, {length}], got "
             f"{list(position_ids.shape)}."
         )
+    if not is_tracing(position_ids) and (position_ids < 0).any():
+        raise ValueError(
+            f"`position_ids` count the tokens of a document from 0, got {position_ids.min().item()}. Padding is told by "
+            "`attention_mask`, and may have any position from 0."
+        )
     starts = (position_ids == 0).expand(batch_size, -1)
     if mask is not None:
         starts = starts & mask
@@ -142,9 +147,14 @@ def create_attention_masks(
         create = create_sliding_window_causal_mask if is_sliding else create_causal_mask
         layer_mask, mask_function = full_mask, None
         if not is_flash_attention_requested(config) and not config.is_causal:
-            if several_documents:
-                layout = sequence_layout(inputs_embeds, masks, position_ids, None)
-                mask_function = _in_same_document(layout.document_ids)
+            if several_documents or (is_sliding and padding is not None):
+                layout = sequence_layout(inputs_embeds, masks, position_ids if several_documents else None, None)
+                mask_function = _is_visible_from_both_sides(
+                    inputs_embeds.new_ones((batch_size, length), dtype=torch.bool) if padding is None else padding,
+                    layout.document_ids,
+                    config.sliding_window if is_sliding else None,
+                )
+                create, layer_mask = create_causal_mask, None
         elif not is_flash_attention_requested(config):
             layer = None if past_key_values is None else past_key_values.layers[layer_idx]
             kv_length, kv_offset = (length, 0) if layer is None else layer.get_mask_sizes(length)
@@ -216,9 +226,17 @@ def _is_visible(
     return mask_function
 
 
-def _in_same_document(document_ids: torch.Tensor) -> Callable:
+def _is_visible_from_both_sides(real: torch.Tensor, document_ids: torch.Tensor | None, window: int | None) -> Callable:
+    """The mask function of a bidirectional layer over the columns of which `real` `[B, T]` says which count."""
+    counts = real.long().cumsum(dim=1)
+
     def mask_function(batch_idx, head_idx, q_idx, kv_idx):
-        return document_ids[batch_idx, q_idx] == document_ids[batch_idx, kv_idx]
+        visible = real[batch_idx, kv_idx]
+        if window is not None:
+            visible = visible & ((counts[batch_idx, q_idx] - counts[batch_idx, kv_idx]).abs() <= window)
+        if document_ids is not None:
+            visible = visible & (document_ids[batch_idx, q_idx] == document_ids[batch_idx, kv_idx])
+        return visible
 
     return mask_function
 
