@@ -1,7 +1,7 @@
 """What several tests share: tiny models, and a comparison relative to the size of the whole tensor."""
 
 import torch
-from transformers import set_seed
+from transformers import Cache, set_seed
 
 from modeling_sumagg import SumAggConfig
 
@@ -36,6 +36,14 @@ def build(model_class, config, seed: int = 0):
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)
     return model
+
+
+def cache_tensors(cache: Cache) -> list[torch.Tensor]:
+    """Every tensor that a cache holds from one forward pass to the next."""
+    held = []
+    for layer in cache.layers:
+        held += layer.state if hasattr(layer, "state") else (layer.keys, layer.values)
+    return held
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, rtol: float = 1e-5) -> None:
