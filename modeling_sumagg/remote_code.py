@@ -84,7 +84,8 @@ def flat_sources(classes: tuple[tuple[str, type], ...]) -> dict[str, str]:
                 for key, cls in classes
                 if cls.__module__ == module
             ]
-            sources[name] = "".join([HEADER.format(version=version, module=module), source, *registered])
+            ending = ["\n\n", *registered] if registered else []
+            sources[name] = "".join([HEADER.format(version=version, module=module), source, *ending])
             waiting += imported
     return sources
 

@@ -6,6 +6,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from transformers import dynamic_module_utils
+
+
+@pytest.fixture(scope="session", autouse=True)
+def modules_cache(tmp_path_factory):
+    """Code that is loaded from checkpoints is copied here, and not to the user's cache."""
+    folder = str(tmp_path_factory.mktemp("modules"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", folder)
+        patch.syspath_prepend(folder)
+        yield
 
 
 @pytest.fixture(scope="session")

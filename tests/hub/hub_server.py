@@ -108,7 +108,9 @@ class _Handler(BaseHTTPRequestHandler):
     def validate_yaml(self) -> None:
         metadata = yaml.safe_load(json.loads(self.body())["content"].split("---")[1])
         valid = isinstance(metadata, dict) and isinstance(metadata.get("tags", []), list)
-        self.reply({"warnings": [], "errors": [] if valid else [{"message": "invalid metadata"}]}, 200 if valid else 400)
+        self.reply(
+            {"warnings": [], "errors": [] if valid else [{"message": "invalid metadata"}]}, 200 if valid else 400
+        )
 
     def create(self) -> None:
         request = json.loads(self.body())

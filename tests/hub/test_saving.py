@@ -1,0 +1,192 @@
+"""Saving and loading where the package is installed: every hook, shards, dtypes, meta, versions side by side."""
+
+import builtins
+import json
+import shutil
+
+import pytest
+import torch
+from checkpoints import auto_map, save_with_outputs, text_config, tost_config, tost_text_config
+from peft import LoraConfig, get_peft_model
+from safetensors import SafetensorError, safe_open
+from testing import assert_close, build
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    DynamicCache,
+    Trainer,
+    TrainingArguments,
+)
+from transformers import dynamic_module_utils as dynamic
+
+from modeling_sumagg import SumAggForCausalLM, ToSTForCausalLM, ToSTForImageClassification
+
+
+INPUT_IDS = torch.arange(3, 15)[None]
+
+
+def tensor_names(folder) -> list[str]:
+    names = []
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            names += file.keys()
+    return sorted(names)
+
+
+def test_every_way_of_saving_writes_the_code(tmp_path):
+    model = build(SumAggForCausalLM, text_config())
+    model.config.save_pretrained(tmp_path / "config")
+    rows = [{"input_ids": INPUT_IDS[0], "labels": INPUT_IDS[0]}] * 2
+    arguments = TrainingArguments(tmp_path / "trainer", max_steps=2, save_steps=1, report_to=[], use_cpu=True)
+    trainer = Trainer(model, arguments, train_dataset=rows)
+    trainer.train()
+    trainer.save_model(tmp_path / "saved")
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj", "in_proj"], init_lora_weights=False))
+    adapted.save_pretrained(tmp_path / "adapter")
+    adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
+
+    expected = {path.name for path in (tmp_path / "config").glob("*.py")}
+    assert {"modeling_sumagg.py", "configuration_sumagg.py", "cache.py", "summation.py"} <= expected
+    for folder in ("trainer/checkpoint-1", "trainer/checkpoint-2", "saved", "merged"):
+        assert {path.name for path in (tmp_path / folder).glob("*.py")} == expected
+        assert auto_map(tmp_path / folder) == {
+            "AutoConfig": "configuration_sumagg.SumAggConfig",
+            "AutoModel": "modeling_sumagg.SumAggModel",
+            "AutoModelForCausalLM": "modeling_sumagg.SumAggForCausalLM",
+            "AutoModelForMaskedLM": "modeling_sumagg.SumAggForMaskedLM",
+            "AutoModelForSequenceClassification": "modeling_sumagg.SumAggForSequenceClassification",
+            "AutoModelForTokenClassification": "modeling_sumagg.SumAggForTokenClassification",
+        }
+    assert not list((tmp_path / "adapter").glob("*.py"))
+    model.config.to_json_file(tmp_path / "preset.json")
+    assert not list(tmp_path.glob("*.py"))
+
+
+@pytest.mark.parametrize("trust_remote_code", [None, False, True])
+def test_the_installed_classes_are_used_without_a_prompt(tmp_path, monkeypatch, trust_remote_code):
+    monkeypatch.setattr(builtins, "input", lambda *_: pytest.fail("a prompt"))
+    build(SumAggForCausalLM, text_config()).save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=trust_remote_code)
+    assert type(model) is SumAggForCausalLM
+
+
+def test_shards_dtypes_devices_and_tied_weights(tmp_path):
+    model = build(SumAggForCausalLM, text_config())
+    expected = model(INPUT_IDS).logits
+    model.save_pretrained(tmp_path, max_shard_size="8KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    assert not [path for path in tmp_path.iterdir() if path.suffix in {".bin", ".pt"}]
+    names = tensor_names(tmp_path)
+    assert "lm_head.weight" not in names and names.count("model.embed_tokens.weight") == 1
+
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, device_map={"": "cpu"})
+    assert again.lm_head.weight is again.model.embed_tokens.weight
+    assert torch.equal(again(INPUT_IDS).logits, expected)
+    half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
+    half.save_pretrained(tmp_path / "half")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype="auto").dtype == torch.bfloat16
+    with torch.device("meta"):
+        meta = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
+    assert {parameter.device.type for parameter in meta.parameters()} == {"meta"}
+    meta.load_state_dict(model.state_dict(), assign=True)
+    assert torch.equal(meta.eval()(INPUT_IDS).logits, expected)
+
+
+def test_one_checkpoint_loads_as_every_head(tmp_path):
+    model = build(SumAggForCausalLM, text_config())
+    model.save_pretrained(tmp_path)
+    body = AutoModel.from_pretrained(tmp_path)
+    assert torch.equal(body(INPUT_IDS).last_hidden_state, model.model(INPUT_IDS).last_hidden_state)
+    classifier, info = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path, num_labels=3, output_loading_info=True
+    )
+    assert all(key.startswith(("score.", "pooler.")) for key in info["missing_keys"])
+    assert torch.equal(classifier.model(INPUT_IDS).last_hidden_state, body(INPUT_IDS).last_hidden_state)
+
+
+@pytest.mark.parametrize(
+    ("model_class", "config", "reference"),
+    [
+        (SumAggForCausalLM, text_config, "modeling_sumagg.SumAggForCausalLM"),
+        (ToSTForCausalLM, tost_text_config, "modeling_tost_text.ToSTForCausalLM"),
+    ],
+)
+def test_versions_side_by_side(tmp_path, model_class, config, reference):
+    """The package and two other versions of the code, from folders of the same name, in one process."""
+    installed = build(model_class, config())
+    installed.save_pretrained(tmp_path / "first" / "model")
+    shutil.copytree(tmp_path / "first" / "model", tmp_path / "second" / "model")
+    heads = tmp_path / "second" / "model" / "heads.py"
+    source = heads.read_text()
+    assert source.count("self.lm_head(") == 1
+    heads.write_text(source.replace("self.lm_head(", "-self.lm_head("))
+
+    folders = {"first": tmp_path / "first" / "model", "second": tmp_path / "second" / "model"}
+    models = {
+        name: dynamic.get_class_from_dynamic_module(reference, str(folder)).from_pretrained(folder).eval()
+        for name, folder in folders.items()
+    }
+    models["installed"] = installed
+    assert len({type(model) for model in models.values()}) == 3
+    expected = installed(INPUT_IDS).logits
+    tokens = {}
+    for name in ("second", "installed", "first", "second", "installed"):
+        model = models[name]
+        assert torch.equal(model(INPUT_IDS).logits, -expected if name == "second" else expected)
+        for implementation in ("dynamic", "static"):
+            tokens[name, implementation] = model.generate(
+                INPUT_IDS, max_new_tokens=6, do_sample=False, cache_implementation=implementation, eos_token_id=None
+            )
+        # Layer types are registered for the whole process: these layers are those of whichever code came last.
+        cache = DynamicCache(config=model.config)
+        step = [model(INPUT_IDS[:, :5], past_key_values=cache), model(INPUT_IDS[:, 5:], past_key_values=cache)]
+        logits = torch.cat([output.logits for output in step], dim=1)
+        assert_close(logits, -expected if name == "second" else expected)
+    assert torch.equal(tokens["first", "dynamic"], tokens["installed", "dynamic"])
+    assert torch.equal(tokens["first", "static"], tokens["installed", "static"])
+    assert not torch.equal(tokens["second", "dynamic"], tokens["first", "dynamic"])
+
+
+def test_broken_checkpoints_are_refused(tmp_path):
+    whole = tmp_path / "whole"
+    save_with_outputs(build(SumAggForCausalLM, text_config()), "AutoModelForCausalLM", whole)
+    load = dynamic.get_class_from_dynamic_module
+
+    def broken(name: str):
+        return shutil.copytree(whole, tmp_path / name)
+
+    folder = broken("truncated")
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    with pytest.raises((SafetensorError, OSError), match="(?i)incomplete|cover|metadata|header"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+    folder = broken("corrupted")
+    (folder / "model.safetensors").write_bytes(b"\xff" * 64 + weights[64:])
+    with pytest.raises((SafetensorError, OSError), match="(?i)header"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+    folder = broken("unknown value")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"norm_position": "middle"}))
+    with pytest.raises(Exception, match="norm_position") as raised:
+        AutoModelForCausalLM.from_pretrained(folder)
+    assert "middle" in str(raised.value)
+
+    folder = broken("missing module")
+    (folder / "cache.py").unlink()
+    with pytest.raises(OSError, match="cache.py"):
+        load("modeling_sumagg.SumAggForCausalLM", str(folder))
+
+
+def test_image_models_are_saved_like_the_others(tmp_path):
+    build(ToSTForImageClassification, tost_config()).save_pretrained(tmp_path)
+    assert auto_map(tmp_path) == {
+        "AutoConfig": "configuration_tost.ToSTConfig",
+        "AutoModel": "modeling_tost.ToSTModel",
+        "AutoModelForImageClassification": "modeling_tost.ToSTForImageClassification",
+        "AutoBackbone": "modeling_tost.ToSTBackbone",
+    }
