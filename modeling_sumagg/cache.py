@@ -18,7 +18,7 @@ from transformers.cache_utils import (
     StaticLayer,
     StaticSlidingWindowLayer,
 )
-from transformers.utils import is_torchdynamo_compiling
+from transformers.utils import is_torchdynamo_compiling, is_tracing
 
 from .ops.summation import causal_sum
 from .ops.token_statistics import TokenStatisticsState, causal_token_statistics
@@ -142,9 +142,11 @@ class RecurrentLayer(ReversibleLayer):
 
     Attributes:
         state (`tuple[torch.Tensor, ...]` or `None`): the state after the last token; `None` before the first.
+        num_states (`int`): the number of its tensors.
     """
 
     supports_early_init = False
+    num_states: int
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
@@ -281,6 +283,7 @@ class SummationLayer(RecurrentLayer):
     """Cache layer of a summation mixer: the running sum, one tensor `[B, D]`."""
 
     _layer_type = "summation"
+    num_states = 1
 
     @staticmethod
     def operator(inputs, initial_state, *, attention_mask, document_ids):
@@ -303,6 +306,7 @@ class TokenStatisticsLayer(RecurrentLayer):
     """Cache layer of causal token statistics: Σw² and ΣΠw² `[B, K, p]`, and ΣΠ `[B, K]`."""
 
     _layer_type = "token_statistics"
+    num_states = 3
 
     @staticmethod
     def operator(inputs, initial_state, *, attention_mask, document_ids, position_bias, temperature, dropout_p):
@@ -506,7 +510,8 @@ def adopt_cache(cache: Cache, config: PreTrainedConfig) -> None:
         config (`PreTrainedConfig`): the model's config, with `layer_types`.
 
     Raises:
-        `ValueError`: the cache holds another number or other types of layers.
+        `ValueError`: the cache holds another number or other types of layers, or its layers have seen different numbers
+            of tokens.
     """
     if cache.layer_class_to_replicate is not None and not cache.layers:
         cache.layers = DynamicCache(config=config).layers
@@ -519,7 +524,7 @@ def adopt_cache(cache: Cache, config: PreTrainedConfig) -> None:
     for i, layer_type in enumerate(config.layer_types):
         layer = cache.layers[i]
         if isinstance(layer, StaticSlidingWindowLayer) and not layer.is_initialized:
-            cache.layers[i] = StaticSlidingLayer(sliding_window=layer.max_cache_len)
+            cache.layers[i] = StaticSlidingLayer(sliding_window=config.sliding_window)
         elif isinstance(layer, DynamicSlidingWindowLayer) and not layer.is_initialized:
             cache.layers[i] = SlidingWindowLayer(sliding_window=layer.sliding_window)
             cache.layers[i].record_past = layer.record_past
@@ -531,3 +536,81 @@ def adopt_cache(cache: Cache, config: PreTrainedConfig) -> None:
                 f"{type(layer).__name__} there. Make the cache with `DynamicCache(config=model.config)` or "
                 "`StaticCache(config=model.config, max_cache_len=...)`, and fill it with this model only."
             )
+    if not cache.is_compileable and not is_tracing():
+        # `crop` goes from layer to layer, and attention layers go back further than recurrent ones can.
+        lengths = [layer.get_seq_length() for layer in cache.layers]
+        if len(set(lengths)) > 1:
+            raise ValueError(
+                f"The layers of `past_key_values` have seen different numbers of tokens, {lengths}: a forward pass or a "
+                "`crop` has failed halfway. Start again from an empty cache, or from a copy made before."
+            )
+
+
+def cache_to_tensors(cache: DynamicCache) -> dict[str, torch.Tensor]:
+    """
+    What a dynamic cache holds, by names that a safetensors file can have; [`cache_from_tensors`] is the inverse.
+
+    Args:
+        cache (`transformers.DynamicCache`): a cache that a forward pass has filled. What was recorded for `crop` is
+            left out.
+
+    Returns:
+        `dict[str, torch.Tensor]`: `length` (0-d, int64: the tokens seen, padding included), and for every layer `i`
+        `layers.{i}.state.{j}` (recurrent), or `layers.{i}.keys` and `.values`, with `.real` where there was padding.
+
+    Raises:
+        `TypeError`: the cache is static.
+        `ValueError`: the cache is empty, or a forward pass waits for its `crop`.
+    """
+    if cache.is_compileable:
+        raise TypeError("Only a dynamic cache can be saved, got a static one.")
+    if cache.get_seq_length() == 0:
+        raise ValueError("The cache is empty: there is nothing to save.")
+    tensors = {"length": torch.tensor(cache.get_seq_length())}
+    for i, layer in enumerate(cache.layers):
+        if getattr(layer, "recorded", 0):
+            raise ValueError(
+                f"Layer {i} has recorded {layer.recorded} tokens. Call `crop(0)` before saving the cache."
+            )
+        if isinstance(layer, RecurrentLayer):
+            held = {f"state.{j}": tensor for j, tensor in enumerate(layer.state)}
+        else:
+            held = {"keys": layer.keys, "values": layer.values, "real": getattr(layer, "real", None)}
+        tensors |= {f"layers.{i}.{name}": t.contiguous() for name, t in held.items() if t is not None}
+    return tensors
+
+
+def cache_from_tensors(tensors: dict[str, torch.Tensor], config: PreTrainedConfig) -> DynamicCache:
+    """
+    The cache of which [`cache_to_tensors`] gave the tensors.
+
+    Args:
+        tensors (`dict[str, torch.Tensor]`): the tensors, on the device of the model.
+        config (`PreTrainedConfig`): the config of the model that filled the cache.
+
+    Raises:
+        `ValueError`: the names are not those of a cache of such a model.
+    """
+    cache = DynamicCache(config=config)
+    adopt_cache(cache, config)
+    left = dict(tensors)
+    try:
+        length = int(left.pop("length"))
+        for i, layer in enumerate(cache.layers):
+            if isinstance(layer, RecurrentLayer):
+                state = [left.pop(f"layers.{i}.state.{j}") for j in range(layer.num_states)]
+                layer.lazy_initialization(state[0])
+                layer._hold(tuple(state))
+            else:
+                keys, values = left.pop(f"layers.{i}.keys"), left.pop(f"layers.{i}.values")
+                layer.lazy_initialization(keys, values)
+                layer.keys, layer.values = keys, values
+                if isinstance(layer, SlidingWindowLayer):
+                    layer.real = left.pop(f"layers.{i}.real", None)
+            if isinstance(layer, ReversibleLayer):
+                layer.cumulative_length = length
+    except KeyError as error:
+        raise ValueError(f"Not the tensors of a cache of this model: {error} is missing.") from None
+    if left:
+        raise ValueError(f"Not the tensors of a cache of this model, which has no {sorted(left)}.")
+    return cache

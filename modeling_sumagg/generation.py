@@ -30,6 +30,17 @@ class RecurrentGenerationMixin(GenerationMixin):
                     "padding in some row, so that no token there predicts the next one. Pad on the left, or choose "
                     "another `prefill_chunk_size`."
                 )
+        cache = model_kwargs.get("past_key_values")
+        if attention_mask is None:
+            # `generate` drops a mask of ones, and may note down its length.
+            mask_length = getattr(generation_config, "_mask_length", input_ids.shape[1])
+        else:
+            mask_length = attention_mask.shape[1]
+        if cache is not None and 0 < mask_length <= cache.get_seq_length():
+            raise ValueError(
+                f"`past_key_values` has seen {int(cache.get_seq_length())} tokens, and there are {mask_length} in the "
+                "input. Pass all the tokens, those in the cache too, or the new tokens with an `attention_mask` for all."
+            )
         return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
 
     @staticmethod
