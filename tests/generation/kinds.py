@@ -1,11 +1,12 @@
 """The kinds of models that the generation tests run over, tiny, with weights that make every term count."""
 
+import copy
 from functools import lru_cache
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from modeling_sumagg import SumAggConfig, SumAggForCausalLM
+from modeling_sumagg import SumAggConfig, SumAggForCausalLM, ToSTForCausalLM, ToSTTextConfig
 
 
 VOCAB_SIZE = 32
@@ -13,6 +14,7 @@ SLIDING_WINDOW = 4
 
 _COMMON = {"vocab_size": VOCAB_SIZE, "hidden_size": 16, "num_attention_heads": 2, "max_position_embeddings": 128}
 _SUMAGG = {**_COMMON, "intermediate_size": 32}
+_TOST = {**_COMMON, "intermediate_size": 32, "use_bias": True}
 CONFIGS = {
     "sumagg-pure": SumAggConfig(**_SUMAGG, num_hidden_layers=2, layer_types=["summation"] * 2),
     "sumagg-published": SumAggConfig(
@@ -49,23 +51,40 @@ CONFIGS = {
         layer_types=["sliding_attention", "summation", "full_attention"],
         sliding_window=SLIDING_WINDOW,
     ),
+    "tost-pure": ToSTTextConfig(**_TOST, num_hidden_layers=2),
+    "tost-hybrid": ToSTTextConfig(**_TOST, num_hidden_layers=2, layer_types=["token_statistics", "full_attention"]),
+    "tost-sliding": ToSTTextConfig(
+        **_TOST,
+        num_hidden_layers=2,
+        layer_types=["sliding_attention", "token_statistics"],
+        sliding_window=SLIDING_WINDOW,
+        position_embedding_type="sinusoidal",
+        use_membership_bias=False,
+    ),
 }
-_MODELS = {"sumagg": SumAggForCausalLM}
+_MODELS = {"sumagg": SumAggForCausalLM, "tost_text": ToSTForCausalLM}
 KINDS = list(CONFIGS)
+# One for each way of holding the state; the others differ in what is computed from it.
+MAIN_KINDS = ["sumagg-sinusoidal", "sumagg-hybrid", "sumagg-sliding-full", "tost-pure", "tost-hybrid"]
 
 
-@lru_cache
-def tiny_model(kind: str, dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> PreTrainedModel:
-    """The model of a kind. The same seed whatever the dtype; every parameter random, so that none is a no-op."""
-    config = CONFIGS[kind]
-    model = _MODELS[config.model_type](config).eval()
-    generator = torch.Generator().manual_seed(0)
+def build(model_class: type[PreTrainedModel], config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
+    """A model in eval mode, every parameter of it random, so that none is a no-op."""
+    model = model_class(config).eval()
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(1 + 0.3 * noise if "norm" in name and name.endswith("weight") else 0.3 * noise)
-    model.set_attn_implementation(attention)
-    return model.to(dtype)
+    return model
+
+
+@lru_cache
+def tiny_model(kind: str, dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> PreTrainedModel:
+    """The model of a kind, with the same weights in every dtype."""
+    config = copy.deepcopy(CONFIGS[kind])
+    config._attn_implementation = attention
+    return build(_MODELS[config.model_type], config).to(dtype)
 
 
 @torch.no_grad()
@@ -74,9 +93,10 @@ def logits_alone(model: PreTrainedModel, tokens: list[int]) -> torch.Tensor:
     return model(torch.tensor([tokens]), use_cache=False).logits[0]
 
 
-def greedy_alone(model: PreTrainedModel, tokens: list[int], max_new_tokens: int) -> list[int]:
-    """Greedy decoding by a full forward pass for every token."""
-    tokens = list(tokens)
+@lru_cache
+def greedy_alone(model: PreTrainedModel, prompt: tuple[int, ...], max_new_tokens: int) -> list[int]:
+    """The tokens that greedy decoding adds to a prompt, by a full forward pass for each of them."""
+    tokens = list(prompt)
     for _ in range(max_new_tokens):
         tokens.append(logits_alone(model, tokens)[-1].argmax().item())
-    return tokens
+    return tokens[len(prompt) :]
