@@ -312,7 +312,8 @@ def logits_of_every_case(model):
         yield run_in_segments(model, (0, 10, 24), input_ids, mask)[0][mask]
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", pytest.param("flex_attention", marks=pytest.mark.slow)])
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("implementation", ["sdpa", "flex_attention"])
 @pytest.mark.parametrize("layers", ["hybrid", "sliding"])
 @pytest.mark.parametrize("is_causal", [True, False])
 def test_attention_implementations_agree(is_causal, layers, implementation):
@@ -323,7 +324,9 @@ def test_attention_implementations_agree(is_causal, layers, implementation):
         model.set_attn_implementation(name)
         assert model.config._attn_implementation == name
         set_seed(0)
-        results.append(list(logits_of_every_case(model)))
+        # On a CPU torch 2.13 compiles flex attention to C++ that g++ refuses where keys outnumber queries.
+        with torch.compiler.set_stance("force_eager"):
+            results.append(list(logits_of_every_case(model)))
     for expected, actual in zip(*results, strict=True):
         assert_close(actual, expected)
 
