@@ -280,7 +280,7 @@ def last_real_hidden_states(hidden_states: torch.Tensor, attention_mask: torch.T
     if attention_mask is None:
         return hidden_states
     index = torch.arange(attention_mask.shape[1], device=attention_mask.device).expand_as(attention_mask)
-    last_real = torch.where(attention_mask, index, -1).cummax(dim=1).values
+    last_real = torch.where(attention_mask, index, -1).cummax(dim=1)[0]
     last_real = torch.where(last_real < 0, index, last_real)
     return hidden_states.gather(1, last_real[..., None].expand_as(hidden_states))
 

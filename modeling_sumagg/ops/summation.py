@@ -156,7 +156,7 @@ def document_runs(document_ids: torch.Tensor, attention_mask: torch.Tensor | Non
     if attention_mask is not None:
         real = attention_mask.bool()
         index = torch.arange(real.shape[1], device=real.device).expand_as(real)
-        last_real = torch.where(real, index, -1).cummax(dim=1).values
+        last_real = torch.where(real, index, -1).cummax(dim=1)[0]
         first_real = real.int().argmax(dim=1, keepdim=True)
         document_ids = document_ids.gather(1, torch.where(last_real < 0, first_real, last_real))
     # With one difference for each token an exported graph holds for T = 2 as well.
