@@ -23,7 +23,7 @@ SCRIPT = Path(__file__).parents[2] / "examples" / "stream_generation.py"
 TEXT = (
     "".join(
         f"Line {i}: the sum of {i} and {i + 1} is {2 * i + 1}; naïve 和 ∑ says  {'so' * (i % 4)}.\n"
-        for i in range(150)
+        for i in range(60)
     )
     + "x" * 2500
     + " " * 2300
