@@ -147,6 +147,7 @@ def create_model_card(
         "auto_class": auto_class,
         "pipeline_tag": pipeline_tag,
         "num_parameters": model.num_parameters(),
+        "dtype": str(model.dtype).removeprefix("torch."),
         "config": model.config,
         "dataset_name": dataset_name,
         "steps": steps,

@@ -99,6 +99,7 @@ def test_the_export_is_the_source(export):
 
 
 def test_the_export_is_formatted(export):
+    pytest.importorskip("ruff")
     settings = Path(__file__).parents[2] / "pyproject.toml"
     for command in (["check"], ["format", "--check"]):
         process = subprocess.run(

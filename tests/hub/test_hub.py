@@ -151,7 +151,7 @@ def run_main(folder: Path, monkeypatch) -> None:
 
 def test_a_folder_is_checked_in_a_clean_process(tmp_path, monkeypatch, capfd):
     model = build(SumAggForCausalLM, text_config())
-    save_with_outputs(model, "AutoModelForCausalLM", tmp_path / "model")
+    save_with_outputs(model, tmp_path / "model")
     create_model_card(model, **RUN).save(tmp_path / "model" / "README.md")
     run_main(tmp_path / "model", monkeypatch)
     printed = capfd.readouterr().out
@@ -173,7 +173,7 @@ def test_a_folder_is_checked_in_a_clean_process(tmp_path, monkeypatch, capfd):
 @pytest.mark.slow
 def test_weights_that_do_not_fit_fail_the_check(tmp_path, monkeypatch):
     folder = tmp_path / "model"
-    save_with_outputs(build(SumAggForCausalLM, text_config()), "AutoModelForCausalLM", folder)
+    save_with_outputs(build(SumAggForCausalLM, text_config()), folder)
     weights = load_file(folder / "model.safetensors")
     weights["model.norm.weights"] = weights.pop("model.norm.weight")
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})

@@ -26,9 +26,9 @@ def hub():
 def test_push_pull_pin_and_break_off(tmp_path, hub, clean_python, start_script, run_script):
     root = tmp_path / "checkpoints"
     model = build(SumAggForCausalLM, text_config(lm_head_bias=False, tie_word_embeddings=False))
-    save_with_outputs(model, "AutoModelForCausalLM", root / "SumAggForCausalLM")
+    save_with_outputs(model, root / "SumAggForCausalLM")
     images = build(ToSTForImageClassification, tost_config())
-    save_with_outputs(images, "AutoModelForImageClassification", root / "ToSTForImageClassification")
+    save_with_outputs(images, root / "ToSTForImageClassification")
     create_model_card(
         model,
         model_id="user/language",

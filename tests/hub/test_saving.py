@@ -152,7 +152,7 @@ def test_versions_side_by_side(tmp_path, model_class, config, reference):
 
 def test_broken_checkpoints_are_refused(tmp_path):
     whole = tmp_path / "whole"
-    save_with_outputs(build(SumAggForCausalLM, text_config()), "AutoModelForCausalLM", whole)
+    save_with_outputs(build(SumAggForCausalLM, text_config()), whole)
     load = dynamic.get_class_from_dynamic_module
 
     def broken(name: str):

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, Trainer, TrainingArguments, pipeline
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 
 def first_output(model, inputs):
@@ -84,7 +85,7 @@ def main(source: Path, target: Path) -> None:
         if "input_ids" in inputs:
             AutoTokenizer.from_pretrained(folder, trust_remote_code=True).save_pretrained(again)
         else:
-            transformers.AutoImageProcessor.from_pretrained(folder).save_pretrained(again)
+            AutoImageProcessor.from_pretrained(folder).save_pretrained(again)
         with torch.no_grad():
             trained = first_output(model, inputs)
         assert not torch.equal(trained, expected), folder

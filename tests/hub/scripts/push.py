@@ -7,13 +7,13 @@ from pathlib import Path
 import torch
 from huggingface_hub import HfApi
 from transformers import (
-    AutoImageProcessor,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoTokenizer,
     Trainer,
     TrainingArguments,
 )
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 import modeling_sumagg  # noqa: F401
 
