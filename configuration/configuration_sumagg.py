@@ -5,10 +5,11 @@ from typing import Literal
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from .validation import check_layer_types, check_text_sizes
+from .validation import check_layer_types, check_text_sizes, register_layer_types
 
 
 LAYER_TYPES = ("summation", "full_attention", "sliding_attention")
+register_layer_types("summation")
 
 
 @strict

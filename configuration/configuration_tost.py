@@ -8,7 +8,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig
 
-from .validation import check_layer_types, check_text_sizes
+from .validation import check_layer_types, check_text_sizes, register_layer_types
 
 
 @strict
@@ -127,6 +127,7 @@ class ToSTConfig(BackboneConfigMixin, PreTrainedConfig):
 
 
 TEXT_LAYER_TYPES = ("token_statistics", "full_attention", "sliding_attention")
+register_layer_types("token_statistics")
 
 
 @strict

@@ -2,7 +2,13 @@
 
 from collections.abc import Sequence
 
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, configuration_utils
+
+
+def register_layer_types(*layer_types: str) -> None:
+    """Let transformers know these types: `Trainer` reads the config of a checkpoint as a plain `PreTrainedConfig`."""
+    known = configuration_utils.ALLOWED_ATTN_LAYER_TYPES
+    configuration_utils.ALLOWED_ATTN_LAYER_TYPES = (*known, *(kind for kind in layer_types if kind not in known))
 
 
 def check_layer_types(layer_types: Sequence[str], allowed: Sequence[str], num_hidden_layers: int) -> None:

@@ -138,6 +138,8 @@ def main() -> None:
     )
     training = trainer.train().metrics
     cross_entropy = trainer.evaluate()["eval_loss"]
+    # Turned off for training.
+    model.config.use_cache = True
     trainer.save_model()
 
     held_out = {"input_ids": torch.tensor(blocks["held out"][:1])}

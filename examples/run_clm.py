@@ -11,11 +11,11 @@ Without arguments: a small summation model on the sources of Python's standard l
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import evaluate
 import torch
 from datasets import DatasetDict, IterableDatasetDict
 from embedded_data import standard_library_sources
@@ -28,6 +28,7 @@ from training_utils import (
     check_reload,
     concatenated_blocks,
     load_config,
+    load_metric,
     load_model,
     load_splits,
     load_tokenizer,
@@ -89,6 +90,18 @@ def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits[:, :-1].transpose(1, 2).float(), labels[:, 1:], reduction="none")
 
 
+def perplexity_metrics() -> Callable[[EvalPrediction], dict[str, float]]:
+    """`compute_metrics` for what [`token_losses`] returns: exact whatever the padding of the batches."""
+    metric = load_metric("perplexity")
+
+    def compute_metrics(outputs: EvalPrediction) -> dict[str, float]:
+        labels = outputs.label_ids[:, 1:]
+        predicted = labels != -100
+        return metric.compute(predictions=outputs.predictions[predicted], references=labels[predicted])
+
+    return compute_metrics
+
+
 def main() -> None:
     model_arguments, data_arguments, training_arguments = parse_arguments(
         (ModelArguments, LanguageModelingArguments, TrainingArguments),
@@ -125,13 +138,6 @@ def main() -> None:
             "one. Give more text, or a smaller --block_size."
         )
 
-    metric = evaluate.load(str(Path(__file__).parent / "metrics" / "perplexity"))
-
-    def compute_metrics(outputs: EvalPrediction) -> dict[str, float]:
-        labels = outputs.label_ids[:, 1:]
-        predicted = labels != -100
-        return metric.compute(predictions=outputs.predictions[predicted], references=labels[predicted])
-
     collators = {
         "blocks": default_data_collator,
         "flattened": DataCollatorWithFlattening(),
@@ -144,10 +150,12 @@ def main() -> None:
         eval_dataset=validation,
         processing_class=tokenizer,
         data_collator=collators[data_arguments.packing],
-        compute_metrics=compute_metrics,
+        compute_metrics=perplexity_metrics(),
         preprocess_logits_for_metrics=token_losses,
     )
     training = trainer.train(resume_from_checkpoint=training_arguments.resume_from_checkpoint)
+    # Turned off for training.
+    config.use_cache = True
     trainer.save_model()
     trainer.save_state()
     trainer.log_metrics("train", training.metrics)

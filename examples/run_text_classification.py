@@ -12,8 +12,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import evaluate
-import numpy as np
 import torch
 from datasets import DatasetDict
 from embedded_data import standard_library_packages
@@ -26,6 +24,7 @@ from training_utils import (
     DataArguments,
     ModelArguments,
     WeightDecayTrainer,
+    accuracy_metrics,
     check_reload,
     load_config,
     load_model,
@@ -38,7 +37,6 @@ from training_utils import (
 from transformers import (
     AutoModelForSequenceClassification,
     DataCollatorWithPadding,
-    EvalPrediction,
     PreTrainedTokenizerBase,
     TrainingArguments,
     set_seed,
@@ -62,7 +60,7 @@ SMALL_CLASSIFIER = {
 class ClassificationArguments(DataArguments):
     test_file: str | None = field(default=None, metadata={"help": "A file to evaluate on at the end."})
     label_column_name: str = field(default="label", metadata={"help": "Column with the classes."})
-    max_length: int = field(default=1024, metadata={"help": "Tokens of a document; the rest is cut off."})
+    max_length: int = field(default=512, metadata={"help": "Tokens of a document; the rest is cut off."})
 
     def __post_init__(self):
         super().__post_init__()
@@ -166,11 +164,6 @@ def main() -> None:
     )
     sequences = tokenize(splits, tokenizer, min(data_arguments.max_length, config.max_position_embeddings))
 
-    metric = evaluate.load(str(Path(__file__).parent / "metrics" / "accuracy"))
-
-    def compute_metrics(outputs: EvalPrediction) -> dict[str, float]:
-        return metric.compute(predictions=np.argmax(outputs.predictions, axis=1), references=outputs.label_ids)
-
     trainer = WeightDecayTrainer(
         model=model,
         args=training_arguments,
@@ -178,7 +171,7 @@ def main() -> None:
         eval_dataset=sequences["validation"],
         processing_class=tokenizer,
         data_collator=DataCollatorWithPadding(tokenizer),
-        compute_metrics=compute_metrics,
+        compute_metrics=accuracy_metrics(),
     )
     training = trainer.train(resume_from_checkpoint=training_arguments.resume_from_checkpoint)
     trainer.save_model()

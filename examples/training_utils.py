@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import evaluate
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoTokenizer,
+    EvalPrediction,
     HfArgumentParser,
     PreTrainedConfig,
     PreTrainedModel,
@@ -145,7 +147,11 @@ def load_splits(
         if missing:
             raise ValueError(
                 f"The {name} split of {arguments.source} has no column {missing[0]!r}. Its columns are {found}: choose "
-                + " and ".join(f"the column for `{column}` with --{column}_column_name" for column in columns)
+                + " and ".join(
+                    f"the column for `{column}` with --{column}_column_name"
+                    for column in columns
+                    if hasattr(arguments, f"{column}_column_name")
+                )
                 + "."
             )
         renamed = {old: new for new, old in columns.items() if old != new}
@@ -258,6 +264,19 @@ def unigram_cross_entropy(training_tokens: Iterable[list[int]], tokens: Iterable
         counts += np.bincount(sequence, minlength=vocab_size)
     negative_log_likelihood = np.log(counts.sum()) - np.log(counts)
     return float(np.mean(np.concatenate([negative_log_likelihood[sequence[1:]] for sequence in tokens])))
+
+
+def load_metric(name: str) -> evaluate.Metric:
+    """A metric of `examples/metrics`."""
+    return evaluate.load(str(Path(__file__).parent / "metrics" / name))
+
+
+def accuracy_metrics() -> Callable[[EvalPrediction], dict[str, float]]:
+    """`compute_metrics` of a classifier."""
+    metric = load_metric("accuracy")
+    return lambda outputs: metric.compute(
+        predictions=np.argmax(outputs.predictions, axis=1), references=outputs.label_ids
+    )
 
 
 def check_reload(auto_class: type, trainer: Trainer, inputs: dict[str, torch.Tensor]) -> PreTrainedModel:
