@@ -45,9 +45,9 @@ def decode_state_size(model: PreTrainedModel) -> tuple[int, int] | None:
     Returns:
         `tuple[int, int]` or `None`: the bytes that do not depend on the length (the states of the recurrent layers), and
         those that each token adds (the keys and values of the attention layers, up to a sliding window); `None` for a
-        model without decode state.
+        model that does not generate.
     """
-    if not getattr(model.config, "use_cache", False) or not getattr(model.config, "is_causal", True):
+    if not model.can_generate():
         return None
 
     def held(length: int) -> int:

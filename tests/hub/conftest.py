@@ -68,7 +68,7 @@ def run_script(start_script) -> Callable[..., str]:
 
     def run(*arguments: object, **environment: str) -> str:
         process = start_script(*arguments, **environment)
-        output, _ = process.communicate(timeout=300)
+        output, _ = process.communicate(timeout=600)
         assert process.returncode == 0, output[-6000:]
         return output
 

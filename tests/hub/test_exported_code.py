@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from checkpoints import multimodal_config, text_config, tost_config, tost_text_config
+from transformers.dynamic_module_utils import get_imports
 
 from modeling_sumagg.remote_code import flatten_imports
 
@@ -77,6 +78,12 @@ def test_the_export_only_computes(export):
                 assert node.attr not in FORBIDDEN_ATTRIBUTES, f"{path.name}:{node.lineno} uses .{node.attr}"
             elif isinstance(node, ast.ImportFrom) and node.level > 0:
                 assert node.level == 1 and (export / f"{node.module}.py").is_file(), f"{path.name}:{node.lineno}"
+
+
+def test_nothing_but_torch_and_transformers_must_be_installed(export):
+    for path in export.glob("*.py"):
+        needed = set(get_imports(path)) - sys.stdlib_module_names
+        assert needed <= {"huggingface_hub", "torch", "transformers"}, path.name
 
 
 def test_the_export_is_the_source(export):

@@ -165,17 +165,16 @@ def test_a_folder_is_checked_in_a_clean_process(tmp_path, monkeypatch, capfd):
     ):
         assert text in printed, printed
 
-    (tmp_path / "model" / "cache.py").unlink()
-    with pytest.raises(SystemExit, match="error: .*cache.py"):
-        run_main(tmp_path / "model", monkeypatch)
-
 
 @pytest.mark.slow
-def test_weights_that_do_not_fit_fail_the_check(tmp_path, monkeypatch):
+def test_weights_that_do_not_fit_and_missing_code_fail_the_check(tmp_path, monkeypatch):
     folder = tmp_path / "model"
     save_with_outputs(build(SumAggForCausalLM, text_config()), folder)
     weights = load_file(folder / "model.safetensors")
     weights["model.norm.weights"] = weights.pop("model.norm.weight")
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(SystemExit, match="error: .*do not fit.*model.norm.weight"):
+        run_main(folder, monkeypatch)
+    (folder / "cache.py").unlink()
+    with pytest.raises(SystemExit, match="error: .*cache.py"):
         run_main(folder, monkeypatch)

@@ -63,3 +63,9 @@ def test_push_pull_pin_and_break_off(tmp_path, hub, clean_python, start_script, 
     assert {path.name for path in Path(root / "SumAggForCausalLM").glob("*.py")} <= set(repository.commits[-1][1])
     output = run_script(clean_python, "pull.py", root, *revisions, HF_ENDPOINT=hub.endpoint)
     assert output.endswith("ok\n")
+    downloads = [
+        path.rpartition("/")[2] for method, path in hub.requests if (method, path[:14]) == ("GET", "/user/language")
+    ]
+    # The two revisions have other weights and the same code, which its ETag tells.
+    assert downloads.count("model.safetensors") == 2
+    assert downloads.count("modeling_sumagg.py") == 1

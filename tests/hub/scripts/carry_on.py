@@ -56,6 +56,17 @@ def run_pipeline(name, folder, config):
         assert abs(sum(result["score"] for result in results) - 1) < 1e-5, results
 
 
+def load_as_another_head(folder):
+    body = transformers.AutoModel.from_pretrained(folder, trust_remote_code=True)
+    classifier = transformers.AutoModelForSequenceClassification.from_pretrained(
+        folder, trust_remote_code=True, num_labels=5
+    )
+    assert classifier.config.num_labels == 5
+    weights = body.state_dict()
+    for name, weight in classifier.base_model.state_dict().items():
+        torch.testing.assert_close(weight, weights[name], rtol=0, atol=0)
+
+
 def main(source: Path, target: Path) -> None:
     assert "modeling_sumagg" not in sys.modules
     target.mkdir()
@@ -77,6 +88,7 @@ def main(source: Path, target: Path) -> None:
         if model.can_generate():
             tokens = model.generate(**inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False)
             assert tokens.shape[1] == inputs["input_ids"].shape[1] + 3
+            load_as_another_head(folder)
         run_pipeline(folder.name, str(folder), model.config)
 
         model, save = train(model, inputs)
