@@ -81,6 +81,8 @@ class ReversibleLayer(CacheLayerMixin):
                 f"Cannot remove {-tokens_to_remove} tokens: {self.recorded} were recorded since the last `crop`. Call "
                 "`activate_past_recording()` on the cache before the forward passes that are to be undone."
             )
+        # `generate` of transformers 5.17 counts in tensors, which must not become the length.
+        tokens_to_remove = int(tokens_to_remove)
         self.remove_last(-tokens_to_remove)
         self.cumulative_length += tokens_to_remove
         self.recorded = 0
