@@ -120,6 +120,7 @@ def load_config(arguments: ModelArguments, labels: list[str]) -> PreTrainedConfi
     """The config of the checkpoint, of the preset, or of a small ToST, with the overrides and the labels in it."""
     values = {
         **json.loads(arguments.config_overrides),
+        "num_labels": len(labels),
         "id2label": dict(enumerate(labels)),
         "label2id": {label: index for index, label in enumerate(labels)},
     }

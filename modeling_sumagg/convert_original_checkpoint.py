@@ -238,10 +238,9 @@ def convert_original_checkpoint(
         renamed[name] = tensor
     with torch.device("meta"):
         model = model_class(config)
-    if config.tie_word_embeddings:
-        # Some originals store a tied weight once.
-        for tied, source in (model._tied_weights_keys or {}).items():
-            renamed.setdefault(tied, renamed[source])
+    # Some originals store a tied weight once.
+    for tied, source in model.all_tied_weights_keys.items():
+        renamed.setdefault(tied, renamed[source])
     model.load_state_dict(renamed, assign=True)
     model.tie_weights()
     model.save_pretrained(output_dir)
