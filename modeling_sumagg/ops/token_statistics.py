@@ -161,7 +161,7 @@ def token_membership(
         `torch.Tensor` of shape `[B, K, N]` in float32 (float64 for float64 `w`), zero where masked.
     """
     mask = _check_arguments(w, temperature, attention_mask)
-    return _membership(*_squares(w, temperature, mask), mask)
+    return _membership(*_squares(_real_tokens(w, mask), temperature), mask)
 
 
 def causal_token_membership(
@@ -182,7 +182,7 @@ def causal_token_membership(
     mask = _check_causal_arguments(w, temperature, position_bias, initial_state, attention_mask, document_ids)
     runs = None if document_ids is None else document_runs(document_ids, mask)
     initial = None if initial_state is None else initial_state.second_moment
-    w2, temperature = _squares(w, temperature, mask)
+    w2, temperature = _squares(_real_tokens(w, mask), temperature)
     return _causal_membership(w2, _running_sum(w2, initial, runs), temperature, position_bias, mask)
 
 
@@ -223,14 +223,16 @@ def _takes_formula(w: torch.Tensor) -> bool:
 
 
 def _bidirectional_formula(w, temperature, mask, keep, dropout_p):
-    w2, temperature = _squares(w, temperature, mask)
+    w = _real_tokens(w, mask)
+    w2, temperature = _squares(w, temperature)
     membership = _membership(w2, temperature, mask).unsqueeze(-1)
     moment = (membership * w2).sum(2, keepdim=True) / (membership.sum(2, keepdim=True) + MIN_MEMBERSHIP)
     return _output(w, mask, membership, moment, keep, dropout_p)
 
 
 def _causal_formula(w, temperature, position_bias, initial_state, mask, runs, keep, dropout_p):
-    w2, temperature = _squares(w, temperature, mask)
+    w = _real_tokens(w, mask)
+    w2, temperature = _squares(w, temperature)
     initial = (None, None, None) if initial_state is None else initial_state
     second_moment = _running_sum(w2, initial[0], runs)
     membership = _causal_membership(w2, second_moment, temperature, position_bias, mask)
@@ -245,10 +247,10 @@ def _causal_formula(w, temperature, position_bias, initial_state, mask, runs, ke
     return out, initial_state
 
 
-def _squares(w, temperature, mask):
+def _squares(w, temperature):
     """w² and the temperature as `[K, 1]`, in the dtype of the statistics."""
     dtype = _statistics_dtype(w)
-    return _real_tokens(w, mask).to(dtype).square(), temperature.reshape(-1, 1).to(dtype)
+    return w.to(dtype).square(), temperature.reshape(-1, 1).to(dtype)
 
 
 def _membership(w2, temperature, mask):
@@ -272,7 +274,8 @@ def _output(w, mask, membership, moment, keep, dropout_p):
     suppression = 1 / (1 + moment)
     if keep is not None:
         suppression = suppression * keep.transpose(1, 2) / (1 - dropout_p)
-    return (-_real_tokens(w, mask).to(moment.dtype) * membership * suppression).to(w.dtype)
+    # Zero already where masked, but not so its gradient.
+    return _real_tokens((-w.to(moment.dtype) * membership * suppression).to(w.dtype), mask)
 
 
 def _real_tokens(x, mask):
@@ -291,7 +294,7 @@ def _running_sum(x, initial, runs):
     # One cumulative sum less its value at the restart would leave the rounding of earlier documents behind.
     same_run = (runs.unsqueeze(2) == runs.unsqueeze(1)).tril().unsqueeze(1).to(x.dtype)
     with torch.autocast(x.device.type, enabled=False):
-        running = (same_run @ x.reshape(*x.shape[:3], -1)).reshape(x.shape)
+        running = (same_run @ (x if x.ndim == 4 else x.unsqueeze(3))).reshape(x.shape)
     if initial is None:
         return running
     first_run = (runs == 0).reshape(x.shape[0], 1, x.shape[2], *[1] * (x.ndim - 3))
@@ -535,7 +538,7 @@ def _causal_backward(
 
             # out = -w · gain / divisor, with gain = Π · total and divisor = weighted + total
             gain = (membership * total).unsqueeze(-1)
-            divisor = block.weighted.add_(total.unsqueeze(-1))
+            divisor = block.weighted + total.unsqueeze(-1)
             grad = _zero_invalid(_chunked(grad_out, rows, start, stop).to(sums.dtype), block.valid) / divisor
             if keep is not None:
                 grad.mul_(_chunked(keep, rows, start, stop)).div_(1 - dropout_p)
@@ -545,7 +548,7 @@ def _causal_backward(
 
             grad_sums = grad.new_empty(*grad.shape[:3], width + num_heads)
             torch.mul(grad_divisor, gain, out=grad_sums[..., :width].unflatten(3, heads))
-            grad_sums[..., width:] = membership * (total * grad_divisor.sum(-1) + grad_gain)
+            grad_sums[..., width:] = -membership * block.weighted.mul_(grad_divisor).sum(-1)
             grad_sums, grad_weighted_initial = block.sums.suffix(grad_sums, grad_state[:, width:])
             grad_weighted = grad_sums[..., :width].unflatten(3, heads)
 
@@ -755,7 +758,8 @@ def _check_causal_arguments(w, temperature, position_bias, initial_state, attent
     if position_bias is not None:
         if not position_bias.is_floating_point():
             raise TypeError(f"`position_bias` must be of a floating dtype, got {position_bias.dtype}.")
-        if position_bias.shape not in ((num_heads, length), (batch_size, num_heads, length)):
+        # By parts: comparing shapes of two lengths would tie the batch to the number of heads in an exported graph.
+        if position_bias.shape[-2:] != (num_heads, length) or position_bias.shape[:-2] not in ((), (batch_size,)):
             raise ValueError(
                 f"`position_bias` must be None or have the shape [K, T] = [{num_heads}, {length}] or [B, K, T] = "
                 f"[{batch_size}, {num_heads}, {length}] of `w`, got {list(position_bias.shape)}."
