@@ -4,6 +4,7 @@ import copy
 import pickle
 import random
 
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -103,6 +104,7 @@ def draw_row(length: int, first_position: int, padded: bool, packed: bool, draw:
     return columns
 
 
+@pytest.mark.slow
 @settings(max_examples=600, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     data=st.data(),
