@@ -70,7 +70,8 @@ class TextModelTester:
         self.is_training = True
         self.batch_size, self.seq_length = 3, 7
         self.vocab_size, self.hidden_size, self.num_hidden_layers, self.num_attention_heads = 99, 32, 2, 2
-        self.intermediate_size = 37
+        # Two processes halve it: transformers 5.17 shards evenly.
+        self.intermediate_size = 48
         self.options = {}
 
     def get_config(self):
@@ -188,7 +189,6 @@ def conformance(model_class):
         mixins.append(BackboneTesterMixin)
 
     def set_up(self):
-        torch.manual_seed(0)
         self.model_tester = tester_class(model_class)
 
     attributes = {
