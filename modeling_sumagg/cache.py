@@ -222,7 +222,9 @@ class RecurrentLayer(ReversibleLayer):
             segment = self.segments.pop()
             remaining = max(segment.length - length, 0)
             length -= segment.length - remaining
-            self._hold(self._run(segment.first(remaining))[1] if remaining else segment.state)
+            # `generate` goes back outside of the forward pass, where autograd may be on again.
+            with torch.set_grad_enabled(segment.inputs.requires_grad):
+                self._hold(self._run(segment.first(remaining))[1] if remaining else segment.state)
         self.segments = []
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
