@@ -41,13 +41,13 @@ from modeling_sumagg.hub import decode_state_size
 @dataclass
 class QuickstartArguments:
     output_dir: str = field(default="runs/quickstart", metadata={"help": "Where the model and the plot go."})
-    steps: int = field(default=500, metadata={"help": "Training steps."})
-    batch_size: int = field(default=8, metadata={"help": "Sequences a step."})
+    steps: int = field(default=1800, metadata={"help": "Training steps."})
+    batch_size: int = field(default=4, metadata={"help": "Sequences a step."})
     context_length: int = field(default=256, metadata={"help": "Tokens of a training sequence."})
     vocab_size: int = field(default=4096, metadata={"help": "Tokens of the vocabulary to learn."})
-    hidden_size: int = field(default=256, metadata={"help": "Width of the model."})
+    hidden_size: int = field(default=128, metadata={"help": "Width of the model."})
     num_hidden_layers: int = field(default=4, metadata={"help": "Blocks: all sum but the last, which attends."})
-    num_attention_heads: int = field(default=8, metadata={"help": "Heads of the attention block."})
+    num_attention_heads: int = field(default=4, metadata={"help": "Heads of the attention block."})
     learning_rate: float = field(default=2e-3, metadata={"help": "Highest learning rate, after the warm-up."})
     train_files: list[str] | None = field(default=None, metadata={"help": "UTF-8 text files of your own."})
     held_out_files: list[str] | None = field(default=None, metadata={"help": "Text files to evaluate on."})
@@ -120,7 +120,7 @@ def main() -> None:
             output_dir=arguments.output_dir,
             max_steps=arguments.steps,
             per_device_train_batch_size=arguments.batch_size,
-            per_device_eval_batch_size=arguments.batch_size,
+            per_device_eval_batch_size=4 * arguments.batch_size,
             learning_rate=arguments.learning_rate,
             lr_scheduler_type="cosine",
             warmup_steps=0.1,

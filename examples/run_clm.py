@@ -106,7 +106,8 @@ def main() -> None:
     model_arguments, data_arguments, training_arguments = parse_arguments(
         (ModelArguments, LanguageModelingArguments, TrainingArguments),
         output_dir="runs/clm",
-        num_train_epochs=0.3,
+        num_train_epochs=0.6,
+        per_device_train_batch_size=4,
         learning_rate=2e-3,
         lr_scheduler_type="cosine",
         warmup_steps=0.1,

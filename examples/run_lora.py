@@ -114,8 +114,7 @@ def train_base_model(folder: str, steps: int, vocab_size: int, seed: int) -> Non
     new_model = ModelArguments(vocab_size=vocab_size)
     splits = standard_library_sources().select_columns(["text"])
     tokenizer = load_tokenizer(new_model, splits["train"]["text"])
-    defaults = {**SMALL_MODEL, "hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}
-    model = load_model(AutoModelForCausalLM, new_model, load_config(new_model, tokenizer, defaults))
+    model = load_model(AutoModelForCausalLM, new_model, load_config(new_model, tokenizer, SMALL_MODEL))
     blocks = tokenize_for_generation(splits, tokenizer, "blocks", 256)
     training_arguments = TrainingArguments(
         output_dir=folder,

@@ -43,13 +43,9 @@ from transformers import (
 )
 
 
-# Every word of a document matters to its class: no layer attends, and the tokens are averaged.
 SMALL_CLASSIFIER = {
     **SMALL_MODEL,
-    "hidden_size": 128,
     "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "layer_types": ["summation", "summation"],
     "pooling": "mean",
     "hidden_dropout": 0.1,
     "classifier_dropout": 0.1,
@@ -106,10 +102,9 @@ def tokenize(splits: DatasetDict, tokenizer: PreTrainedTokenizerBase, max_length
     """`input_ids` and `labels`. A document ends with the end-of-text token, so that an empty one has a token too."""
 
     def encode(batch: dict[str, list]) -> dict[str, list]:
-        documents = tokenizer(batch["text"], add_special_tokens=False, truncation=True, max_length=max_length - 1)[
-            "input_ids"
-        ]
-        return {"input_ids": [[*document, tokenizer.eos_token_id] for document in documents]}
+        documents = tokenizer(batch["text"], add_special_tokens=False)["input_ids"]
+        # The tokenizer's own truncation would be saved with it.
+        return {"input_ids": [[*document[: max_length - 1], tokenizer.eos_token_id] for document in documents]}
 
     return splits.map(encode, batched=True, remove_columns=["text"])
 

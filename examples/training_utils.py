@@ -14,6 +14,7 @@ from datasets import DatasetDict, IterableDatasetDict, load_dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoTokenizer,
     EvalPrediction,
@@ -35,9 +36,9 @@ END_OF_TEXT = "<|endoftext|>"
 # A model for a few minutes on two cores; `--config_overrides` changes it.
 SMALL_MODEL = {
     "model_type": "sumagg",
-    "hidden_size": 256,
+    "hidden_size": 128,
     "num_hidden_layers": 4,
-    "num_attention_heads": 8,
+    "num_attention_heads": 4,
     "max_position_embeddings": 1024,
 }
 
@@ -203,8 +204,10 @@ def load_config(
     if arguments.preset is not None:
         defaults = json.loads(Path(preset_path(arguments.preset)).read_text(encoding="utf-8"))
     special_tokens = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    config = {**defaults, "vocab_size": len(tokenizer), **special_tokens, **overrides}
-    return AutoConfig.for_model(config.pop("model_type"), **config)
+    config_class = CONFIG_MAPPING[overrides.pop("model_type", defaults["model_type"])]
+    # Another family may lack some of the defaults.
+    known = {name: value for name, value in defaults.items() if name in config_class.__dataclass_fields__}
+    return config_class(**{**known, "vocab_size": len(tokenizer), **special_tokens, **overrides})
 
 
 def load_model(auto_class: type, arguments: ModelArguments, config: PreTrainedConfig) -> PreTrainedModel:
