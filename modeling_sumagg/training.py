@@ -6,13 +6,13 @@ from torch import nn
 # The maps that mix tokens, as in PEFT's defaults for other models. A module is adapted if its name ends in one of these.
 LORA_TARGET_MODULES = {
     "sumagg": ["in_proj", "hidden_proj", "q_proj", "v_proj"],
-    "sumagg_multimodal": ["in_proj", "hidden_proj", "q_proj", "v_proj"],
+    "sumagg_multimodal": ["proj", "dense", "dense1", "dense2"],
     "tost": ["w_proj", "qkv"],
     "tost_text": ["w_proj", "q_proj", "v_proj"],
 }
 
 # Parameters with more than one dimension that are no weights of a linear map.
-NOT_DECAYED = {"temperature", "membership_bias", "cls_token"}
+NOT_DECAYED = {"bias", "temperature", "membership_bias", "cls_token"}
 
 
 def register_lora_target_modules() -> None:
