@@ -19,9 +19,11 @@ def check_files(folder: Path) -> dict[str, str]:
     """The `auto_map` of the checkpoint, whose weights are whole and in safetensors only, and whose code is there."""
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} holds no config.json: it is not a checkpoint.")
-    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in {".bin", ".pt", ".pth", ".ckpt", ".h5"})
-    if pickles:
-        raise ValueError(f"{folder} holds weights in other formats than safetensors: {pickles}. Remove them.")
+    others = sorted(
+        path.name for ending in ("*model*.bin", "*.ckpt", "*.h5", "*.msgpack") for path in folder.glob(ending)
+    )
+    if others:
+        raise ValueError(f"{folder} holds weights in other formats than safetensors: {others}. Remove them.")
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         raise ValueError(f"{folder} holds no safetensors file.")

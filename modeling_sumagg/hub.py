@@ -88,7 +88,8 @@ def create_model_card(
         model_id (`str`): its name on the Hub, `"user/name"`, as the code in the card loads it.
         dataset_type (`str`): the dataset's id on the Hub, or any short id for other data.
         dataset_name (`str`): the dataset in words, with its size.
-        hyperparameters (`dict[str, Any]`): what the run was given, by name.
+        hyperparameters (`dict[str, Any]`): what the run was given, by name; of enums, such as those of
+            `TrainingArguments`, the card shows the value.
         metrics (`dict[str, float]`): the measured metrics of this model on held-out data, by the name that `evaluate`
             gives them.
         baselines (`dict[str, dict[str, float]]`): the same metrics of what the model is compared with, by its name.
@@ -151,7 +152,7 @@ def create_model_card(
         "config": model.config,
         "dataset_name": dataset_name,
         "steps": steps,
-        "hyperparameters": hyperparameters,
+        "hyperparameters": {name: getattr(value, "value", value) for name, value in hyperparameters.items()},
         "metrics": metrics,
         "baselines": baselines,
         "hardware": hardware or _hardware(),
@@ -166,7 +167,7 @@ def create_model_card(
 def _hardware() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    return f"{torch.get_num_threads()} CPU threads ({platform.machine()})"
+    return f"{platform.machine()} CPU, threads: {torch.get_num_threads()}"
 
 
 def check_card(path: Path) -> list[str]:

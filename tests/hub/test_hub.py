@@ -139,6 +139,8 @@ def test_files_that_must_not_be_uploaded(tmp_path):
     (truncated / "model.safetensors").write_bytes(weights[:-1])
     with pytest.raises(ValueError, match="model.safetensors is truncated or corrupted"):
         check_files(truncated)
+    torch.save({}, whole / "training_args.bin")
+    assert check_files(whole)
     torch.save(nn.Linear(1, 1).state_dict(), whole / "pytorch_model.bin")
     with pytest.raises(ValueError, match="pytorch_model.bin"):
         check_files(whole)
