@@ -68,6 +68,9 @@ class ForCausalLM:
 class ForSequenceClassification:
     """Sequence classification or regression head: `score` on what `pooler` makes of the real tokens."""
 
+    # The loss is a mean over the batch: `Trainer` has to divide by the accumulation steps.
+    accepts_loss_kwargs = False
+
     @can_return_tuple
     def forward(
         self,
@@ -105,11 +108,15 @@ class ForSequenceClassification:
         logits = self.score(self.dropout(self.pooler(hidden_states, attention_mask)))
         loss = None
         if labels is not None:
-            if labels.dim() == 2 or self.config.problem_type == "multi_label_classification":
-                check_labels(labels, logits.shape, "[B, num_labels]", None)
+            problem_type = self.config.problem_type
+            if problem_type is None and self.num_labels > 1 and not labels.is_floating_point():
+                problem_type = "single_label_classification"
+            if problem_type == "single_label_classification":
+                check_labels(labels, logits.shape[:1], "[B]", self.num_labels)
+            elif self.num_labels == 1 and labels.dim() == 1:
+                check_labels(labels, logits.shape[:1], "[B]", None)
             else:
-                is_class = not labels.is_floating_point() and self.num_labels > 1
-                check_labels(labels, logits.shape[:1], "[B]", self.num_labels if is_class else None)
+                check_labels(labels, logits.shape, "[B, num_labels]", None)
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
         return SequenceClassifierOutputWithPast(
             loss=loss,
@@ -155,7 +162,7 @@ class ForTokenClassification:
         loss = None
         if labels is not None:
             check_labels(labels, logits.shape[:2], "[B, T]", self.num_labels)
-            loss = self.loss_function(logits=logits, labels=labels, config=self.config)
+            loss = self.loss_function(logits=logits, labels=labels, config=self.config, **kwargs)
         return TokenClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
