@@ -473,7 +473,8 @@ def test_negative_positions(position_embedding_type):
 @pytest.mark.parametrize(
     "model_class, labels, message",
     [
-        (SumAggForSequenceClassification, torch.zeros(2, 9).long(), r"`labels`.*\[2, 3\], got \[2, 9\]"),
+        (SumAggForSequenceClassification, torch.zeros(2, 9), r"`labels`.*\[2, 3\], got \[2, 9\]"),
+        (SumAggForSequenceClassification, torch.zeros(2), r"`labels`.*\[B, num_labels\] = \[2, 3\], got \[2\]"),
         (SumAggForSequenceClassification, torch.zeros(3).long(), r"`labels`.*\[B\] = \[2\], got \[3\]"),
         (SumAggForSequenceClassification, torch.tensor([0, 3]), r"`labels` must be in \[0, 3\).*got 3"),
         (SumAggForTokenClassification, torch.zeros(2).long(), r"`labels`.*\[B, T\] = \[2, 9\], got \[2\]"),
