@@ -223,7 +223,7 @@ def test_assisted_sampling_follows_the_speculative_rule(kind):
     assistant.generation_config.num_assistant_tokens = 2
     assistant.generation_config.num_assistant_tokens_schedule = "constant"
     assistant.generation_config.assistant_confidence_threshold = 0.0
-    prompt, num_samples = [1, 2, 3], 800
+    prompt, num_samples = [1, 2, 3], 400
 
     def probabilities(of: PreTrainedModel) -> torch.Tensor:
         first = logits_alone(of, prompt)[-1].softmax(-1)
