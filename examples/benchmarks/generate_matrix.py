@@ -158,7 +158,13 @@ def assisted(model: PreTrainedModel) -> bool:
 def compiled(model: PreTrainedModel) -> bool:
     compile_config = CompileConfig(fullgraph=True, mode=None, backend="aot_eager")
     compile_config._compile_all_devices = True
-    return with_options(cache_implementation="static", compile_config=compile_config)(model)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    exact = with_options(cache_implementation="static", compile_config=compile_config)(model)
+    num_graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    if num_graphs != 1:
+        raise RuntimeError(f"compiled to {num_graphs} graphs")
+    return exact
 
 
 def cache_name(model: PreTrainedModel) -> str:
