@@ -14,7 +14,7 @@ import torch
 from source_distribution import import_path
 
 import modeling_sumagg
-from modeling_sumagg import SumAggConfig, ToSTConfig, ToSTTextConfig
+from modeling_sumagg import SumAggConfig, SumAggMultimodalConfig, ToSTConfig, ToSTTextConfig
 
 
 try:
@@ -22,6 +22,7 @@ try:
 except OSError as error:
     pytest.skip(f"transformers' source distribution is not to be had: {error}", allow_module_level=True)
 
+from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers_tests import test_fsdp_mixin, test_tensor_parallel_mixin
 from transformers_tests.generation.test_utils import GenerationTesterMixin
@@ -32,10 +33,14 @@ from transformers_tests.test_training_mixin import TrainingTesterMixin
 
 
 TOST = ("ToSTModel", "ToSTForImageClassification", "ToSTBackbone")
+MULTIMODAL = "SumAggForMultimodalRegression"
 # test name -> reason; or "ClassName.test name" for one class.
 NOT_APPLICABLE: dict[str, str] = {
     **{f"{name}.test_attention_outputs": "a membership is [B, K, N]: there are no pairwise weights" for name in TOST},
     **{f"{name}.test_model_get_set_embeddings": "images have no embedding table" for name in TOST},
+    f"{MULTIMODAL}.test_hidden_states_output": "there is no stack of blocks, and no hidden state of each",
+    f"{MULTIMODAL}.test_retain_grad_hidden_states_attentions": "there is no stack of blocks, and no hidden state of each",
+    f"{MULTIMODAL}.test_can_load_ignoring_mismatched_shapes": "it takes `numeric_std`, a list, for an initial scale",
     "ToSTBackbone.test_retain_grad_hidden_states_attentions": "the first output is a tuple of feature maps",
 }
 
@@ -165,6 +170,45 @@ class ToSTTests:
         tester.run_common_tests()
 
 
+class MultimodalTester:
+    """Text and numbers; the image branch is tested by its own tests."""
+
+    def __init__(self, model_class):
+        self.is_training = True
+        self.batch_size, self.seq_length, self.vocab_size, self.hidden_size = 3, 7, 99, 32
+
+    def get_config(self):
+        return SumAggMultimodalConfig(
+            vocab_size=self.vocab_size,
+            hidden_size=self.hidden_size,
+            num_numeric_features=2,
+            head_hidden_sizes=[16],
+            max_position_embeddings=64,
+        )
+
+    def prepare_config_and_inputs_for_common(self):
+        inputs = {
+            "input_ids": ids_tensor([self.batch_size, self.seq_length], self.vocab_size),
+            "attention_mask": random_attention_mask([self.batch_size, self.seq_length]),
+            "numeric_features": floats_tensor([self.batch_size, 2]),
+        }
+        return self.get_config(), inputs
+
+
+class MultimodalTests:
+    has_attentions = False
+    test_can_init_all_missing_weights_before_2023 = True
+
+    def _prepare_for_class(self, inputs_dict, model_class, return_labels=False):
+        inputs = super()._prepare_for_class(inputs_dict, model_class)
+        return {**inputs, "labels": torch.zeros(self.model_tester.batch_size, 1)} if return_labels else inputs
+
+    def test_config(self):
+        sizes = {"vocab_size": 99, "hidden_size": 32}
+        tester = ConfigTester(self, config_class=SumAggMultimodalConfig, common_properties=["hidden_size"], **sizes)
+        tester.run_common_tests()
+
+
 CAUSAL_LM_MIXINS = (
     GenerationTesterMixin,
     TrainingTesterMixin,
@@ -175,6 +219,7 @@ FAMILIES = {
     SumAggConfig: (SumAggTester, TextTests),
     ToSTConfig: (ToSTTester, ToSTTests),
     ToSTTextConfig: (ToSTTextTester, TextTests),
+    SumAggMultimodalConfig: (MultimodalTester, MultimodalTests),
 }
 
 
@@ -207,7 +252,7 @@ def conformance(model_class):
 
 
 for model_class in vars(modeling_sumagg).values():
-    if isinstance(model_class, type) and getattr(model_class, "config_class", None) in FAMILIES:
+    if isinstance(model_class, type) and issubclass(model_class, PreTrainedModel):
         case = conformance(model_class)
         globals()[case.__name__] = case
 del case, model_class
