@@ -1,6 +1,7 @@
 """The built wheel, installed beside nothing of the repository."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -36,8 +37,14 @@ print(json.dumps({"file": modeling_sumagg.__file__, "presets": presets, "losses"
 
 @pytest.mark.slow
 def test_wheel(tmp_path):
+    # From a copy: setuptools leaves what it built beside the sources, and packs it again the next time.
+    source = tmp_path / "source"
+    for folder in ("configuration", "hub_cards", "modeling_sumagg"):
+        shutil.copytree(ROOT / folder, source / folder)
+    for file in ("LICENSE", "README.md", "pyproject.toml", "setup.cfg"):
+        shutil.copy(ROOT / file, source)
     pip = [sys.executable, "-m", "pip"]
-    build = [*pip, "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path / "dist"), str(ROOT)]
+    build = [*pip, "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path / "dist"), str(source)]
     subprocess.run(build, check=True)
     (wheel,) = (tmp_path / "dist").glob("*.whl")
     site = tmp_path / "site"
