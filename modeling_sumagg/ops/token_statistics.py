@@ -23,6 +23,7 @@ MIN_MEMBERSHIP = 1e-8
 
 CHUNK_SIZE = 16  # tokens summed by one triangular matrix product
 BLOCK_SIZE = 256  # tokens worked on at a time, whole chunks; backward starts from the sums before each block
+FORMULA_LENGTH = 64  # without gradients, up to here the blocks cost more than they save
 CPU_BLOCK_ELEMENTS = 2**19  # sequences share a block on a CPU up to this size: its temporaries stay in the cache
 
 # Registered operators are global, and a checkpoint may bring its own copy of this file.
@@ -218,8 +219,12 @@ def causal_token_statistics_reference(
 
 
 def _takes_formula(w: torch.Tensor) -> bool:
-    """A single token is cheapest in plain operations, and an exported graph may hold no others."""
-    return w.shape[2] <= 1 or torch.compiler.is_exporting() or torch.jit.is_tracing()
+    """A few tokens are cheapest in plain operations, and an exported graph may hold no others."""
+    length = w.shape[2]
+    if length <= 1 or torch.compiler.is_exporting() or torch.jit.is_tracing():
+        return True
+    # A compiled graph takes one path for every length; in training the formula would keep every intermediate.
+    return not torch.compiler.is_compiling() and length <= FORMULA_LENGTH and not torch.is_grad_enabled()
 
 
 def _bidirectional_formula(w, temperature, mask, keep, dropout_p):
@@ -240,8 +245,11 @@ def _causal_formula(w, temperature, position_bias, initial_state, mask, runs, ke
     total = _running_sum(membership, initial[2], runs)
     moment = weighted / (total + MIN_MEMBERSHIP).unsqueeze(-1)
     out = _output(w, mask, membership.unsqueeze(-1), moment, keep, dropout_p)
+    if w.shape[2] == 1:
+        return out, TokenStatisticsState(second_moment.squeeze(2), weighted.squeeze(2), total.squeeze(2))
     if w.shape[2] > 0:
-        return out, TokenStatisticsState(second_moment[:, :, -1], weighted[:, :, -1], total[:, :, -1])
+        # A slice would keep the sums up to every token alive for as long as the state.
+        return out, TokenStatisticsState(*(sums[:, :, -1].clone() for sums in (second_moment, weighted, total)))
     if initial_state is None:
         initial_state = TokenStatisticsState(w2.sum(2), w2.sum(2), w2.sum((2, 3)))
     return out, initial_state
@@ -271,11 +279,11 @@ def _softmax_over_heads(logits, mask):
 
 
 def _output(w, mask, membership, moment, keep, dropout_p):
-    suppression = 1 / (1 + moment)
+    out = w.to(moment.dtype) * membership / (-1 - moment)
     if keep is not None:
-        suppression = suppression * keep.transpose(1, 2) / (1 - dropout_p)
+        out = out * keep.transpose(1, 2) / (1 - dropout_p)
     # Zero already where masked, but not so its gradient.
-    return _real_tokens((-w.to(moment.dtype) * membership * suppression).to(w.dtype), mask)
+    return _real_tokens(out.to(w.dtype), mask)
 
 
 def _real_tokens(x, mask):
@@ -289,7 +297,7 @@ def _real_tokens(x, mask):
 def _running_sum(x, initial, runs):
     """The sums of `x` `[B, K, T, ...]` up to each token of its run; `initial` `[B, K, ...]` is in the sums of run 0."""
     if runs is None:
-        running = x.cumsum(2)
+        running = x if x.shape[2] == 1 else x.cumsum(2)
         return running if initial is None else running + initial.unsqueeze(2)
     # One cumulative sum less its value at the restart would leave the rounding of earlier documents behind.
     same_run = (runs.unsqueeze(2) == runs.unsqueeze(1)).tril().unsqueeze(1).to(x.dtype)
@@ -493,8 +501,9 @@ def _causal_forward(
             out_block = block.w * (block.membership * -block.total).unsqueeze(-1)
             if keep is not None:
                 out_block.mul_(_chunked(keep, rows, start, stop)).div_(1 - dropout_p)
-            out_block.div_(block.weighted.add_(block.total.unsqueeze(-1)))
-            out[rows, start:stop] = _unchunked(out_block, start, stop)
+            divisor = block.weighted.add_(block.total.unsqueeze(-1))
+            operands = (_unchunked(x, start, stop) for x in (out_block, divisor))
+            torch.div(*operands, out=out[rows, start:stop])
     return out, sums
 
 
@@ -560,14 +569,16 @@ def _causal_backward(
 
             # Of the ratio, by w²; times minus the ratio it is by D, unless D is at its floor.
             grad_w2 = grad_score.unsqueeze(-1) / block.second_moment
-            grad_second = torch.ops.aten.threshold_backward(
-                block.ratio.mul_(grad_w2).neg_(), block.second_moment, MIN_SECOND_MOMENT
+            minus_grad_second = torch.ops.aten.threshold_backward(
+                block.ratio.mul_(grad_w2), block.second_moment, MIN_SECOND_MOMENT
             )
-            grad_second, grad_second_initial = block.sums.suffix(grad_second.flatten(3), grad_state[:, :width])
-            grad_w2.add_(grad_second.unflatten(3, heads)).addcmul_(grad_weighted, membership.unsqueeze(-1))
-            grad.mul_(-gain).addcmul_(grad_w2, block.w, value=2)
-            grad_w[rows, start:stop] = _unchunked(grad, start, stop)
-            grad_state = torch.cat([grad_second_initial, grad_weighted_initial], dim=1)
+            minus_grad_second, minus_grad_initial = block.sums.suffix(
+                minus_grad_second.flatten(3), -grad_state[:, :width]
+            )
+            grad_w2.sub_(minus_grad_second.unflatten(3, heads)).addcmul_(grad_weighted, membership.unsqueeze(-1))
+            operands = (_unchunked(x, start, stop) for x in (grad.mul_(-gain), grad_w2, block.w))
+            torch.addcmul(*operands, value=2, out=grad_w[rows, start:stop])
+            grad_state = torch.cat([-minus_grad_initial, grad_weighted_initial], dim=1)
         grad_initial[rows] = grad_state
     return grads
 
