@@ -44,8 +44,15 @@ def attention(
     config = module.config
     dropout = config.attention_dropout if module.training else 0.0
     if module.is_sliding and attention_mask is None and attends_in_blocks(config, query.shape[2]):
+        # A cache that records its past hands over more than the window reaches.
+        reach = config.sliding_window - 1 + query.shape[2]
         output = sliding_window_attention(
-            query, key, value, sliding_window=config.sliding_window, scaling=module.scaling, dropout_p=dropout
+            query,
+            key[:, :, -reach:],
+            value[:, :, -reach:],
+            sliding_window=config.sliding_window,
+            scaling=module.scaling,
+            dropout_p=dropout,
         )
         return output.transpose(1, 2).flatten(2), None
     output, weights = interface(
