@@ -153,6 +153,9 @@ def test_every_logit_is_that_of_the_document_alone(
                 decoder.rows = [row[: decoder.length - removed] for row in decoder.rows]
                 recorded = 0
             assert decoder.cache.get_seq_length() == decoder.length
+        elif action in ("repeat", "select", "reorder") and decoder.length == 0:
+            # transformers' attention layers do not keep the batch of an empty cache.
+            continue
         elif action == "repeat" and 2 * len(decoder.rows) <= MAX_BATCH_SIZE:
             decoder.cache.batch_repeat_interleave(2)
             decoder.rows = [row for row in decoder.rows for _ in range(2)]
