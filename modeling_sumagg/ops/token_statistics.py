@@ -399,6 +399,7 @@ class _Block(NamedTuple):
 
 
 def _compute_block(rows, start, stop, w, temperature, position_bias, initial, mask, runs):
+    """The tokens from start to stop of the sequences `rows`, after the packed sums `initial` `[g, K (2p + 1)]`."""
     length, *heads = w.shape[1:]
     num_heads, head_dim = heads
     width = num_heads * head_dim
@@ -664,6 +665,7 @@ class _Rows(NamedTuple):
 
 
 def _compute_rows(rows, w, temperature, mask):
+    """The sequences `rows` of `w` `[B, N, K, p]`."""
     w = w[rows].to(temperature.dtype)
     if mask is not None:
         w = w.masked_fill(~mask[rows, :, None, None], 0.0)
