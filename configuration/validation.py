@@ -11,8 +11,13 @@ def register_layer_types(*layer_types: str) -> None:
     configuration_utils.ALLOWED_ATTN_LAYER_TYPES = (*known, *(kind for kind in layer_types if kind not in known))
 
 
-def check_layer_types(layer_types: Sequence[str], allowed: Sequence[str], num_hidden_layers: int) -> None:
+def check_layer_types(layer_types: Sequence[str] | None, allowed: Sequence[str], num_hidden_layers: int) -> None:
     """Raise a `ValueError` unless there is one known layer type for each layer."""
+    if layer_types is None:
+        raise ValueError(
+            "`layer_types` is None. It is derived when a config is made: change `num_hidden_layers` or `layer_types` in "
+            "the arguments of the config class, or set both."
+        )
     unknown = sorted(set(layer_types) - set(allowed))
     if unknown:
         raise ValueError(f"`layer_types` may hold {list(allowed)}, got {unknown}.")

@@ -264,6 +264,7 @@ class StaticRecurrentLayer(RecurrentLayer):
         _mark_static(self.cumulative_length)
 
     def _hold(self, state: State | None) -> None:
+        state = state or ()
         if self.state is None:
             self.state = tuple(t.detach().clone() for t in state)
             _mark_static(*self.state)
@@ -286,7 +287,7 @@ class StaticRecurrentLayer(RecurrentLayer):
 class SummationLayer(RecurrentLayer):
     """Cache layer of a summation mixer: the running sum, one tensor `[B, D]`."""
 
-    _layer_type = "summation"
+    _layer_type: str | None = "summation"
     num_states = 1
 
     @staticmethod
@@ -309,7 +310,7 @@ class StaticSummationLayer(StaticRecurrentLayer, SummationLayer):
 class TokenStatisticsLayer(RecurrentLayer):
     """Cache layer of causal token statistics: Σw² and ΣΠw² `[B, K, p]`, and ΣΠ `[B, K]`."""
 
-    _layer_type = "token_statistics"
+    _layer_type: str | None = "token_statistics"
     num_states = 3
 
     @staticmethod
@@ -476,7 +477,7 @@ class StaticSlidingLayer(SlidingWindowLayer):
                 tensor.zero_()
 
 
-_LAYER_CLASSES = {
+_LAYER_CLASSES: dict[str, type | tuple[type, ...]] = {
     "full_attention": (DynamicLayer, StaticLayer),
     "sliding_attention": SlidingWindowLayer,
     "summation": SummationLayer,
@@ -494,7 +495,7 @@ def _own_layer(layer: CacheLayerMixin, layer_type: str) -> CacheLayerMixin:
     """The layer, or in place of an empty one that another copy of this module made, one of our own."""
     for cls in _RECURRENT_CLASSES.get(layer_type, ()):
         if type(layer).__name__ == cls.__name__ and type(layer) is not cls:
-            own = cls(max_cache_len=layer.max_cache_len) if issubclass(cls, StaticRecurrentLayer) else cls()
+            own = cls(**({"max_cache_len": layer.max_cache_len} if issubclass(cls, StaticRecurrentLayer) else {}))
             own.record_past = layer.record_past
             return own
     return layer
@@ -577,7 +578,7 @@ def cache_to_tensors(cache: DynamicCache) -> dict[str, torch.Tensor]:
                 f"Layer {i} has recorded {layer.recorded} tokens. Call `crop(0)` before saving the cache."
             )
         if isinstance(layer, RecurrentLayer):
-            held = {f"state.{j}": tensor for j, tensor in enumerate(layer.state)}
+            held = {f"state.{j}": tensor for j, tensor in enumerate(layer.state or ())}
         else:
             held = {"keys": layer.keys, "values": layer.values, "real": getattr(layer, "real", None)}
         tensors |= {f"layers.{i}.{name}": t.contiguous() for name, t in held.items() if t is not None}

@@ -87,7 +87,8 @@ def check_checkpoint(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.modules["modeling_sumagg"] = None
+    # The documented way to make an import fail, which the type of `sys.modules` does not know.
+    sys.modules["modeling_sumagg"] = None  # type: ignore[assignment]
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:

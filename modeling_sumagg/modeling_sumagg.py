@@ -232,6 +232,8 @@ class SumAggModel(SumAggPreTrainedModel):
 
     def __init__(self, config: SumAggConfig):
         super().__init__(config)
+        # `from_pretrained(..., num_hidden_layers=...)` sets attributes of a config that was valid before.
+        config.validate_layer_type()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.modulation = SumAggPositionModulation(config)
         self.dropout = nn.Dropout(config.embedding_dropout)

@@ -240,17 +240,19 @@ class SumAggForMultimodalRegression(SumAggMultimodalPreTrainedModel):
                 raise ValueError(f"`{name}` is given, but the model was built without (`config.{size_name}`={size}).")
 
         latents = []
-        # Texts that are all empty have no tokens, not even padding.
-        if tokens is not None and tokens.shape[1] > 0:
+        if tokens is not None and tokens.shape[1] == 0:
+            # Texts that are all empty have no tokens, not even padding.
+            latents.append(self.score.weight.new_zeros(len(tokens), self.config.hidden_size))
+        elif tokens is not None:
             if inputs_embeds is None:
-                check_ids("input_ids", input_ids, self.embed_tokens.num_embeddings, "ids of the vocabulary")
-                inputs_embeds = self.embed_tokens(input_ids)
+                check_ids("input_ids", tokens, self.embed_tokens.num_embeddings, "ids of the vocabulary")
+                inputs_embeds = self.embed_tokens(tokens)
             latents.append(self.text_branch(inputs_embeds, attention_mask))
         if numeric_features is not None:
             latents.append(self.numeric_branch(numeric_features))
         if pixel_values is not None:
             latents.append(self.image_branch(pixel_values))
-        hidden_states = sum(latents) if latents else self.score.weight.new_zeros(len(tokens), self.config.hidden_size)
+        hidden_states = sum(latents)
 
         for dense in self.head:
             hidden_states = dense(hidden_states).relu()

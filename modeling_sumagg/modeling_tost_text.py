@@ -222,6 +222,8 @@ class ToSTTextModel(ToSTTextPreTrainedModel):
 
     def __init__(self, config: ToSTTextConfig):
         super().__init__(config)
+        # `from_pretrained(..., num_hidden_layers=...)` sets attributes of a config that was valid before.
+        config.validate_layer_type()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.position_embeddings = (
             nn.Embedding(config.max_position_embeddings, config.hidden_size)

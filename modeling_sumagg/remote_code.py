@@ -71,7 +71,9 @@ def flat_sources(classes: tuple[tuple[str, type], ...]) -> dict[str, str]:
         `ValueError`: a module imports from a package instead of a module, or two modules have the same last name.
     """
     version = importlib.metadata.version("modeling-sumagg")
-    sources, origin, waiting = {}, {}, [cls.__module__ for _, cls in classes]
+    sources: dict[str, str] = {}
+    origin: dict[str, str] = {}
+    waiting = [cls.__module__ for _, cls in classes]
     while waiting:
         module = waiting.pop()
         name = module.rpartition(".")[2] + ".py"
@@ -124,7 +126,7 @@ def flatten_imports(source: str, module: str) -> tuple[str, list[str]]:
 
     blocks: list[list[ast.ImportFrom]] = []
     for node in imports:
-        if blocks and blocks[-1][-1].end_lineno + 1 == node.lineno:
+        if blocks and blocks[-1][-1].end_lineno == node.lineno - 1:
             blocks[-1].append(node)
         else:
             blocks.append([node])

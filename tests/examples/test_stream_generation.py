@@ -22,8 +22,7 @@ from modeling_sumagg import SumAggConfig, SumAggForCausalLM, ToSTTextConfig
 SCRIPT = Path(__file__).parents[2] / "examples" / "stream_generation.py"
 TEXT = (
     "".join(
-        f"Line {i}: the sum of {i} and {i + 1} is {2 * i + 1}; naïve 和 ∑ says  {'so' * (i % 4)}.\n"
-        for i in range(60)
+        f"Line {i}: the sum of {i} and {i + 1} is {2 * i + 1}; naïve 和 ∑ says  {'so' * (i % 4)}.\n" for i in range(60)
     )
     + "x" * 2500
     + " " * 2300

@@ -16,7 +16,9 @@ def masked_softmax(query, key, value, sliding_window, scaling):
 
 
 @pytest.mark.parametrize("length", [1, 5, 37, 130])
-@pytest.mark.parametrize(("sliding_window", "past"), [(1, 0), (2, 0), (2, 1), (5, 0), (5, 4), (64, 0), (64, 17), (64, 63)])
+@pytest.mark.parametrize(
+    ("sliding_window", "past"), [(1, 0), (2, 0), (2, 1), (5, 0), (5, 4), (64, 0), (64, 17), (64, 63)]
+)
 def test_equals_the_masked_softmax_with_its_gradients(sliding_window, length, past):
     tensors = [torch.randn(2, 3, n, 4, dtype=torch.float64) for n in (length, past + length, past + length)]
     results = []
