@@ -99,7 +99,7 @@ class SumAggMultimodalConfig(PreTrainedConfig):
         if self.num_numeric_features < 0:
             raise ValueError(f"`num_numeric_features` must be at least 0, got {self.num_numeric_features}.")
         sizes = {name: getattr(self, name) for name in ("hidden_size", "max_position_embeddings", "num_channels")}
-        sizes |= {f"head_hidden_sizes[{index}]": size for index, size in enumerate(self.head_hidden_sizes)}
+        sizes |= {f"head_hidden_sizes[{index}]": size for index, size in enumerate(self.head_hidden_sizes or ())}
         if self.vocab_size is not None:
             sizes["vocab_size"] = self.vocab_size
         for name, size in sizes.items():

@@ -162,7 +162,8 @@ def token_membership(
         `torch.Tensor` of shape `[B, K, N]` in float32 (float64 for float64 `w`), zero where masked.
     """
     mask = _check_arguments(w, temperature, attention_mask)
-    return _membership(*_squares(_real_tokens(w, mask), temperature), mask)
+    w2, temperature = _squares(_real_tokens(w, mask), temperature)
+    return _membership(w2, temperature, mask)
 
 
 def causal_token_membership(
