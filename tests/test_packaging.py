@@ -1,6 +1,7 @@
 """The built wheel, installed beside nothing of the repository."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -61,3 +62,28 @@ def test_wheel(tmp_path):
     assert Path(result["file"]).is_relative_to(site)
     assert result["presets"] == sorted(path.stem for path in (ROOT / "configuration" / "presets").glob("*.json"))
     assert result["losses"][-1] < result["losses"][0]
+
+    # The main job too, from the examples alone.
+    shutil.copytree(ROOT / "examples", tmp_path / "elsewhere" / "examples")
+    (tmp_path / "elsewhere" / "text.txt").write_text("to be or not to be, that is the question.\n" * 200)
+    sizes = "--vocab_size 300 --hidden_size 16 --num_hidden_layers 2 --num_attention_heads 2 --context_length 32"
+    files = "--train_files text.txt --held_out_files text.txt --output_dir out"
+    run = subprocess.run(
+        [
+            sys.executable,
+            "examples/quickstart.py",
+            "--steps",
+            "2",
+            "--max_new_tokens",
+            "5",
+            *sizes.split(),
+            *files.split(),
+        ],
+        cwd=tmp_path / "elsewhere",
+        env={**os.environ, "PYTHONPATH": str(site)},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert "the logits are identical" in run.stdout
+    assert (tmp_path / "elsewhere" / "out" / "model.safetensors").is_file()

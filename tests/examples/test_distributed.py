@@ -43,7 +43,7 @@ def losses(folder: Path) -> list[float]:
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["sumagg", "tost_text"])
 def test_two_processes_and_accumulated_gradients_have_the_losses_of_one_process(tmp_path, family):
-    two = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    two = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     overrides = ["--config_overrides", json.dumps({"model_type": family, **TINY})]
     curves, models = {}, {}
     for name, launcher, flags in (
@@ -98,13 +98,11 @@ def train_20_steps(config: PreTrainedConfig, rank: int, num_processes: int) -> l
             if type(module).__name__ in model._no_split_modules:
                 fully_shard(module)
         fully_shard(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    generator = torch.Generator().manual_seed(1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    sequences = torch.randint(config.vocab_size, (4, 16), generator=torch.Generator().manual_seed(1))
+    batch = sequences.chunk(num_processes)[rank]
     losses = []
     for _ in range(20):
-        # Something to learn: the second half of each row repeats the first.
-        half = torch.randint(config.vocab_size, (4, 8), generator=generator)
-        batch = half.repeat(1, 2).chunk(num_processes)[rank]
         loss = model(input_ids=batch, labels=batch).loss
         loss.backward()
         optimizer.step()
@@ -134,4 +132,4 @@ def test_two_processes_that_share_the_weights_have_the_losses_of_one(tmp_path, c
     torch.multiprocessing.spawn(train_sharded, arguments, nprocs=2)
     losses = json.loads((tmp_path / "losses.json").read_text())
     assert losses == pytest.approx(train_20_steps(config, 0, 1), abs=1e-4)
-    assert losses[-1] < losses[0]
+    assert losses[-1] < losses[0] - 0.1
