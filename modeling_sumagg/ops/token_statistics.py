@@ -492,20 +492,24 @@ def _causal_forward(
     """
     out, sums = _causal_forward_fake(w, temperature, position_bias, initial, mask, runs, keep, dropout_p)
     length = w.shape[1]
+
+    # A function, so that the temporaries of a block are free for the next one.
+    def forward_block(rows, index):
+        start, stop = index * BLOCK_SIZE, min((index + 1) * BLOCK_SIZE, length)
+        block = _compute_block(rows, start, stop, w, temperature, position_bias, sums[rows, index], mask, runs)
+        sums[rows, index + 1] = block.final
+        # 1 / (1 + m) = total / (weighted + total)
+        out_block = block.w * (block.membership * -block.total).unsqueeze(-1)
+        if keep is not None:
+            out_block.mul_(_chunked(keep, rows, start, stop)).div_(1 - dropout_p)
+        divisor = block.weighted.add_(block.total.unsqueeze(-1))
+        operands = (_unchunked(x, start, stop) for x in (out_block, divisor))
+        torch.div(*operands, out=out[rows, start:stop])
+
     sums[:, 0] = initial
     for rows in _row_groups(w, min(length, BLOCK_SIZE)):
-        for index, start in enumerate(range(0, length, BLOCK_SIZE)):
-            stop = min(start + BLOCK_SIZE, length)
-            state = sums[rows, index]
-            block = _compute_block(rows, start, stop, w, temperature, position_bias, state, mask, runs)
-            sums[rows, index + 1] = block.final
-            # 1 / (1 + m) = total / (weighted + total)
-            out_block = block.w * (block.membership * -block.total).unsqueeze(-1)
-            if keep is not None:
-                out_block.mul_(_chunked(keep, rows, start, stop)).div_(1 - dropout_p)
-            divisor = block.weighted.add_(block.total.unsqueeze(-1))
-            operands = (_unchunked(x, start, stop) for x in (out_block, divisor))
-            torch.div(*operands, out=out[rows, start:stop])
+        for index in range(sums.shape[1] - 1):
+            forward_block(rows, index)
     return out, sums
 
 
@@ -539,48 +543,50 @@ def _causal_backward(
     length, *heads = w.shape[1:]
     num_heads, head_dim = heads
     width = num_heads * head_dim
+
+    # A function, so that the temporaries of a block are free for the next one.
+    def backward_block(rows, index, grad_state):
+        start, stop = index * BLOCK_SIZE, min((index + 1) * BLOCK_SIZE, length)
+        block = _compute_block(rows, start, stop, w, temperature, position_bias, sums[rows, index], mask, runs)
+        membership, total = block.membership, block.total
+
+        # out = -w · gain / divisor, with gain = Π · total and divisor = weighted + total
+        gain = (membership * total).unsqueeze(-1)
+        divisor = block.weighted + total.unsqueeze(-1)
+        grad = _zero_invalid(_chunked(grad_out, rows, start, stop).to(sums.dtype), block.valid) / divisor
+        if keep is not None:
+            grad.mul_(_chunked(keep, rows, start, stop)).div_(1 - dropout_p)
+        grad_divisor = grad * block.w
+        grad_gain = -grad_divisor.sum(-1)
+        grad_divisor.div_(divisor)
+
+        grad_sums = grad.new_empty(*grad.shape[:3], width + num_heads)
+        torch.mul(grad_divisor, gain, out=grad_sums[..., :width].unflatten(3, heads))
+        grad_sums[..., width:] = -membership * block.weighted.mul_(grad_divisor).sum(-1)
+        grad_sums, grad_weighted_initial = block.sums.suffix(grad_sums, grad_state[:, width:])
+        grad_weighted = grad_sums[..., :width].unflatten(3, heads)
+
+        grad_membership = (block.w2 * grad_weighted).sum(-1) + grad_sums[..., width:] + total * grad_gain
+        grad_logit = membership * (grad_membership - (membership * grad_membership).sum(-1, keepdim=True))
+        grad_temperature.add_((grad_logit * block.score).sum((0, 1, 2)))
+        grad_score = grad_logit * temperature
+        grad_bias[rows, start:stop] = _unchunked(grad_score * head_dim, start, stop)
+
+        # Of the ratio, by w²; times minus the ratio it is by D, unless D is at its floor.
+        grad_w2 = grad_score.unsqueeze(-1) / block.second_moment
+        minus_grad_second = torch.ops.aten.threshold_backward(
+            block.ratio.mul_(grad_w2), block.second_moment, MIN_SECOND_MOMENT
+        )
+        minus_grad_second, minus_grad_initial = block.sums.suffix(minus_grad_second.flatten(3), -grad_state[:, :width])
+        grad_w2.sub_(minus_grad_second.unflatten(3, heads)).addcmul_(grad_weighted, membership.unsqueeze(-1))
+        operands = (_unchunked(x, start, stop) for x in (grad.mul_(-gain), grad_w2, block.w))
+        torch.addcmul(*operands, value=2, out=grad_w[rows, start:stop])
+        return torch.cat([-minus_grad_initial, grad_weighted_initial], dim=1)
+
     for rows in _row_groups(w, min(length, BLOCK_SIZE)):
         grad_state = grad_final[rows]
-        for index, start in reversed(list(enumerate(range(0, length, BLOCK_SIZE)))):
-            stop = min(start + BLOCK_SIZE, length)
-            state = sums[rows, index]
-            block = _compute_block(rows, start, stop, w, temperature, position_bias, state, mask, runs)
-            membership, total = block.membership, block.total
-
-            # out = -w · gain / divisor, with gain = Π · total and divisor = weighted + total
-            gain = (membership * total).unsqueeze(-1)
-            divisor = block.weighted + total.unsqueeze(-1)
-            grad = _zero_invalid(_chunked(grad_out, rows, start, stop).to(sums.dtype), block.valid) / divisor
-            if keep is not None:
-                grad.mul_(_chunked(keep, rows, start, stop)).div_(1 - dropout_p)
-            grad_divisor = grad * block.w
-            grad_gain = -grad_divisor.sum(-1)
-            grad_divisor.div_(divisor)
-
-            grad_sums = grad.new_empty(*grad.shape[:3], width + num_heads)
-            torch.mul(grad_divisor, gain, out=grad_sums[..., :width].unflatten(3, heads))
-            grad_sums[..., width:] = -membership * block.weighted.mul_(grad_divisor).sum(-1)
-            grad_sums, grad_weighted_initial = block.sums.suffix(grad_sums, grad_state[:, width:])
-            grad_weighted = grad_sums[..., :width].unflatten(3, heads)
-
-            grad_membership = (block.w2 * grad_weighted).sum(-1) + grad_sums[..., width:] + total * grad_gain
-            grad_logit = membership * (grad_membership - (membership * grad_membership).sum(-1, keepdim=True))
-            grad_temperature += (grad_logit * block.score).sum((0, 1, 2))
-            grad_score = grad_logit * temperature
-            grad_bias[rows, start:stop] = _unchunked(grad_score * head_dim, start, stop)
-
-            # Of the ratio, by w²; times minus the ratio it is by D, unless D is at its floor.
-            grad_w2 = grad_score.unsqueeze(-1) / block.second_moment
-            minus_grad_second = torch.ops.aten.threshold_backward(
-                block.ratio.mul_(grad_w2), block.second_moment, MIN_SECOND_MOMENT
-            )
-            minus_grad_second, minus_grad_initial = block.sums.suffix(
-                minus_grad_second.flatten(3), -grad_state[:, :width]
-            )
-            grad_w2.sub_(minus_grad_second.unflatten(3, heads)).addcmul_(grad_weighted, membership.unsqueeze(-1))
-            operands = (_unchunked(x, start, stop) for x in (grad.mul_(-gain), grad_w2, block.w))
-            torch.addcmul(*operands, value=2, out=grad_w[rows, start:stop])
-            grad_state = torch.cat([-minus_grad_initial, grad_weighted_initial], dim=1)
+        for index in reversed(range(sums.shape[1] - 1)):
+            grad_state = backward_block(rows, index, grad_state)
         grad_initial[rows] = grad_state
     return grads
 
