@@ -1,5 +1,38 @@
+from collections import Counter, defaultdict
+
 import pytest
 from transformers import set_seed
+
+
+CONFORMANCE_MARKERS = (
+    "accelerate_tests",
+    "all_flash_attn_test",
+    "flash_attn_test",
+    "flash_attn_3_test",
+    "flash_attn_4_test",
+    "is_fsdp_test",
+    "is_tensor_parallel_test",
+    "is_training_test",
+    "torch_compile_test",
+    "torch_export_test",
+)
+
+
+def pytest_configure(config):
+    for marker in CONFORMANCE_MARKERS:
+        config.addinivalue_line("markers", f"{marker}: of transformers' tests")
+
+
+def pytest_terminal_summary(terminalreporter):
+    """One line per model class: how many of transformers' tests passed, were skipped and failed."""
+    counts = defaultdict(Counter)
+    for outcome in ("passed", "skipped", "failed", "error"):
+        for report in terminalreporter.stats.get(outcome, []):
+            if "tests/conformance/test_conformance.py::" in report.nodeid:
+                counts[report.nodeid.split("::")[1]]["failed" if outcome == "error" else outcome] += 1
+    for name, count in sorted(counts.items()):
+        line = ", ".join(f"{outcome} {count[outcome]}" for outcome in ("passed", "skipped", "failed"))
+        terminalreporter.write_line(f"{name.removesuffix('Conformance')}: {line}")
 
 
 @pytest.fixture(autouse=True)
