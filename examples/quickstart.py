@@ -145,7 +145,9 @@ def main() -> None:
     held_out = {"input_ids": torch.tensor(blocks["held out"][:1])}
     model = check_reload(AutoModelForCausalLM, trainer, held_out)
     tokenizer = AutoTokenizer.from_pretrained(arguments.output_dir)
-    print(f"\nReloaded from {arguments.output_dir}: the logits are identical. The model writes:\n")
+    print(
+        f"\nReloaded from {arguments.output_dir}: all weights and, up to rounding, the logits are identical. The model writes:\n"
+    )
     inputs = tokenizer(arguments.prompt, return_tensors="pt")
     set_seed(arguments.seed)
     start = time.perf_counter()

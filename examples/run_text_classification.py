@@ -43,9 +43,12 @@ from transformers import (
 )
 
 
+# The published classifier, no blocks at all, but for the mean instead of the sum.
 SMALL_CLASSIFIER = {
     **SMALL_MODEL,
-    "num_hidden_layers": 2,
+    "hidden_size": 256,
+    "num_hidden_layers": 0,
+    "position_bias": 1.0,
     "pooling": "mean",
     "hidden_dropout": 0.1,
     "classifier_dropout": 0.1,
@@ -127,10 +130,10 @@ def main() -> None:
     model_arguments, data_arguments, training_arguments = parse_arguments(
         (ModelArguments, ClassificationArguments, TrainingArguments),
         output_dir="runs/text-classification",
-        num_train_epochs=8,
+        num_train_epochs=15,
         per_device_train_batch_size=16,
         per_device_eval_batch_size=32,
-        learning_rate=2e-3,
+        learning_rate=5e-3,
         lr_scheduler_type="cosine",
         warmup_steps=0.1,
         weight_decay=0.1,
