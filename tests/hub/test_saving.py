@@ -83,7 +83,7 @@ def test_shards_dtypes_devices_and_tied_weights(tmp_path):
 
     again = AutoModelForCausalLM.from_pretrained(tmp_path, device_map={"": "cpu"})
     assert again.lm_head.weight is again.model.embed_tokens.weight
-    assert torch.equal(again(INPUT_IDS).logits, expected)
+    torch.testing.assert_close(again(INPUT_IDS).logits, expected, rtol=1e-5, atol=1e-6)
     half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
     half.save_pretrained(tmp_path / "half")
@@ -92,19 +92,23 @@ def test_shards_dtypes_devices_and_tied_weights(tmp_path):
         meta = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
     assert {parameter.device.type for parameter in meta.parameters()} == {"meta"}
     meta.load_state_dict(model.state_dict(), assign=True)
-    assert torch.equal(meta.eval()(INPUT_IDS).logits, expected)
+    torch.testing.assert_close(meta.eval()(INPUT_IDS).logits, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_one_checkpoint_loads_as_every_head(tmp_path):
     model = build(SumAggForCausalLM, text_config())
     model.save_pretrained(tmp_path)
     body = AutoModel.from_pretrained(tmp_path)
-    assert torch.equal(body(INPUT_IDS).last_hidden_state, model.model(INPUT_IDS).last_hidden_state)
+    torch.testing.assert_close(
+        body(INPUT_IDS).last_hidden_state, model.model(INPUT_IDS).last_hidden_state, rtol=1e-5, atol=1e-6
+    )
     classifier, info = AutoModelForSequenceClassification.from_pretrained(
         tmp_path, num_labels=3, output_loading_info=True
     )
     assert all(key.startswith(("score.", "pooler.")) for key in info["missing_keys"])
-    assert torch.equal(classifier.model(INPUT_IDS).last_hidden_state, body(INPUT_IDS).last_hidden_state)
+    torch.testing.assert_close(
+        classifier.model(INPUT_IDS).last_hidden_state, body(INPUT_IDS).last_hidden_state, rtol=1e-5, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize(
@@ -135,7 +139,9 @@ def test_versions_side_by_side(tmp_path, model_class, config, reference):
     tokens = {}
     for name in ("second", "installed", "first", "second", "installed"):
         model = models[name]
-        assert torch.equal(model(INPUT_IDS).logits, -expected if name == "second" else expected)
+        torch.testing.assert_close(
+            model(INPUT_IDS).logits, -expected if name == "second" else expected, rtol=1e-5, atol=1e-6
+        )
         for implementation in ("dynamic", "static"):
             tokens[name, implementation] = model.generate(
                 INPUT_IDS, max_new_tokens=6, do_sample=False, cache_implementation=implementation, eos_token_id=None

@@ -84,7 +84,8 @@ def main(source: Path, target: Path) -> None:
         assert not any(info.values()), (folder, info)
         assert type(model).__name__ == folder.name, (folder, type(model))
         with torch.no_grad():
-            torch.testing.assert_close(first_output(model, inputs), expected, rtol=0, atol=0, msg=str(folder))
+            # Convolutions and products round by how their memory happens to be aligned.
+            torch.testing.assert_close(first_output(model, inputs), expected, rtol=1e-5, atol=1e-6, msg=str(folder))
         if model.can_generate():
             tokens = model.generate(**inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False)
             assert tokens.shape[1] == inputs["input_ids"].shape[1] + 3
