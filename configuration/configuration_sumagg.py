@@ -34,7 +34,7 @@ class SumAggConfig(PreTrainedConfig):
         layer_types (`list[str]`, *optional*): the mixer of each block, `"summation"`, `"full_attention"` or
             `"sliding_attention"`. By default every block sums but the last, which attends (the published hybrid).
         sliding_window (`int`, *optional*, defaults to 512 where a layer needs one): tokens that a sliding attention
-            layer sees, the current one included.
+            layer sees, the current one included; in a bidirectional model, how far it sees on either side.
         is_causal (`bool`, defaults to `True`): whether a token sees only itself and the tokens before it.
         position_embedding_type (`str`, defaults to `"learned"`): `"learned"` (a table, as published), `"sinusoidal"`
             (computed, for unlimited length) or `"none"`.
