@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from testing import assert_close
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from modeling_sumagg.ops import token_statistics as module
 from modeling_sumagg.ops.token_statistics import (
     TokenStatisticsState,
     causal_token_membership,
@@ -25,6 +24,9 @@ from modeling_sumagg.ops.token_statistics import (
     token_statistics_reference,
 )
 
+
+# The module by name: the package's attribute of this name is the function.
+module = importlib.import_module("modeling_sumagg.ops.token_statistics")
 
 CAUSAL = [causal_token_statistics, causal_token_statistics_reference]
 BIDIRECTIONAL = [token_statistics, token_statistics_reference]
