@@ -13,7 +13,6 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -22,10 +21,10 @@ from embedded_data import standard_library_sources
 from torch.nn import functional as F
 from training_utils import (
     SMALL_MODEL,
-    DataArguments,
-    ModelArguments,
-    WeightDecayTrainer,
-    check_reload,
+    Task,
+    TextDataArguments,
+    TextModelArguments,
+    build_trainer,
     concatenated_blocks,
     load_config,
     load_metric,
@@ -33,8 +32,8 @@ from training_utils import (
     load_splits,
     load_tokenizer,
     parse_arguments,
-    plot_training,
-    save_model_card,
+    report,
+    train_and_evaluate,
     unigram_cross_entropy,
 )
 from transformers import (
@@ -50,7 +49,7 @@ from transformers import (
 
 
 @dataclass
-class LanguageModelingArguments(DataArguments):
+class LanguageModelingArguments(TextDataArguments):
     block_size: int = field(default=256, metadata={"help": "The longest sequence to train on, in tokens."})
     packing: Literal["blocks", "flattened", "padded"] = field(
         default="blocks",
@@ -102,23 +101,11 @@ def perplexity_metrics() -> Callable[[EvalPrediction], dict[str, float]]:
     return compute_metrics
 
 
-def main() -> None:
-    model_arguments, data_arguments, training_arguments = parse_arguments(
-        (ModelArguments, LanguageModelingArguments, TrainingArguments),
-        output_dir="runs/clm",
-        num_train_epochs=0.6,
-        per_device_train_batch_size=4,
-        learning_rate=2e-3,
-        lr_scheduler_type="cosine",
-        warmup_steps=0.1,
-        weight_decay=0.1,
-        eval_strategy="steps",
-        eval_steps=0.25,
-        logging_steps=0.05,
-        save_strategy="no",
-    )
-    set_seed(training_arguments.seed)
-
+def prepare(
+    model_arguments: TextModelArguments,
+    data_arguments: LanguageModelingArguments,
+    training_arguments: TrainingArguments,
+) -> Task:
     splits = load_splits(
         data_arguments,
         standard_library_sources,
@@ -126,7 +113,7 @@ def main() -> None:
         training_arguments.seed,
     )
     tokenizer = load_tokenizer(model_arguments, (row["text"] or "" for row in splits["train"]))
-    config = load_config(model_arguments, tokenizer, SMALL_MODEL)
+    config = load_config(model_arguments, SMALL_MODEL, tokenizer)
     model = load_model(AutoModelForCausalLM, model_arguments, config)
     print(f"{type(model).__name__}, {model.num_parameters():,} parameters, layers {config.layer_types}")
     sequences = tokenize(splits, tokenizer, data_arguments.packing, data_arguments.block_size)
@@ -139,60 +126,61 @@ def main() -> None:
             "one. Give more text, or a smaller --block_size."
         )
 
+    def baselines() -> dict[str, dict[str, float]]:
+        # Of a stream, count as many sequences as the model was trained on.
+        seen_a_step = training_arguments.train_batch_size * training_arguments.world_size
+        seen = training_arguments.max_steps * seen_a_step * training_arguments.gradient_accumulation_steps
+        cross_entropy = unigram_cross_entropy(
+            (row["input_ids"] for row in itertools.islice(train, seen if data_arguments.streaming else None)),
+            (row["input_ids"] for row in validation),
+            config.vocab_size,
+        )
+        return {"unigram frequencies": {"validation": math.exp(cross_entropy)}}
+
     collators = {
         "blocks": default_data_collator,
         "flattened": DataCollatorWithFlattening(),
         "padded": DataCollatorForSeq2Seq(tokenizer),
     }
-    trainer = WeightDecayTrainer(
+    return Task(
+        auto_class=AutoModelForCausalLM,
         model=model,
-        args=training_arguments,
-        train_dataset=train,
-        eval_dataset=validation,
         processing_class=tokenizer,
-        data_collator=collators[data_arguments.packing],
-        compute_metrics=perplexity_metrics(),
-        preprocess_logits_for_metrics=token_losses,
+        train_dataset=train,
+        held_out={"validation": validation},
+        trainer_arguments={
+            "data_collator": collators[data_arguments.packing],
+            "compute_metrics": perplexity_metrics(),
+            "preprocess_logits_for_metrics": token_losses,
+        },
+        source=data_arguments.source,
+        metric="perplexity",
+        baselines=baselines,
     )
-    training = trainer.train(resume_from_checkpoint=training_arguments.resume_from_checkpoint)
-    # Turned off for training.
-    config.use_cache = True
-    trainer.save_model()
-    trainer.save_state()
-    trainer.log_metrics("train", training.metrics)
-    trainer.save_metrics("train", training.metrics)
-    metrics = trainer.evaluate()
-    trainer.log_metrics("eval", metrics)
-    trainer.save_metrics("eval", metrics)
-    if not trainer.is_world_process_zero():
-        return
 
-    # Of a stream, count as many sequences as the model was trained on.
-    steps, seen_a_step = trainer.state.global_step, training_arguments.train_batch_size * training_arguments.world_size
-    seen = steps * seen_a_step * training_arguments.gradient_accumulation_steps if data_arguments.streaming else None
-    baseline = math.exp(
-        unigram_cross_entropy(
-            (row["input_ids"] for row in itertools.islice(train, seen)),
-            (row["input_ids"] for row in validation),
-            config.vocab_size,
-        )
-    )
-    plot_path = Path(training_arguments.output_dir) / "training.png"
-    plot_training(trainer.state.log_history, "perplexity", {"unigram frequencies": baseline}, plot_path)
-    perplexity = metrics["eval_perplexity"]
-    save_model_card(
-        trainer,
-        data_arguments.source,
-        {"perplexity": perplexity},
-        {"unigram frequencies": {"perplexity": baseline}},
-    )
-    check_reload(AutoModelForCausalLM, trainer, {"input_ids": torch.tensor([next(iter(validation))["input_ids"]])})
 
-    print(f"\nPerplexity on the held-out text\n  {perplexity:10.2f}  {type(model).__name__}")
-    print(f"  {baseline:10.2f}  unigram frequencies")
-    if perplexity >= baseline:
-        print("The model is no better than the frequencies of the tokens.")
-    print(f"Saved and reloaded from {training_arguments.output_dir}; losses and perplexity by step: {plot_path}")
+def main() -> None:
+    arguments = parse_arguments(
+        (TextModelArguments, LanguageModelingArguments, TrainingArguments),
+        output_dir="runs/clm",
+        num_train_epochs=0.5,
+        per_device_train_batch_size=4,
+        learning_rate=2e-3,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.1,
+        weight_decay=0.1,
+        eval_strategy="steps",
+        eval_steps=0.34,
+        logging_steps=0.05,
+        save_strategy="no",
+    )
+    training_arguments = arguments[-1]
+    set_seed(training_arguments.seed)
+    task = prepare(*arguments)
+    trainer = build_trainer(task, training_arguments)
+    perplexity = train_and_evaluate(trainer, task)
+    if trainer.is_world_process_zero():
+        report(trainer, task, perplexity)
 
 
 if __name__ == "__main__":

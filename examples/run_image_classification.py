@@ -8,30 +8,36 @@ Without arguments: a small ToST on the handwritten digits of scikit-learn, which
     python examples/run_image_classification.py --train_dir photos/train --model_name_or_path runs/photos
 """
 
-import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import ClassVar
 
 import torch
-from datasets import ClassLabel, DatasetDict, load_dataset
+from datasets import Dataset, DatasetDict
 from embedded_data import handwritten_digits
 from sklearn.dummy import DummyClassifier
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from training_utils import (
-    WeightDecayTrainer,
+    LabelledDataArguments,
+    ModelArguments,
+    Task,
     accuracy_metrics,
-    check_reload,
+    build_trainer,
+    label_indices,
+    label_maps,
+    label_names,
+    load_config,
+    load_model,
+    load_splits,
     parse_arguments,
-    plot_training,
-    save_model_card,
+    report,
+    train_and_evaluate,
 )
 from transformers import (
-    AutoConfig,
     AutoModelForImageClassification,
     DefaultDataCollator,
-    PreTrainedConfig,
     TrainingArguments,
     pipeline,
     set_seed,
@@ -40,13 +46,12 @@ from transformers import (
 # The top-level name is missing from transformers 5.17 where torchvision is.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-from modeling_sumagg import ToSTConfig
-from modeling_sumagg.configuration import preset_path
 from modeling_sumagg.modeling_tost import tost_image_processor
 
 
 # A model for a minute or two on two cores; `--config_overrides` changes it.
 SMALL_MODEL = {
+    "model_type": "tost",
     "hidden_size": 96,
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
@@ -56,82 +61,13 @@ SMALL_MODEL = {
 
 
 @dataclass
-class ModelArguments:
-    model_name_or_path: str | None = field(
-        default=None, metadata={"help": "A checkpoint to fine-tune: a folder or a Hub id."}
-    )
-    preset: str | None = field(
-        default=None, metadata={"help": "A named architecture to train from scratch, such as tost-tiny-12-p16."}
-    )
-    config_overrides: str = field(
-        default="{}",
-        metadata={"help": 'Config values to replace, as JSON: \'{"image_size": 64, "drop_path_rate": 0.1}\'.'},
-    )
+class ImageArguments(LabelledDataArguments):
+    embedded_source: ClassVar[str] = "scikit-learn's handwritten digits"
 
-    def __post_init__(self):
-        if self.model_name_or_path is not None and self.preset is not None:
-            raise ValueError("Give --model_name_or_path or --preset, not both.")
-
-
-@dataclass
-class DataArguments:
-    dataset_name: str | None = field(default=None, metadata={"help": "A data set of the Hub, or a local folder."})
-    dataset_config_name: str | None = field(default=None, metadata={"help": "The data set's configuration."})
-    train_dir: str | None = field(default=None, metadata={"help": "A folder with one folder of images a class."})
-    test_dir: str | None = field(default=None, metadata={"help": "The same for the held-out images."})
     image_column_name: str = field(default="image", metadata={"help": "Column with the images."})
-    label_column_name: str = field(default="label", metadata={"help": "Column with the classes."})
-    held_out_share: float = field(
-        default=0.1, metadata={"help": "Share of the training images split off for each missing held-out split."}
-    )
-
-    def __post_init__(self):
-        if self.dataset_name is not None and self.train_dir is not None:
-            raise ValueError("Give --dataset_name or --train_dir, not both.")
-        if self.test_dir is not None and self.train_dir is None:
-            raise ValueError("--test_dir needs a --train_dir.")
-
-    @property
-    def source(self) -> str:
-        return self.dataset_name or self.train_dir or "scikit-learn's handwritten digits"
 
 
-def load_images(arguments: DataArguments, seed: int) -> DatasetDict:
-    """`train`, `validation` and `test` with the columns `image` and `label`."""
-    if arguments.dataset_name is not None:
-        splits = load_dataset(arguments.dataset_name, arguments.dataset_config_name)
-    elif arguments.train_dir is not None:
-        folders = {"train": arguments.train_dir, "test": arguments.test_dir}
-        splits = load_dataset("imagefolder", data_files={k: f"{v}/**" for k, v in folders.items() if v is not None})
-    else:
-        splits = handwritten_digits()
-    splits = splits.select_columns([arguments.image_column_name, arguments.label_column_name])
-    splits = splits.rename_columns({arguments.image_column_name: "image", arguments.label_column_name: "label"})
-    if not isinstance(splits["train"].features["label"], ClassLabel):
-        splits = splits.class_encode_column("label")
-    for name in ("test", "validation"):
-        if name not in splits:
-            parts = splits["train"].train_test_split(arguments.held_out_share, stratify_by_column="label", seed=seed)
-            splits["train"], splits[name] = parts["train"], parts["test"]
-    return splits
-
-
-def load_config(arguments: ModelArguments, labels: list[str]) -> PreTrainedConfig:
-    """The config of the checkpoint, of the preset, or of a small ToST, with the overrides and the labels in it."""
-    values = {
-        **json.loads(arguments.config_overrides),
-        "num_labels": len(labels),
-        "id2label": dict(enumerate(labels)),
-        "label2id": {label: index for index, label in enumerate(labels)},
-    }
-    if arguments.model_name_or_path is not None:
-        return AutoConfig.from_pretrained(arguments.model_name_or_path, **values)
-    if arguments.preset is not None:
-        return ToSTConfig(**{**json.loads(Path(preset_path(arguments.preset)).read_text(encoding="utf-8")), **values})
-    return ToSTConfig(**{**SMALL_MODEL, **values})
-
-
-def baseline_accuracies(splits: DatasetDict) -> dict[str, dict[str, float]]:
+def baseline_accuracies(splits: DatasetDict, held_out: Iterable[str]) -> dict[str, dict[str, float]]:
     """
     Accuracy on each held-out split of the most frequent class, and of a logistic regression on the model's own input,
     averaged to 8 x 8 pixels.
@@ -149,16 +85,66 @@ def baseline_accuracies(splits: DatasetDict) -> dict[str, dict[str, float]]:
         "logistic regression on 8 x 8 pixels": make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)),
     }
     return {
-        name: {
-            split: classifier.fit(x["train"], y["train"]).score(x[split], y[split]) for split in ("validation", "test")
-        }
+        name: {split: classifier.fit(x["train"], y["train"]).score(x[split], y[split]) for split in held_out}
         for name, classifier in baselines.items()
     }
 
 
+def prepare(
+    model_arguments: ModelArguments, data_arguments: ImageArguments, training_arguments: TrainingArguments
+) -> Task:
+    columns = {"image": data_arguments.image_column_name, "label": data_arguments.label_column_name}
+    splits = load_splits(data_arguments, handwritten_digits, columns, training_arguments.seed)
+    names = label_names(splits)
+    config = load_config(model_arguments, SMALL_MODEL, **label_maps(names))
+    if config.num_channels != 3:
+        raise ValueError(
+            f"num_channels must be 3, got {config.num_channels}: the pipeline with which this script uses the trained "
+            "model hands every image over in RGB."
+        )
+    if model_arguments.model_name_or_path is not None:
+        image_processor = AutoImageProcessor.from_pretrained(model_arguments.model_name_or_path)
+    else:
+        image_processor = tost_image_processor(config)
+    model = load_model(AutoModelForImageClassification, model_arguments, config)
+    print(f"{type(model).__name__}, {model.num_parameters():,} parameters; {splits.num_rows} images")
+    indices = label_indices(splits, names)
+
+    def preprocess(batch: dict[str, list]) -> dict[str, list]:
+        labels = [indices[label] for label in batch["label"]]
+        return {"pixel_values": image_processor(batch["image"])["pixel_values"], "labels": labels}
+
+    processed = splits.with_transform(preprocess)
+    held_out = {split: processed[split] for split in ("validation", "test") if split in processed}
+    return Task(
+        auto_class=AutoModelForImageClassification,
+        model=model,
+        processing_class=image_processor,
+        train_dataset=processed["train"],
+        held_out=held_out,
+        trainer_arguments={"data_collator": DefaultDataCollator(), "compute_metrics": accuracy_metrics()},
+        source=data_arguments.source,
+        metric="accuracy",
+        baselines=lambda: baseline_accuracies(processed, held_out),
+    )
+
+
+def check_pipeline(folder: str, processed: Dataset) -> None:
+    """Raise a `RuntimeError` if the image-classification pipeline gives other classes than the model it has."""
+    classifier = pipeline("image-classification", model=folder)
+    rows = processed.select(range(min(len(processed), 64)))
+    pixel_values = torch.stack([torch.as_tensor(row["pixel_values"]) for row in rows])
+    with torch.no_grad():
+        predicted = classifier.model(pixel_values.to(classifier.device)).logits.argmax(dim=-1)
+    images = rows.with_format(None)["image"][:]
+    labels = [classifier.model.config.id2label[index] for index in predicted.tolist()]
+    if [result[0]["label"] for result in classifier(images)] != labels:
+        raise RuntimeError(f"The image-classification pipeline of {folder} gives other classes than its model.")
+
+
 def main() -> None:
-    model_arguments, data_arguments, training_arguments = parse_arguments(
-        (ModelArguments, DataArguments, TrainingArguments),
+    arguments = parse_arguments(
+        (ModelArguments, ImageArguments, TrainingArguments),
         output_dir="runs/image-classification",
         num_train_epochs=20,
         per_device_train_batch_size=64,
@@ -172,79 +158,14 @@ def main() -> None:
         save_strategy="no",
         remove_unused_columns=False,
     )
+    training_arguments = arguments[-1]
     set_seed(training_arguments.seed)
-
-    splits = load_images(data_arguments, training_arguments.seed)
-    config = load_config(model_arguments, splits["train"].features["label"].names)
-    if config.num_channels != 3:
-        raise ValueError(
-            f"num_channels must be 3, got {config.num_channels}: the pipeline with which this script uses the trained "
-            "model hands every image over in RGB."
-        )
-    if model_arguments.model_name_or_path is not None:
-        image_processor = AutoImageProcessor.from_pretrained(model_arguments.model_name_or_path)
-        # Another set of classes gets a new head.
-        model = AutoModelForImageClassification.from_pretrained(
-            model_arguments.model_name_or_path, config=config, ignore_mismatched_sizes=True
-        )
-    else:
-        image_processor = tost_image_processor(config)
-        model = AutoModelForImageClassification.from_config(config)
-    print(f"{type(model).__name__}, {model.num_parameters():,} parameters; {splits.num_rows} images")
-
-    def preprocess(batch: dict) -> dict:
-        return {"pixel_values": image_processor(batch["image"])["pixel_values"], "labels": batch["label"]}
-
-    processed = splits.with_transform(preprocess)
-    trainer = WeightDecayTrainer(
-        model=model,
-        args=training_arguments,
-        train_dataset=processed["train"],
-        eval_dataset=processed["validation"],
-        processing_class=image_processor,
-        data_collator=DefaultDataCollator(),
-        compute_metrics=accuracy_metrics(),
-    )
-    training = trainer.train(resume_from_checkpoint=training_arguments.resume_from_checkpoint)
-    trainer.save_model()
-    trainer.save_state()
-    trainer.log_metrics("train", training.metrics)
-    trainer.save_metrics("train", training.metrics)
-    accuracies = {}
-    for split, prefix in (("validation", "eval"), ("test", "test")):
-        metrics = trainer.evaluate(processed[split], metric_key_prefix=prefix)
-        trainer.log_metrics(prefix, metrics)
-        trainer.save_metrics(prefix, metrics)
-        accuracies[split] = metrics[f"{prefix}_accuracy"]
-    if not trainer.is_world_process_zero():
-        return
-
-    baselines = baseline_accuracies(processed)
-    output_dir = Path(training_arguments.output_dir)
-    references = {name: values["validation"] for name, values in baselines.items()}
-    plot_training(trainer.state.log_history, "accuracy", references, output_dir / "training.png")
-    save_model_card(
-        trainer,
-        data_arguments.source,
-        {"accuracy": accuracies["test"]},
-        {name: {"accuracy": values["test"]} for name, values in baselines.items()},
-    )
-    images = splits["test"][:64]["image"]
-    reloaded = check_reload(AutoModelForImageClassification, trainer, image_processor(images, return_tensors="pt"))
-    classifier = pipeline("image-classification", model=str(output_dir))
-    predictions = reloaded(**image_processor(images, return_tensors="pt").to(reloaded.device)).logits.argmax(dim=-1)
-    if [result[0]["label"] for result in classifier(images)] != [config.id2label[i] for i in predictions.tolist()]:
-        raise RuntimeError(f"The image-classification pipeline of {output_dir} gives other classes than its model.")
-
-    print("\nAccuracy" + "".join(f"{split:>14}" for split in accuracies))
-    for name, values in {type(model).__name__: accuracies, **baselines}.items():
-        print("        " + "".join(f"{values[split]:14.2%}" for split in accuracies) + f"  {name}")
-    better = [name for name, values in baselines.items() if values["test"] >= accuracies["test"]]
-    if better:
-        print(f"The model is no better than: {', '.join(better)}.")
-    print(
-        f"Saved in {output_dir}, reloaded, and used by a pipeline; loss and accuracy by step: {output_dir}/training.png"
-    )
+    task = prepare(*arguments)
+    trainer = build_trainer(task, training_arguments)
+    accuracies = train_and_evaluate(trainer, task)
+    if trainer.is_world_process_zero():
+        report(trainer, task, accuracies)
+        check_pipeline(training_arguments.output_dir, task.held_out["validation"])
 
 
 if __name__ == "__main__":

@@ -17,27 +17,31 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import evaluate
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict
 from embedded_data import SIGNATURE_COLUMNS, standard_library_functions
 from sklearn.linear_model import RidgeCV
+from sklearn.metrics import r2_score
 from torch import nn
 from torch.nn import functional as F
 from training_utils import (
-    DataArguments,
-    ModelArguments,
-    WeightDecayTrainer,
+    LabelledDataArguments,
+    Task,
+    TextDataArguments,
+    TextModelArguments,
+    build_trainer,
     check_reload,
     load_config,
+    load_metric,
     load_model,
     load_splits,
     load_tokenizer,
     parse_arguments,
     plot_training,
     save_model_card,
+    train_and_evaluate,
 )
 from transformers import (
     AutoModelForSequenceClassification,
@@ -56,17 +60,13 @@ SMALL_MODEL = {"model_type": "sumagg_multimodal", "hidden_size": 128, "max_posit
 
 
 @dataclass
-class RegressionArguments(DataArguments):
-    test_file: str | None = field(default=None, metadata={"help": "A file to evaluate on at the end."})
-    label_column_name: str = field(default="label", metadata={"help": "Column with the numbers to predict."})
+class RegressionArguments(LabelledDataArguments, TextDataArguments):
     numeric_column_names: list[str] = field(
         default_factory=list, metadata={"help": "Columns with the numbers to predict from."}
     )
 
     def __post_init__(self):
         super().__post_init__()
-        if self.streaming:
-            raise ValueError("Means and deviations are taken before training: --streaming is for run_clm.py.")
         if self.dataset_name is None and self.train_file is None:
             self.numeric_column_names = SIGNATURE_COLUMNS
         if not self.numeric_column_names:
@@ -153,14 +153,14 @@ class ConcatenationBaseline(nn.Module):
         return {"loss": F.mse_loss(scores, (labels - mean) / std), "logits": scores * std + mean}
 
 
-def ridge_predictions(splits: DatasetDict, held_out: str, config: PreTrainedConfig) -> np.ndarray:
+def ridge_predictions(train: Dataset, held_out: Dataset, config: PreTrainedConfig) -> np.ndarray:
     """What a ridge regression on the standardised numbers predicts; a number that is not given is the mean."""
 
-    def numbers(name: str) -> np.ndarray:
-        values = np.array(splits[name]["numeric_features"], dtype=float)
+    def numbers(rows: Dataset) -> np.ndarray:
+        values = np.array(rows["numeric_features"], dtype=float)
         return np.nan_to_num((values - config.numeric_mean) / config.numeric_std, nan=0.0)
 
-    ridge = RidgeCV(alphas=np.logspace(-3, 3, 13)).fit(numbers("train"), splits["train"]["labels"])
+    ridge = RidgeCV(alphas=np.logspace(-3, 3, 13)).fit(numbers(train), train["labels"])
     return ridge.predict(numbers(held_out))
 
 
@@ -179,24 +179,9 @@ def plot_predictions(predictions: dict[str, np.ndarray], labels: np.ndarray, pat
     plt.close(figure)
 
 
-def main() -> None:
-    model_arguments, data_arguments, training_arguments = parse_arguments(
-        (ModelArguments, RegressionArguments, TrainingArguments),
-        output_dir="runs/multimodal-regression",
-        num_train_epochs=1,
-        learning_rate=1e-3,
-        lr_scheduler_type="cosine",
-        warmup_steps=0.1,
-        weight_decay=0.01,
-        per_device_train_batch_size=32,
-        per_device_eval_batch_size=256,
-        eval_strategy="steps",
-        eval_steps=0.2,
-        logging_steps=0.05,
-        save_strategy="no",
-    )
-    set_seed(training_arguments.seed)
-
+def prepare(
+    model_arguments: TextModelArguments, data_arguments: RegressionArguments, training_arguments: TrainingArguments
+) -> Task:
     columns = data_arguments.numeric_column_names
     splits = load_splits(
         data_arguments,
@@ -211,86 +196,108 @@ def main() -> None:
     splits = to_numbers(splits, columns)
     tokenizer = load_tokenizer(model_arguments, splits["train"]["text"])
     config = load_config(
-        model_arguments, tokenizer, SMALL_MODEL, num_numeric_features=len(columns), **statistics(splits)
+        model_arguments, SMALL_MODEL, tokenizer, num_numeric_features=len(columns), **statistics(splits)
     )
     model = load_model(AutoModelForSequenceClassification, model_arguments, config)
     splits = tokenize(splits, tokenizer, config.max_position_embeddings)
-    held_out = "test" if "test" in splits else "validation"
     print(f"{type(model).__name__}; {splits.num_rows} rows; numbers: {', '.join(columns)}")
-
-    metric = evaluate.load(str(Path(__file__).parent / "metrics" / "regression"))
+    metric = load_metric("regression")
+    held_out = {split: splits[split] for split in ("validation", "test") if split in splits}
 
     def compute_metrics(outputs: EvalPrediction) -> dict[str, float]:
         return metric.compute(predictions=outputs.predictions.reshape(-1), references=outputs.label_ids)
 
-    def build_trainer(module: nn.Module, arguments: TrainingArguments) -> WeightDecayTrainer:
-        return WeightDecayTrainer(
-            model=module,
-            args=arguments,
-            train_dataset=splits["train"],
-            eval_dataset=splits["validation"],
-            processing_class=tokenizer,
-            data_collator=DataCollatorForMultimodalRegression(tokenizer),
-            compute_metrics=compute_metrics,
-        )
+    def baselines() -> dict[str, dict[str, float]]:
+        return {
+            "ridge on the numbers": {
+                split: r2_score(rows["labels"], ridge_predictions(splits["train"], rows, config))
+                for split, rows in held_out.items()
+            }
+        }
 
-    trainer = build_trainer(model, training_arguments)
-    training = trainer.train(resume_from_checkpoint=training_arguments.resume_from_checkpoint)
-    trainer.save_model()
-    trainer.save_state()
-    trainer.log_metrics("train", training.metrics)
-    trainer.save_metrics("train", training.metrics)
-    prefix = "test" if held_out == "test" else "eval"
-    outputs = trainer.predict(splits[held_out], metric_key_prefix=prefix)
-    trainer.log_metrics(prefix, outputs.metrics)
-    trainer.save_metrics(prefix, outputs.metrics)
+    return Task(
+        auto_class=AutoModelForSequenceClassification,
+        model=model,
+        processing_class=tokenizer,
+        train_dataset=splits["train"],
+        held_out=held_out,
+        trainer_arguments={
+            "data_collator": DataCollatorForMultimodalRegression(tokenizer),
+            "compute_metrics": compute_metrics,
+        },
+        source=data_arguments.source,
+        metric="r2",
+        baselines=baselines,
+    )
+
+
+def main() -> None:
+    arguments = parse_arguments(
+        (TextModelArguments, RegressionArguments, TrainingArguments),
+        output_dir="runs/multimodal-regression",
+        num_train_epochs=1,
+        learning_rate=1e-3,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.1,
+        weight_decay=0.01,
+        per_device_train_batch_size=32,
+        per_device_eval_batch_size=256,
+        eval_strategy="steps",
+        eval_steps=0.2,
+        logging_steps=0.05,
+        save_strategy="no",
+    )
+    training_arguments = arguments[-1]
+    set_seed(training_arguments.seed)
+    task = prepare(*arguments)
+    trainer = build_trainer(task, training_arguments)
+    train_and_evaluate(trainer, task)
+    *_, (split, held_out) = task.held_out.items()
+    outputs = trainer.predict(held_out)
 
     # The same data, steps and random numbers; only the first model is kept.
     baseline_arguments = copy.copy(training_arguments)
     baseline_arguments.save_strategy = "no"
+    config = task.model.config
     set_seed(training_arguments.seed)
-    baseline_trainer = build_trainer(ConcatenationBaseline(config), baseline_arguments)
-    baseline_training = baseline_trainer.train()
-    baseline_outputs = baseline_trainer.predict(splits[held_out])
+    baseline_trainer = build_trainer(task, baseline_arguments, ConcatenationBaseline(config))
+    baseline_trainer.train()
+    baseline_outputs = baseline_trainer.predict(held_out)
     if not trainer.is_world_process_zero():
         return
 
     start = time.perf_counter()
-    ridge_outputs = ridge_predictions(splits, held_out, config)
+    ridge_outputs = ridge_predictions(task.train_dataset, held_out, config)
     ridge_seconds = time.perf_counter() - start
-    name, concatenation, ridge = type(model).__name__, "attention and concatenation", "ridge on the numbers"
+    name = type(task.model).__name__
     predictions = {
         name: outputs.predictions.reshape(-1),
-        concatenation: baseline_outputs.predictions.reshape(-1),
-        ridge: ridge_outputs,
+        "attention and concatenation": baseline_outputs.predictions.reshape(-1),
+        "ridge on the numbers": ridge_outputs,
     }
-    sizes = {
-        name: (model.num_parameters(), training.metrics["train_runtime"]),
-        concatenation: (
-            sum(parameter.numel() for parameter in baseline_trainer.model.parameters()),
-            baseline_training.metrics["train_runtime"],
-        ),
-        ridge: (len(columns) + 1, ridge_seconds),
-    }
+    sizes = [
+        (
+            sum(parameter.numel() for parameter in each.model.parameters()),
+            next(entry["train_runtime"] for entry in each.state.log_history if "train_runtime" in entry),
+        )
+        for each in (trainer, baseline_trainer)
+    ]
+    sizes.append((config.num_numeric_features + 1, ridge_seconds))
     labels = outputs.label_ids
-    results = {key: metric.compute(predictions=values, references=labels) for key, values in predictions.items()}
+    compute_metrics = task.trainer_arguments["compute_metrics"]
+    results = {key: compute_metrics(EvalPrediction(values, labels)) for key, values in predictions.items()}
 
     folder = Path(training_arguments.output_dir)
-    references = {f"{held_out}, {key}": values["r2"] for key, values in results.items()}
+    references = {f"{split}, {key}": values["r2"] for key, values in results.items()}
     plot_training(trainer.state.log_history, "r2", references, folder / "training.png")
     plot_predictions(predictions, labels, folder / "predictions.png")
     baselines = {key: values for key, values in results.items() if key != name}
-    save_model_card(trainer, data_arguments.source, results[name], baselines)
-    check_reload(
-        AutoModelForSequenceClassification,
-        trainer,
-        trainer.data_collator([splits[held_out][0]]),
-    )
+    save_model_card(trainer, task.model, folder, task.source, results[name], baselines)
+    check_reload(task.auto_class, trainer, trainer.data_collator([held_out[0]]))
 
-    print(f"\nOn the {held_out} rows ({len(labels)}), in the units of the labels:")
+    print(f"\nOn the {split} rows ({len(labels)}), in the units of the labels:")
     print(f"  {'R²':>7}  {'RMSE':>9}  {'parameters':>10}  {'training':>9}")
-    for key, values in results.items():
-        parameters, seconds = sizes[key]
+    for (key, values), (parameters, seconds) in zip(results.items(), sizes, strict=True):
         print(f"  {values['r2']:7.4f}  {values['rmse']:9.4g}  {parameters:10,}  {seconds:7.2f} s  {key}")
     for key, values in baselines.items():
         if results[name]["r2"] <= values["r2"]:

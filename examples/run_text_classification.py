@@ -10,9 +10,7 @@ Without arguments: which package of Python's standard library a piece of code is
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 
-import torch
 from datasets import DatasetDict
 from embedded_data import standard_library_packages
 from sklearn.dummy import DummyClassifier
@@ -21,18 +19,22 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from training_utils import (
     SMALL_MODEL,
-    DataArguments,
-    ModelArguments,
-    WeightDecayTrainer,
+    LabelledDataArguments,
+    Task,
+    TextDataArguments,
+    TextModelArguments,
     accuracy_metrics,
-    check_reload,
+    build_trainer,
+    label_indices,
+    label_maps,
+    label_names,
     load_config,
     load_model,
     load_splits,
     load_tokenizer,
     parse_arguments,
-    plot_training,
-    save_model_card,
+    report,
+    train_and_evaluate,
 )
 from transformers import (
     AutoModelForSequenceClassification,
@@ -56,47 +58,17 @@ SMALL_CLASSIFIER = {
 
 
 @dataclass
-class ClassificationArguments(DataArguments):
-    test_file: str | None = field(default=None, metadata={"help": "A file to evaluate on at the end."})
-    label_column_name: str = field(default="label", metadata={"help": "Column with the classes."})
+class ClassificationArguments(LabelledDataArguments, TextDataArguments):
     max_length: int = field(default=512, metadata={"help": "Tokens of a document; the rest is cut off."})
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.streaming:
-            raise ValueError("The classes are counted before training: --streaming is for run_clm.py.")
-
-
-def label_names(splits: DatasetDict) -> list[str]:
-    """
-    The names of the classes: those of the data set, or every value of the label column, in order.
-
-    Raises:
-        `ValueError`: a row without a label, or fewer than two classes.
-    """
-    feature = splits["train"].features["label"]
-    if hasattr(feature, "names"):
-        return feature.names
-    values = set()
-    for name, split in splits.items():
-        missing = [row for row, label in enumerate(split["label"]) if label is None or label == ""]
-        if missing:
-            raise ValueError(f"Row {missing[0]} of the {name} split has no label.")
-        values.update(split["label"])
-    if len(values) < 2:
-        raise ValueError(f"A classifier needs at least two classes, the data has {sorted(map(str, values))}.")
-    numbers = all(isinstance(value, (bool, int, float)) for value in values)
-    return [str(value) for value in (sorted(values) if numbers else sorted(values, key=str))]
 
 
 def encode_labels(splits: DatasetDict, names: list[str]) -> DatasetDict:
     """`text` without missing values, and `label` as the index of its class."""
-    is_index = hasattr(splits["train"].features["label"], "names")
-    indices = {name: index for index, name in enumerate(names)}
+    indices = label_indices(splits, names)
 
     def encode(row: dict) -> dict:
         text = "" if row["text"] is None else str(row["text"])
-        return {"text": text, "labels": row["label"] if is_index else indices[str(row["label"])]}
+        return {"text": text, "labels": indices[row["label"]]}
 
     return DatasetDict({key: split.map(encode, remove_columns=["label"]) for key, split in splits.items()})
 
@@ -126,9 +98,40 @@ def baseline_accuracies(splits: DatasetDict, held_out: Iterable[str]) -> dict[st
     return accuracies
 
 
+def prepare(
+    model_arguments: TextModelArguments, data_arguments: ClassificationArguments, training_arguments: TrainingArguments
+) -> Task:
+    columns = {"text": data_arguments.text_column_name, "label": data_arguments.label_column_name}
+    splits = load_splits(data_arguments, standard_library_packages, columns, training_arguments.seed)
+    names = label_names(splits)
+    splits = encode_labels(splits, names)
+    tokenizer = load_tokenizer(model_arguments, splits["train"]["text"])
+    config = load_config(model_arguments, SMALL_CLASSIFIER, tokenizer, **label_maps(names))
+    model = load_model(AutoModelForSequenceClassification, model_arguments, config)
+    print(
+        f"{type(model).__name__}, {model.num_parameters():,} parameters; {splits.num_rows} documents, classes {names}"
+    )
+    sequences = tokenize(splits, tokenizer, min(data_arguments.max_length, config.max_position_embeddings))
+    held_out = {split: sequences[split] for split in ("validation", "test") if split in sequences}
+    return Task(
+        auto_class=AutoModelForSequenceClassification,
+        model=model,
+        processing_class=tokenizer,
+        train_dataset=sequences["train"],
+        held_out=held_out,
+        trainer_arguments={
+            "data_collator": DataCollatorWithPadding(tokenizer),
+            "compute_metrics": accuracy_metrics(),
+        },
+        source=data_arguments.source,
+        metric="accuracy",
+        baselines=lambda: baseline_accuracies(splits, held_out),
+    )
+
+
 def main() -> None:
-    model_arguments, data_arguments, training_arguments = parse_arguments(
-        (ModelArguments, ClassificationArguments, TrainingArguments),
+    arguments = parse_arguments(
+        (TextModelArguments, ClassificationArguments, TrainingArguments),
         output_dir="runs/text-classification",
         num_train_epochs=15,
         per_device_train_batch_size=16,
@@ -142,71 +145,13 @@ def main() -> None:
         logging_strategy="epoch",
         save_strategy="no",
     )
+    training_arguments = arguments[-1]
     set_seed(training_arguments.seed)
-
-    columns = {"text": data_arguments.text_column_name, "label": data_arguments.label_column_name}
-    splits = load_splits(data_arguments, standard_library_packages, columns, training_arguments.seed)
-    names = label_names(splits)
-    splits = encode_labels(splits, names)
-    tokenizer = load_tokenizer(model_arguments, splits["train"]["text"])
-    config = load_config(
-        model_arguments,
-        tokenizer,
-        SMALL_CLASSIFIER,
-        id2label=dict(enumerate(names)),
-        label2id={name: index for index, name in enumerate(names)},
-    )
-    model = load_model(AutoModelForSequenceClassification, model_arguments, config)
-    print(
-        f"{type(model).__name__}, {model.num_parameters():,} parameters; {splits.num_rows} documents, classes {names}"
-    )
-    sequences = tokenize(splits, tokenizer, min(data_arguments.max_length, config.max_position_embeddings))
-
-    trainer = WeightDecayTrainer(
-        model=model,
-        args=training_arguments,
-        train_dataset=sequences["train"],
-        eval_dataset=sequences["validation"],
-        processing_class=tokenizer,
-        data_collator=DataCollatorWithPadding(tokenizer),
-        compute_metrics=accuracy_metrics(),
-    )
-    training = trainer.train(resume_from_checkpoint=training_arguments.resume_from_checkpoint)
-    trainer.save_model()
-    trainer.save_state()
-    trainer.log_metrics("train", training.metrics)
-    trainer.save_metrics("train", training.metrics)
-    accuracies = {}
-    for split, prefix in (("validation", "eval"), ("test", "test")):
-        if split in sequences:
-            metrics = trainer.evaluate(sequences[split], metric_key_prefix=prefix)
-            trainer.log_metrics(prefix, metrics)
-            trainer.save_metrics(prefix, metrics)
-            accuracies[split] = metrics[f"{prefix}_accuracy"]
-    if not trainer.is_world_process_zero():
-        return
-
-    baselines = baseline_accuracies(splits, accuracies)
-    plot_path = Path(training_arguments.output_dir) / "training.png"
-    references = {name: values["validation"] for name, values in baselines.items()}
-    plot_training(trainer.state.log_history, "accuracy", references, plot_path)
-    reported = "test" if "test" in accuracies else "validation"
-    save_model_card(
-        trainer,
-        data_arguments.source,
-        {"accuracy": accuracies[reported]},
-        {name: {"accuracy": values[reported]} for name, values in baselines.items()},
-    )
-    first = sequences["validation"][0]["input_ids"]
-    check_reload(AutoModelForSequenceClassification, trainer, {"input_ids": torch.tensor([first])})
-
-    print("\nAccuracy" + "".join(f"{split:>14}" for split in accuracies))
-    for name, values in {type(model).__name__: accuracies, **baselines}.items():
-        print("        " + "".join(f"{values[split]:14.2%}" for split in accuracies) + f"  {name}")
-    better = [name for name, values in baselines.items() if values[reported] >= accuracies[reported]]
-    if better:
-        print(f"The model is no better than: {', '.join(better)}.")
-    print(f"Saved and reloaded from {training_arguments.output_dir}; loss and accuracy by step: {plot_path}")
+    task = prepare(*arguments)
+    trainer = build_trainer(task, training_arguments)
+    accuracies = train_and_evaluate(trainer, task)
+    if trainer.is_world_process_zero():
+        report(trainer, task, accuracies)
 
 
 if __name__ == "__main__":

@@ -4,19 +4,20 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import evaluate
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from datasets import DatasetDict, IterableDatasetDict, load_dataset
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
     AutoTokenizer,
+    BaseImageProcessor,
     EvalPrediction,
     HfArgumentParser,
     PreTrainedConfig,
@@ -24,6 +25,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     Trainer,
+    TrainingArguments,
 )
 
 from modeling_sumagg.configuration import preset_path
@@ -61,15 +63,8 @@ class ModelArguments:
     )
     config_overrides: str = field(
         default="{}",
-        metadata={"help": 'Config values to replace, as JSON: \'{"model_type": "tost_text", "hidden_size": 384}\'.'},
+        metadata={"help": 'Config values to replace, as JSON: \'{"hidden_size": 384, "num_hidden_layers": 8}\'.'},
     )
-    tokenizer_name: str | None = field(
-        default=None,
-        metadata={
-            "help": "A tokenizer: a folder or a Hub id. By default the checkpoint's, or one learned from the data."
-        },
-    )
-    vocab_size: int = field(default=4096, metadata={"help": "Tokens of a tokenizer learned from the data."})
     dtype: str = field(default="float32", metadata={"help": "dtype of the weights, such as bfloat16."})
     attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flex_attention, ..."})
 
@@ -79,12 +74,32 @@ class ModelArguments:
 
 
 @dataclass
+class TextModelArguments(ModelArguments):
+    tokenizer_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "A tokenizer: a folder or a Hub id. By default the checkpoint's, or one learned from the data."
+        },
+    )
+    vocab_size: int = field(default=4096, metadata={"help": "Tokens of a tokenizer learned from the data."})
+
+
+@dataclass
 class DataArguments:
+    embedded_source: ClassVar[str] = "Python's standard library"
+
     dataset_name: str | None = field(default=None, metadata={"help": "A data set of the Hub, or a local folder."})
     dataset_config_name: str | None = field(default=None, metadata={"help": "The data set's configuration."})
-    train_file: str | None = field(default=None, metadata={"help": "A csv, json, jsonl, parquet or txt file."})
-    validation_file: str | None = field(default=None, metadata={"help": "The same for the held-out data."})
-    text_column_name: str = field(default="text", metadata={"help": "Column with the texts."})
+    train_file: str | None = field(
+        default=None,
+        metadata={
+            "help": "A csv, json, jsonl, parquet or txt file, or a folder with one folder of images a class.",
+            "aliases": ["--train_dir"],
+        },
+    )
+    validation_file: str | None = field(
+        default=None, metadata={"help": "The same for the held-out data.", "aliases": ["--validation_dir"]}
+    )
     streaming: bool = field(default=False, metadata={"help": "Read the data while training; needs --max_steps."})
     held_out_share: float = field(
         default=0.1, metadata={"help": "Share of the training rows split off where there is no held-out split."}
@@ -99,7 +114,45 @@ class DataArguments:
 
     @property
     def source(self) -> str:
-        return self.dataset_name or self.train_file or "Python's standard library"
+        return self.dataset_name or self.train_file or self.embedded_source
+
+
+@dataclass
+class TextDataArguments(DataArguments):
+    text_column_name: str = field(default="text", metadata={"help": "Column with the texts."})
+
+
+@dataclass
+class LabelledDataArguments(DataArguments):
+    test_file: str | None = field(
+        default=None, metadata={"help": "A file to evaluate on at the end.", "aliases": ["--test_dir"]}
+    )
+    label_column_name: str = field(default="label", metadata={"help": "Column with what is to be predicted."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.test_file is not None and self.train_file is None:
+            raise ValueError("--test_file needs a --train_file.")
+        if self.streaming:
+            raise ValueError("All the labels are read before training: --streaming is for run_clm.py.")
+
+
+@dataclass
+class Task:
+    """What a script prepares for `Trainer`, and what it compares the result with."""
+
+    auto_class: type
+    model: PreTrainedModel
+    processing_class: PreTrainedTokenizerBase | BaseImageProcessor
+    train_dataset: Dataset | IterableDataset
+    # `validation`, and `test` where there is one.
+    held_out: dict[str, Dataset | IterableDataset]
+    # The rest of the arguments of `Trainer`.
+    trainer_arguments: dict[str, Any]
+    source: str
+    metric: str
+    # The metric by baseline and by held-out split.
+    baselines: Callable[[], dict[str, dict[str, float]]]
 
 
 def parse_arguments(dataclasses: tuple[type, ...], **defaults) -> tuple:
@@ -135,8 +188,13 @@ def load_splits(
         splits = load_dataset(arguments.dataset_name, arguments.dataset_config_name, streaming=arguments.streaming)
     elif arguments.train_file is not None:
         files = {split: getattr(arguments, f"{split}_file", None) for split in ("train", "validation", "test")}
-        # One at a time: they may differ in columns that are not used.
-        splits = {name: _load_file(path, arguments.streaming) for name, path in files.items() if path is not None}
+        files = {split: path for split, path in files.items() if path is not None}
+        if Path(arguments.train_file).is_dir():
+            patterns = {split: f"{path}/**" for split, path in files.items()}
+            splits = load_dataset("imagefolder", data_files=patterns, streaming=arguments.streaming)
+        else:
+            # One at a time: they may differ in columns that are not used.
+            splits = {name: _load_file(path, arguments.streaming) for name, path in files.items()}
     else:
         splits = embedded()
         if arguments.streaming:
@@ -183,7 +241,7 @@ def _hold_out(splits: DatasetDict | IterableDatasetDict, arguments: DataArgument
     splits["train"], splits["validation"] = parts["train"], parts["test"]
 
 
-def load_tokenizer(arguments: ModelArguments, texts: Iterable[str]) -> PreTrainedTokenizerBase:
+def load_tokenizer(arguments: TextModelArguments, texts: Iterable[str]) -> PreTrainedTokenizerBase:
     """The tokenizer that the arguments name, or one learned from the texts."""
     name = arguments.tokenizer_name or arguments.model_name_or_path
     if name is not None:
@@ -192,30 +250,35 @@ def load_tokenizer(arguments: ModelArguments, texts: Iterable[str]) -> PreTraine
 
 
 def load_config(
-    arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase, defaults: dict[str, Any], **values
+    arguments: ModelArguments, defaults: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None = None, **values
 ) -> PreTrainedConfig:
     """
     The config of the checkpoint, of the preset, or of `defaults`, with the overrides and then `values` in it. A new
-    model gets the vocabulary and the special tokens of the tokenizer.
+    model of text gets the vocabulary and the special tokens of the tokenizer.
     """
     overrides = {**json.loads(arguments.config_overrides), **values}
     if arguments.model_name_or_path is not None:
         return AutoConfig.from_pretrained(arguments.model_name_or_path, **overrides)
     if arguments.preset is not None:
         defaults = json.loads(Path(preset_path(arguments.preset)).read_text(encoding="utf-8"))
-    special_tokens = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    vocabulary = {}
+    if tokenizer is not None:
+        vocabulary = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        vocabulary["vocab_size"] = len(tokenizer)
     config_class = CONFIG_MAPPING[overrides.pop("model_type", defaults["model_type"])]
     # Another family may lack some of the defaults.
     known = {name: value for name, value in defaults.items() if name in config_class.__dataclass_fields__}
-    return config_class(**{**known, "vocab_size": len(tokenizer), **special_tokens, **overrides})
+    return config_class(**{**known, **vocabulary, **overrides})
 
 
 def load_model(auto_class: type, arguments: ModelArguments, config: PreTrainedConfig) -> PreTrainedModel:
-    """The checkpoint's weights in a model of `auto_class`, or a new model."""
+    """The checkpoint's weights in a model of `auto_class`, with a new head for other classes, or a new model."""
     options = {"dtype": arguments.dtype, "attn_implementation": arguments.attn_implementation}
-    if arguments.model_name_or_path is not None:
-        return auto_class.from_pretrained(arguments.model_name_or_path, config=config, **options)
-    return auto_class.from_config(config, **options)
+    if arguments.model_name_or_path is None:
+        return auto_class.from_config(config, **options)
+    return auto_class.from_pretrained(
+        arguments.model_name_or_path, config=config, ignore_mismatched_sizes=True, **options
+    )
 
 
 class WeightDecayTrainer(Trainer):
@@ -282,6 +345,107 @@ def accuracy_metrics() -> Callable[[EvalPrediction], dict[str, float]]:
     )
 
 
+def label_names(splits: DatasetDict) -> list[str]:
+    """
+    The names of the classes: those of the data set, or every value of the label column, in order.
+
+    Raises:
+        `ValueError`: a row without a label, or fewer than two classes.
+    """
+    feature = splits["train"].features["label"]
+    if hasattr(feature, "names"):
+        return feature.names
+    values = set()
+    for name, split in splits.items():
+        missing = [row for row, label in enumerate(split["label"]) if label is None or label == ""]
+        if missing:
+            raise ValueError(f"Row {missing[0]} of the {name} split has no label.")
+        values.update(split["label"])
+    if len(values) < 2:
+        raise ValueError(f"A classifier needs at least two classes, the data has {sorted(map(str, values))}.")
+    numbers = all(isinstance(value, (bool, int, float)) for value in values)
+    return [str(value) for value in (sorted(values) if numbers else sorted(values, key=str))]
+
+
+def label_indices(splits: DatasetDict, names: list[str]) -> dict[Any, int]:
+    """The index of its class for every value that the label column can have."""
+    if hasattr(splits["train"].features["label"], "names"):
+        return {index: index for index in range(len(names))}
+    values = {value for split in splits.values() for value in split["label"]}
+    return {value: names.index(str(value)) for value in values}
+
+
+def label_maps(names: list[str]) -> dict[str, dict]:
+    """The config's values for classes with these names."""
+    return {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
+
+
+def build_trainer(task: Task, arguments: TrainingArguments, model: nn.Module | None = None) -> WeightDecayTrainer:
+    """The `Trainer` of a task, for its model or for another."""
+    return WeightDecayTrainer(
+        model=task.model if model is None else model,
+        args=arguments,
+        train_dataset=task.train_dataset,
+        eval_dataset=task.held_out["validation"],
+        processing_class=task.processing_class,
+        **task.trainer_arguments,
+    )
+
+
+def train_and_evaluate(trainer: Trainer, task: Task) -> dict[str, float]:
+    """Train, save the model, the state and all metrics, and return the task's metric by held-out split."""
+    training = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+    if task.model.can_generate():
+        # `Trainer` turns it off.
+        task.model.config.use_cache = True
+    trainer.save_model()
+    trainer.save_state()
+    trainer.log_metrics("train", training.metrics)
+    trainer.save_metrics("train", training.metrics)
+    values = {}
+    for split, dataset in task.held_out.items():
+        prefix = "eval" if split == "validation" else split
+        metrics = trainer.evaluate(dataset, metric_key_prefix=prefix)
+        trainer.log_metrics(prefix, metrics)
+        trainer.save_metrics(prefix, metrics)
+        values[split] = metrics[f"{prefix}_{task.metric}"]
+    return values
+
+
+def report(trainer: Trainer, task: Task, values: dict[str, float]) -> None:
+    """Plot the training, write the card, check what was saved, and print the metric beside its baselines."""
+    folder = Path(trainer.args.output_dir)
+    baselines = task.baselines()
+    references = {name: by_split["validation"] for name, by_split in baselines.items()}
+    plot_training(trainer.state.log_history, task.metric, references, folder / "training.png")
+    *_, reported = task.held_out
+    save_model_card(
+        trainer,
+        trainer.accelerator.unwrap_model(trainer.model),
+        folder,
+        task.source,
+        {task.metric: values[reported]},
+        {name: {task.metric: by_split[reported]} for name, by_split in baselines.items()},
+    )
+    check_reload(task.auto_class, trainer, trainer.data_collator([next(iter(task.held_out["validation"]))]))
+    print_comparison(task.metric, {type(task.model).__name__: values, **baselines})
+    print(f"Saved and reloaded from {folder}; loss and {task.metric} by step: {folder / 'training.png'}")
+
+
+def print_comparison(metric: str, values: dict[str, dict[str, float]]) -> None:
+    """Print the metric of the model, which comes first, and of its baselines, and which of these are not beaten."""
+    (model, by_split), *baselines = values.items()
+    number = ".2%" if metric == "accuracy" else ".4g"
+    print(f"\n{metric.capitalize():12}" + "".join(f"{split:>12}" for split in by_split))
+    for name, numbers in values.items():
+        print(" " * 12 + "".join(f"{numbers[split]:12{number}}" for split in by_split) + f"  {name}")
+    *_, reported = by_split
+    sign = -1 if metric == "perplexity" else 1
+    better = [name for name, numbers in baselines if sign * numbers[reported] >= sign * by_split[reported]]
+    if better:
+        print(f"{model} is no better than: {', '.join(better)}.")
+
+
 def check_reload(auto_class: type, trainer: Trainer, inputs: dict[str, torch.Tensor]) -> PreTrainedModel:
     """
     Load what the trainer saved through an Auto class, compare it with the trained model, and return it.
@@ -341,19 +505,25 @@ def plot_training(log_history: list[dict], metric: str, references: dict[str, fl
 
 
 def save_model_card(
-    trainer: Trainer, source: str, metrics: dict[str, float], baselines: dict[str, dict[str, float]]
+    trainer: Trainer,
+    model: PreTrainedModel,
+    folder: Path,
+    source: str,
+    metrics: dict[str, float],
+    baselines: dict[str, dict[str, float]],
+    **hyperparameters,
 ) -> None:
-    """Write the card of the trained model beside its weights."""
+    """Write the card of the trained model beside its weights in `folder`, with `hyperparameters` beyond the trainer's."""
     arguments = trainer.args
-    hyperparameters = ("learning_rate", "lr_scheduler_type", "weight_decay", "per_device_train_batch_size", "seed")
+    names = ("learning_rate", "lr_scheduler_type", "weight_decay", "per_device_train_batch_size", "seed")
     card = create_model_card(
-        trainer.accelerator.unwrap_model(trainer.model),
-        model_id=arguments.hub_model_id or Path(arguments.output_dir).name,
+        model,
+        model_id=arguments.hub_model_id or folder.name,
         dataset_type=Path(source).stem,
         dataset_name=source,
-        hyperparameters={name: getattr(arguments, name) for name in hyperparameters},
+        hyperparameters={name: getattr(arguments, name) for name in names} | hyperparameters,
         metrics=metrics,
         baselines=baselines,
         steps=trainer.state.global_step,
     )
-    card.save(Path(arguments.output_dir) / "README.md")
+    card.save(folder / "README.md")

@@ -1,7 +1,10 @@
+import csv
 import json
 
 import pytest
+import torch
 from peft import PeftConfig
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification, AutoModelForSequenceClassification
 
 from modeling_sumagg import ToSTConfig
@@ -18,7 +21,7 @@ def test_a_language_model_is_adapted_to_both_tasks(run_script, csv_files, short_
         "--gradient_checkpointing", True, output_dir="classifier",
     )  # fmt: skip
     adapted = run_script(
-        "run_lora.py", *short_run, *csv_files, "--model_name_or_path", base, "--max_length", 16,
+        "run_lora.py", *short_run, *csv_files, "--model_name_or_path", base, "--block_size", 16,
         "--task", "text-generation", "--learning_rate", 1e-2, output_dir="adapted",
     )  # fmt: skip
     # The script itself compares the reloaded and the merged model with the trained one.
@@ -44,3 +47,43 @@ def test_an_image_classifier_is_adapted(run_script, tmp_path, capsys):
     )  # fmt: skip
     assert "Saved and reloaded: the adapters" in capsys.readouterr().out
     assert "eval_accuracy" in json.loads((folder / "eval_results.json").read_text())
+
+
+def test_a_regression_is_adapted_to_other_columns(run_script, tmp_path, capsys):
+    """The branch of the numbers is a new one; the text's is adapted, and nothing else of it moves."""
+    rows = [
+        (f"{'villa' if row % 3 else 'ruin'} {row % 5}", row % 7, row % 4, 10 * (row % 3) + row % 7)
+        for row in range(60)
+    ]
+    for split in ("train", "validation"):
+        with (tmp_path / f"{split}.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([("text", "rooms", "age", "label"), *rows])
+    files = ["--train_file", "train.csv", "--validation_file", "validation.csv", "--disable_tqdm", True]
+    tiny = json.dumps({"hidden_size": 32, "max_position_embeddings": 16, "head_hidden_sizes": [32, 16]})
+    base = run_script(
+        "run_multimodal_regression.py", *files, "--numeric_column_names", "rooms", "--config_overrides", tiny,
+        "--vocab_size", 300, "--max_steps", 5, output_dir="base",
+    )  # fmt: skip
+    folder = run_script(
+        "run_lora.py", *files, "--task", "multimodal-regression", "--model_name_or_path", base,
+        "--numeric_column_names", "rooms", "age", "--num_train_epochs", 20, "--learning_rate", 1e-2,
+    )  # fmt: skip
+    printed = capsys.readouterr().out
+    assert "Saved and reloaded: the adapters" in printed and "ridge on the numbers" in printed
+    results = [json.loads((each / "eval_results.json").read_text())["eval_r2"] for each in (base, folder)]
+    assert results[1] > results[0] + 0.1
+    before, after = load_file(base / "model.safetensors"), load_file(folder / "merged" / "model.safetensors")
+    assert after["numeric_branch.feature_dense1.weight"].shape[0] == 2
+    changed = {
+        name
+        for name in before
+        if before[name].shape == after[name].shape and not torch.equal(before[name], after[name])
+    }
+    assert {name for name in changed if not name.startswith("numeric_branch")} == {
+        "text_branch.sequence_sum.proj.weight", "text_branch.sequence_sum.dense.weight", "score.weight", "score.bias",
+    }  # fmt: skip
+
+
+def test_a_task_without_a_base_names_the_script_that_makes_one(run_script):
+    with pytest.raises(ValueError, match=r"--model_name_or_path, such as what run_image_classification.py saved"):
+        run_script("run_lora.py", "--task", "image-classification")

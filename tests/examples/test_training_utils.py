@@ -98,11 +98,11 @@ def test_the_standard_library_is_split_by_file_and_no_line_names_its_package():
     ],
 )
 def test_unusable_data_is_refused(arguments, message):
-    from training_utils import DataArguments, load_splits
+    from training_utils import TextDataArguments, load_splits
 
     def embedded() -> DatasetDict:
         return DatasetDict(train=Dataset.from_dict({"text": ["one"]}))
 
     with pytest.raises(ValueError, match=message):
-        parsed = DataArguments(**arguments)
+        parsed = TextDataArguments(**arguments)
         load_splits(parsed, embedded, {"text": parsed.text_column_name}, seed=0)
