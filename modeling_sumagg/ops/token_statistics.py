@@ -134,8 +134,10 @@ def causal_token_statistics(
         w, temperature, position_bias, initial_state, attention_mask, document_ids, dropout_p
     )
     batch_size, num_heads, length, head_dim = w.shape
-    runs = None if document_ids is None else document_runs(document_ids, mask)
     keep = _dropout(w, dropout_p, length)
+    if length == 1:
+        return _causal_step(w, temperature, position_bias, initial_state, mask, keep, dropout_p)
+    runs = None if document_ids is None else document_runs(document_ids, mask)
     if _takes_formula(w):
         return _causal_formula(w, temperature, position_bias, initial_state, mask, runs, keep, dropout_p)
     dtype = _statistics_dtype(w)
@@ -236,6 +238,27 @@ def _bidirectional_formula(w, temperature, mask, keep, dropout_p):
     return _output(w, mask, membership, moment, keep, dropout_p)
 
 
+def _causal_step(w, temperature, position_bias, initial_state, mask, keep, dropout_p):
+    """[`_causal_formula`] for one token, in as few operations as there can be: launching them is what a step costs."""
+    w = _real_tokens(w, mask)
+    token = w.to(_statistics_dtype(w)).squeeze(2)
+    w2 = token.square()
+    second_moment = w2 if initial_state is None else initial_state[0] + w2
+    score = (w2 / second_moment.clamp_min(MIN_SECOND_MOMENT)).sum(-1)
+    if position_bias is not None:
+        bias = _real_tokens(position_bias.to(w2.dtype), mask).squeeze(-1)
+        score = torch.add(score, bias, alpha=w2.shape[-1])
+    membership = (temperature.flatten() * score).softmax(-1)
+    if mask is not None:
+        membership = membership * mask
+    share = membership.unsqueeze(-1)
+    weighted = share * w2 if initial_state is None else torch.addcmul(initial_state[1], share, w2)
+    total = membership if initial_state is None else initial_state[2] + membership
+    moment = weighted / (total + MIN_MEMBERSHIP).unsqueeze(-1)
+    out = _output(w, mask, share.unsqueeze(2), moment.unsqueeze(2), keep, dropout_p)
+    return out, TokenStatisticsState(second_moment, weighted, total)
+
+
 def _causal_formula(w, temperature, position_bias, initial_state, mask, runs, keep, dropout_p):
     w = _real_tokens(w, mask)
     w2, temperature = _squares(w, temperature)
@@ -246,8 +269,6 @@ def _causal_formula(w, temperature, position_bias, initial_state, mask, runs, ke
     total = _running_sum(membership, initial[2], runs)
     moment = weighted / (total + MIN_MEMBERSHIP).unsqueeze(-1)
     out = _output(w, mask, membership.unsqueeze(-1), moment, keep, dropout_p)
-    if w.shape[2] == 1:
-        return out, TokenStatisticsState(second_moment.squeeze(2), weighted.squeeze(2), total.squeeze(2))
     if w.shape[2] > 0:
         # A slice would keep the sums up to every token alive for as long as the state.
         return out, TokenStatisticsState(*(sums[:, :, -1].clone() for sums in (second_moment, weighted, total)))
@@ -298,7 +319,7 @@ def _real_tokens(x, mask):
 def _running_sum(x, initial, runs):
     """The sums of `x` `[B, K, T, ...]` up to each token of its run; `initial` `[B, K, ...]` is in the sums of run 0."""
     if runs is None:
-        running = x if x.shape[2] == 1 else x.cumsum(2)
+        running = x.cumsum(2)
         return running if initial is None else running + initial.unsqueeze(2)
     # One cumulative sum less its value at the restart would leave the rounding of earlier documents behind.
     same_run = (runs.unsqueeze(2) == runs.unsqueeze(1)).tril().unsqueeze(1).to(x.dtype)
