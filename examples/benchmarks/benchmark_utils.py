@@ -1,0 +1,248 @@
+"""What the benchmarks share: interleaved timing, peak memory, and results as JSON, Markdown and PNG."""
+
+import json
+import math
+import multiprocessing
+import os
+import platform
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import transformers
+
+
+@dataclass
+class BenchmarkArguments:
+    output_dir: str = field(metadata={"help": "Folder for the JSON, the Markdown table and the plot."})
+    device: str = field(
+        default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu",
+        metadata={"help": '"cpu", or "cuda" (the default where there is one).'},
+    )
+    dtype: str = field(default="float32", metadata={"help": '"float32", "bfloat16" or "float16".'})
+    threads: int | None = field(
+        default=None, metadata={"help": "Threads on a CPU; by default as many as torch takes."}
+    )
+    repetitions: int = field(default=5, metadata={"help": "Timed runs of each case, one of each in turn."})
+    seconds_limit: float = field(
+        default=120.0,
+        metadata={"help": "A case is left out at sizes at which one run would take longer, going by smaller ones."},
+    )
+    compile: bool = field(default=False, metadata={"help": "Compile every model with torch.compile."})
+    memory: bool = field(
+        default=True, metadata={"help": "Also measure peak memory, each case in a process of its own."}
+    )
+
+    def __post_init__(self):
+        if self.dtype not in ("float32", "bfloat16", "float16"):
+            raise ValueError(f'`dtype` must be "float32", "bfloat16" or "float16", got {self.dtype!r}.')
+        if self.repetitions < 1:
+            raise ValueError(f"`repetitions` must be at least 1, got {self.repetitions}.")
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"`threads` must be at least 1, got {self.threads}.")
+
+    def set_up(self) -> None:
+        """Apply what holds for the whole process."""
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+        torch.manual_seed(0)
+
+
+@dataclass
+class Row:
+    """One case at one size: `seconds` of every run, and `peak_bytes` of memory where measured."""
+
+    case: str
+    size: int
+    seconds: list[float]
+    peak_bytes: int | None = None
+
+    @property
+    def median(self) -> float:
+        return float(np.median(self.seconds))
+
+    @property
+    def spread(self) -> float:
+        """The interquartile range over the median."""
+        low, high = np.percentile(self.seconds, [25, 75])
+        return float(high - low) / self.median
+
+
+def hardware(device: str) -> dict[str, str]:
+    """On what the benchmark runs, in words."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    described = {
+        "cpu": f"{names[0] if names else platform.processor()}, {os.cpu_count()} logical cores",
+        "threads": str(torch.get_num_threads()),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    if torch.device(device).type == "cuda":
+        described["gpu"] = torch.cuda.get_device_name(device)
+    return described
+
+
+def time_interleaved(cases: dict[str, Callable[[], object]], repetitions: int, device: str) -> dict[str, list[float]]:
+    """
+    Seconds of every run of every case, one run of each in turn, so that all meet the same disturbances.
+
+    A first run of each is not counted. On a GPU every run is waited for.
+    """
+    wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    for repetition in range(repetitions + 1):
+        for name, run in cases.items():
+            wait()
+            start = time.perf_counter()
+            run()
+            wait()
+            if repetition:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def peak_memory(run: Callable[..., object], *arguments: Any) -> int:
+    """
+    The most bytes that `run(*arguments)` holds at a time, in a fresh process.
+
+    Allocated bytes if `run` returns a CUDA device, else resident ones: weights, PyTorch and Python included (Linux only).
+    """
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_peak_of, run, arguments).result()
+
+
+def _peak_of(run: Callable[..., object], arguments: tuple) -> int:
+    device = run(*arguments)
+    if device is not None and torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status").read_text().splitlines()
+    (peak,) = [line.split()[1] for line in status if line.startswith("VmHWM:")]
+    return int(peak) * 1024
+
+
+def benchmark(
+    arguments: BenchmarkArguments,
+    sizes: Iterable[int],
+    prepare: Callable[[int, list[str]], dict[str, Callable[[], object]]],
+    names: list[str],
+    memory: Callable[[str, int], int] | None = None,
+) -> list[Row]:
+    """
+    Time every case at every size, from the smallest to the largest.
+
+    Args:
+        prepare (`Callable`): from a size and the names of the cases wanted, what to run for each of them.
+        names (`list[str]`): the cases.
+        memory (`Callable`, *optional*): peak bytes of a case at a size.
+    """
+    rows: list[Row] = []
+    last: dict[str, Row] = {}
+    for size in sorted(sizes):
+        wanted = []
+        for name in names:
+            # No case here grows more slowly than this; some grow faster, and are then let in once too often.
+            expected = last[name].median * size / last[name].size if name in last else 0.0
+            if expected <= arguments.seconds_limit:
+                wanted.append(name)
+            else:
+                print(f"{name} is left out at {size}: it took {last[name].median:.1f} s at {last[name].size}.")
+        for name, seconds in time_interleaved(prepare(size, wanted), arguments.repetitions, arguments.device).items():
+            peak = memory(name, size) if memory is not None and arguments.memory else None
+            last[name] = Row(name, size, seconds, peak)
+            rows.append(last[name])
+            print(f"{name} at {size}: {_in_words(last[name])}", flush=True)
+    return rows
+
+
+def _in_words(row: Row) -> str:
+    memory = "" if row.peak_bytes is None else f", {row.peak_bytes / 2**20:.0f} MiB"
+    return f"{_duration(row.median)} (± {row.spread / 2:.0%}){memory}"
+
+
+def _duration(seconds: float) -> str:
+    """Three digits, with a unit."""
+    unit, factor = next(((u, f) for u, f in (("s", 1), ("ms", 1e3)) if seconds * f >= 1), ("µs", 1e6))
+    value = seconds * factor
+    return f"{value:.{max(2 - int(math.log10(value)), 0)}f} {unit}"
+
+
+def markdown_table(rows: list[Row], size_name: str, baseline: str) -> str:
+    """Medians and how many times faster than `baseline` each is; below, peak memory and its ratio."""
+    sizes = sorted({row.size for row in rows})
+    cases = list(dict.fromkeys(row.case for row in rows))
+    found = {(row.case, row.size): row for row in rows}
+
+    def line(case: str, cell: Callable[[Row, Row | None], str]) -> str:
+        cells = (found.get((case, size)) for size in sizes)
+        texts = ("–" if row is None else cell(row, found.get((baseline, row.size))) for row in cells)
+        return f"| {case} | " + " | ".join(texts) + " |"
+
+    def time_cell(row: Row, base: Row | None) -> str:
+        ratio = "" if base is None or base is row else f", {base.median / row.median:.2f} ×"
+        return f"{_duration(row.median)} ± {row.spread / 2:.0%}{ratio}"
+
+    def memory_cell(row: Row, base: Row | None) -> str:
+        if row.peak_bytes is None:
+            return "–"
+        ratio = "" if base is None or base is row else f", {row.peak_bytes / base.peak_bytes:.2f} ×"
+        return f"{row.peak_bytes / 2**20:.0f} MiB{ratio}"
+
+    header = f"| {size_name} | " + " | ".join(f"{size:,}".replace(",", " ") for size in sizes) + " |"
+    rule = "|---" * (len(sizes) + 1) + "|"
+    parts = [f"Time, and how many times faster than {baseline}:\n", header, rule]
+    parts += [line(case, time_cell) for case in cases]
+    if any(row.peak_bytes is not None for row in rows):
+        parts += [f"\nPeak memory, and its ratio to that of {baseline}:\n", header, rule]
+        parts += [line(case, memory_cell) for case in cases if any(r.case == case and r.peak_bytes for r in rows)]
+    return "\n".join(parts) + "\n"
+
+
+def write_results(
+    arguments: BenchmarkArguments, name: str, title: str, size_name: str, baseline: str, rows: list[Row]
+) -> None:
+    """`{name}.json`, `.md` and `.png` in the output folder, and the table on the screen."""
+    folder = Path(arguments.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    where = hardware(arguments.device)
+    described = [asdict(row) | {"median": row.median, "spread": row.spread} for row in rows]
+    results = {"title": title, "hardware": where, "arguments": asdict(arguments), "rows": described}
+    (folder / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
+
+    caption = f"{title}. {', '.join(f'{key} {value}' for key, value in where.items())}, {arguments.dtype}."
+    table = f"{caption}\n\n{markdown_table(rows, size_name, baseline)}"
+    (folder / f"{name}.md").write_text(table)
+    print(f"\n{table}")
+    _plot(rows, title, size_name, folder / f"{name}.png")
+    print(f"Written to {folder}: {name}.json, {name}.md, {name}.png")
+
+
+def _plot(rows: list[Row], title: str, size_name: str, path: Path) -> None:
+    with_memory = any(row.peak_bytes is not None for row in rows)
+    figure, axes = plt.subplots(1, 1 + with_memory, figsize=(6 + 4 * with_memory, 4.5), squeeze=False)
+    panels = [("seconds", lambda row: row.median)]
+    if with_memory:
+        panels.append(("peak memory (MiB)", lambda row: row.peak_bytes and row.peak_bytes / 2**20))
+    for axis, (label, value) in zip(axes[0], panels, strict=True):
+        for i, case in enumerate(dict.fromkeys(row.case for row in rows)):
+            points = [(row.size, value(row)) for row in rows if row.case == case and value(row) is not None]
+            if points:
+                marker = "o^sDvPX*"[i % 8]
+                axis.plot(*zip(*points, strict=True), marker=marker, color=f"C{i}", label=case)
+        axis.set(xscale="log", yscale="log", xlabel=size_name, ylabel=label)
+        sizes = sorted({row.size for row in rows})
+        axis.set_xticks(sizes, [str(size) for size in sizes])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    figure.suptitle(title)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    figure.set_layout_engine("constrained")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

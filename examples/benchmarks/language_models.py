@@ -1,0 +1,264 @@
+"""Prefill, decoding or a training step of language models over the length of the sequence.
+
+    python examples/benchmarks/language_models.py --work prefill --output_dir prefill
+    python examples/benchmarks/language_models.py --work decode --output_dir decode
+    python examples/benchmarks/language_models.py --work training --output_dir training
+
+Summation aggregation and the Token Statistics Transformer beside GPT-2, Llama, Mamba2 and RWKV of transformers, of the
+same width, depth and vocabulary, with random weights. The floor is the matrix products of our models and nothing else.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from benchmark_utils import BenchmarkArguments, benchmark, peak_memory, write_results
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    Cache,
+    DynamicCache,
+    GPT2Config,
+    HfArgumentParser,
+    LlamaConfig,
+    Mamba2Config,
+    PreTrainedConfig,
+    PreTrainedModel,
+    RwkvConfig,
+)
+from transformers.pytorch_utils import Conv1D
+
+from modeling_sumagg import SumAggConfig, ToSTTextConfig
+
+
+BASELINE = "GPT-2"
+FLOOR = "matrix products of "
+LENGTHS = {
+    "prefill": [512, 2048, 8192, 32768],
+    "decode": [16, 1024, 4096, 32768, 131072],
+    "training": [256, 1024, 4096, 8192],
+}
+TITLES = {
+    "prefill": "Prefill: one sequence, logits of the last token",
+    "decode": "Decoding: one token after a context",
+    "training": "Training step: one sequence, forward, backward and AdamW",
+}
+SIZE_NAMES = {"prefill": "tokens", "decode": "tokens of context", "training": "tokens"}
+CHUNK_SIZE = 8192  # a longer context is read in parts, which bounds memory
+STEPS = 10  # tokens decoded in one timed run
+
+
+@dataclass
+class LanguageModelArguments(BenchmarkArguments):
+    work: str = field(default="prefill", metadata={"help": '"prefill", "decode" or "training".'})
+    lengths: list[int] | None = field(default=None, metadata={"help": "Tokens; by default several for each work."})
+    models: list[str] | None = field(default=None, metadata={"help": "The models by name; by default all."})
+    hidden_size: int = 768
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 12
+    vocab_size: int = 8192
+    sliding_window: int = 256
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.work not in LENGTHS:
+            raise ValueError(f"`work` must be one of {list(LENGTHS)}, got {self.work!r}.")
+        self.lengths = self.lengths or LENGTHS[self.work]
+        if min(self.lengths) < 2:
+            raise ValueError(f"`lengths` must be at least 2, got {self.lengths}.")
+        known = list(configurations(self, 2))
+        known += [FLOOR + name for name in known if name in FLOORS] if self.work != "decode" else []
+        unknown = set(self.models or ()) - set(known)
+        if unknown:
+            raise ValueError(f"`models` must be among {known}, got {sorted(unknown)}.")
+        self.models = self.models or known
+
+
+FLOORS = ("SumAgg", "ToST")
+
+
+def configurations(arguments: LanguageModelArguments, max_length: int) -> dict[str, PreTrainedConfig]:
+    """Every model by its name, with positions for `max_length` tokens."""
+    width, depth = arguments.hidden_size, arguments.num_hidden_layers
+    tokens = {"vocab_size": arguments.vocab_size, "bos_token_id": 0, "eos_token_id": 0}
+    size = {"hidden_size": width, "num_hidden_layers": depth, "num_attention_heads": arguments.num_attention_heads}
+    size |= {"intermediate_size": 4 * width, "max_position_embeddings": max_length} | tokens
+    # The settings of `presets/sumagg-hybrid-small.json`.
+    sums = size | {"norm_position": "pre", "sum_normalization": "sqrt"}
+    lower = ["summation"] * (depth - 1)
+    return {
+        "SumAgg": SumAggConfig(**sums, layer_types=[*lower, "summation"]),
+        "SumAgg, sliding window last": SumAggConfig(
+            **sums, layer_types=[*lower, "sliding_attention"], sliding_window=arguments.sliding_window
+        ),
+        "SumAgg, full attention last": SumAggConfig(**sums, layer_types=[*lower, "full_attention"]),
+        "ToST": ToSTTextConfig(**size),
+        "GPT-2": GPT2Config(
+            n_embd=width, n_layer=depth, n_head=arguments.num_attention_heads, n_positions=max_length, **tokens
+        ),
+        "Llama": LlamaConfig(**size),
+        "Mamba2": Mamba2Config(
+            hidden_size=width, num_hidden_layers=depth, head_dim=64, num_heads=2 * width // 64, n_groups=1, **tokens
+        ),
+        "RWKV": RwkvConfig(
+            hidden_size=width,
+            num_hidden_layers=depth,
+            intermediate_size=4 * width,
+            context_length=max_length,
+            **tokens,
+        ),
+    }
+
+
+def build_model(arguments: LanguageModelArguments, name: str, max_length: int) -> PreTrainedModel:
+    """The model of this name, ready for the work."""
+    config = configurations(arguments, max_length)[name]
+    dtype = getattr(torch, arguments.dtype)
+    with torch.device(arguments.device):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.train(arguments.work == "training")
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    if arguments.compile:
+        model.forward = torch.compile(model.forward)
+    return model
+
+
+def random_tokens(arguments: LanguageModelArguments, length: int) -> torch.Tensor:
+    return torch.randint(arguments.vocab_size, (1, length), device=arguments.device)
+
+
+def linear_shapes(model: PreTrainedModel, length: int, last_only: bool) -> Iterator[tuple[int, int, int]]:
+    """Rows, inputs and outputs of every linear layer over `length` tokens; of the output layer only one row if asked."""
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, Conv1D)):
+            inputs, outputs = module.weight.shape if isinstance(module, Conv1D) else module.weight.shape[::-1]
+            yield 1 if last_only and module is model.get_output_embeddings() else length, inputs, outputs
+
+
+def matrix_products(model: PreTrainedModel, length: int, training: bool) -> Callable[[], None]:
+    """The matrix products of the linear layers, with nothing between them and on memory that is there already."""
+    options = {"dtype": model.dtype, "device": model.device}
+    layers = []
+    for rows, inputs, outputs in linear_shapes(model, length, last_only=not training):
+        shapes = [(rows, inputs), (outputs, inputs), (rows, outputs)]
+        layers.append([torch.randn(*shape, **options) for shape in shapes])
+
+    def run() -> None:
+        for x, weight, y in layers:
+            torch.mm(x, weight.T, out=y)
+        if training:
+            for x, weight, y in reversed(layers):
+                torch.mm(y.T, x, out=weight)
+                torch.mm(y, weight, out=x)
+
+    return run
+
+
+def prefill(model: PreTrainedModel, input_ids: torch.Tensor) -> object:
+    """Read a sequence into a decode state, as `generate` does."""
+    with torch.inference_mode():
+        # Mamba2 and RWKV compute the logits of all tokens, or none.
+        few = {"logits_to_keep": 1} if model.config.model_type not in ("mamba2", "rwkv") else {}
+        return model(input_ids=input_ids, use_cache=True, **few)
+
+
+def training_step(model: PreTrainedModel, input_ids: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
+    model(input_ids=input_ids, labels=input_ids, use_cache=False).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+class Decoder:
+    """Decodes greedily, token after token, after a context of `length` tokens."""
+
+    def __init__(self, model: PreTrainedModel, length: int):
+        self.model = model
+        self.length = length
+        self.token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+        with torch.inference_mode():
+            self.state = self._state_after(length)
+
+    def _state_after(self, length: int) -> dict[str, object]:
+        """The decode state under the name that `forward` has for it."""
+        if self.model.config.model_type in ("gpt2", "llama"):
+            # What decoding costs does not depend on the keys, and reading a long context would take minutes.
+            return {"past_key_values": _filled_cache(self.model, length)}
+        state: dict[str, object] = {}
+        if self.model.config.model_type in ("mamba2", "rwkv"):
+            length = 16  # of constant size, and no position is in it
+        for start in range(0, length, CHUNK_SIZE):
+            state = self._step(self.token.expand(-1, min(CHUNK_SIZE, length - start)), state)[1]
+        return state
+
+    def _step(self, input_ids: torch.Tensor, state: dict[str, object]) -> tuple[torch.Tensor, dict[str, object]]:
+        output = self.model(input_ids=input_ids, use_cache=True, **state)
+        (name,) = {"past_key_values", "cache_params", "state"} & set(output.keys())
+        return output.logits[:, -1:].argmax(-1), {name: output[name]}
+
+    def run(self) -> None:
+        with torch.inference_mode():
+            for _ in range(STEPS):
+                self.token, self.state = self._step(self.token, self.state)
+
+
+def _filled_cache(model: PreTrainedModel, length: int) -> Cache:
+    config = model.config
+    cache = DynamicCache(config=config)
+    heads, width = config.num_attention_heads, config.hidden_size // config.num_attention_heads
+    for layer in range(config.num_hidden_layers):
+        keys, values = torch.randn(2, 1, heads, length, width, dtype=model.dtype, device=model.device)
+        cache.update(keys, values, layer)
+    return cache
+
+
+def prepare_run(arguments: LanguageModelArguments, name: str, length: int) -> Callable[[], object]:
+    """What to time of one model."""
+    # Decoding goes on behind the context.
+    room = STEPS * (arguments.repetitions + 1) if arguments.work == "decode" else 0
+    model = build_model(arguments, name.removeprefix(FLOOR), length + room)
+    if name.startswith(FLOOR):
+        return matrix_products(model, length, arguments.work == "training")
+    if arguments.work == "decode":
+        return Decoder(model, length).run
+    input_ids = random_tokens(arguments, length)
+    if arguments.work == "prefill":
+        return partial(prefill, model, input_ids)
+    return partial(training_step, model, input_ids, torch.optim.AdamW(model.parameters()))
+
+
+def run_once(arguments: LanguageModelArguments, name: str, length: int) -> str:
+    """One run in this process, for its peak memory; the device it ran on."""
+    arguments.set_up()
+    prepare_run(arguments, name, length)()
+    return arguments.device
+
+
+def main() -> None:
+    (arguments,) = HfArgumentParser(LanguageModelArguments).parse_args_into_dataclasses()
+    arguments.set_up()
+
+    def memory(name: str, length: int) -> int | None:
+        return None if name.startswith(FLOOR) else peak_memory(run_once, arguments, name, length)
+
+    rows = benchmark(
+        arguments,
+        arguments.lengths,
+        lambda length, names: {name: prepare_run(arguments, name, length) for name in names},
+        arguments.models,
+        memory,
+    )
+    if arguments.work == "decode":
+        rows = [dataclasses.replace(row, seconds=[seconds / STEPS for seconds in row.seconds]) for row in rows]
+    title = (
+        f"{TITLES[arguments.work]}; width {arguments.hidden_size}, {arguments.num_hidden_layers} layers, "
+        f"{arguments.vocab_size} tokens in the vocabulary"
+    )
+    write_results(arguments, arguments.work, title, SIZE_NAMES[arguments.work], BASELINE, rows)
+
+
+if __name__ == "__main__":
+    main()
