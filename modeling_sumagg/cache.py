@@ -291,12 +291,14 @@ class SummationLayer(RecurrentLayer):
     num_states = 1
 
     @staticmethod
-    def operator(inputs, initial_state, *, attention_mask, document_ids):
+    def operator(inputs, initial_state, *, attention_mask, document_ids, scale, relu):
         y, final_state = causal_sum(
             inputs,
             initial_state=None if initial_state is None else initial_state[0],
             attention_mask=attention_mask,
             document_ids=document_ids,
+            scale=scale,
+            relu=relu,
         )
         return y, (final_state,)
 
@@ -406,7 +408,9 @@ class SlidingWindowLayer(ReversibleLayer):
             keys, values = keys[:, :, first:], values[:, :, first:]
             # The slice of a long prefill would keep all its columns alive; after a decode step a copy costs more.
             return (keys.clone(), values.clone(), None) if first > self.sliding_window else (keys, values, None)
-        order = real.to(torch.uint8).argsort(dim=1, stable=True)[:, first:]
+        # The newest real columns first, padding last; ONNX knows `topk`, and no `argsort`.
+        recency = real * torch.arange(1, real.shape[1] + 1, device=real.device)
+        order = recency.topk(real.shape[1] - first, dim=1).indices.flip(1)
         columns = order[:, None, :, None]
         keys = keys.gather(2, columns.expand(-1, keys.shape[1], -1, keys.shape[3]))
         values = values.gather(2, columns.expand(-1, values.shape[1], -1, values.shape[3]))

@@ -1,11 +1,18 @@
 """What several tests share: tiny models, and a comparison relative to the size of the whole tensor."""
 
 import torch
-from transformers import Cache, set_seed
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import Cache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast, set_seed
 
-from modeling_sumagg import SumAggConfig
+import modeling_sumagg
+from modeling_sumagg import SumAggConfig, SumAggMultimodalConfig, ToSTConfig, ToSTTextConfig
 
 
+MODEL_CLASSES = [
+    cls for cls in vars(modeling_sumagg).values() if isinstance(cls, type) and issubclass(cls, PreTrainedModel)
+]
+# In the ids of every tokenizer and the vocabulary of every model here.
+WORDS = ["<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(57)), "<mask>"]
 LAYER_TYPES = {
     "pure": ["summation", "summation"],
     "hybrid": ["summation", "full_attention", "summation"],
@@ -26,6 +33,66 @@ def sumagg_config(layers: str = "hybrid", **kwargs) -> SumAggConfig:
         "max_position_embeddings": 64,
     }
     return SumAggConfig(**{**arguments, **kwargs})
+
+
+def tost_text_config(layers: str = "hybrid", **kwargs) -> ToSTTextConfig:
+    """The same layers, with token statistics for the sums."""
+    layer_types = [layer_type.replace("summation", "token_statistics") for layer_type in LAYER_TYPES[layers]]
+    arguments = {
+        "vocab_size": 61,
+        "hidden_size": 16,
+        "num_hidden_layers": len(layer_types),
+        "num_attention_heads": 2,
+        "layer_types": layer_types,
+        "sliding_window": 5,
+        "max_position_embeddings": 64,
+    }
+    return ToSTTextConfig(**{**arguments, **kwargs})
+
+
+def tost_config(**kwargs) -> ToSTConfig:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 8, "image_size": 16}
+    return ToSTConfig(**{**sizes, "num_labels": 3, **kwargs})
+
+
+def multimodal_config(**kwargs) -> SumAggMultimodalConfig:
+    sizes = {"vocab_size": 61, "num_numeric_features": 4, "image_size": 16, "patch_size": 8, "hidden_size": 16}
+    return SumAggMultimodalConfig(**{**sizes, "head_hidden_sizes": [8], **kwargs})
+
+
+def tiny_config(model_class: type[PreTrainedModel], layers: str = "hybrid", **kwargs) -> PreTrainedConfig:
+    """A tiny config for any class of `MODEL_CLASSES`; `layers` is for those of text."""
+    if model_class.config_class is ToSTConfig:
+        return tost_config(**kwargs)
+    if model_class.config_class is SumAggMultimodalConfig:
+        return multimodal_config(**kwargs)
+    if model_class.config_class is ToSTTextConfig:
+        return tost_text_config(layers, **kwargs)
+    return sumagg_config(layers, is_causal=not model_class.__name__.endswith("ForMaskedLM"), **kwargs)
+
+
+def tiny_inputs(model: PreTrainedModel, batch_size: int = 2, length: int = 9) -> dict[str, torch.Tensor]:
+    """What the model takes: images, ids with padding on the left of the first row, or those and numbers."""
+    config, inputs = model.config, {}
+    if hasattr(config, "vocab_size"):
+        mask = torch.ones(batch_size, length, dtype=torch.long)
+        mask[0, :2] = 0
+        inputs = {"input_ids": torch.randint(config.vocab_size, (batch_size, length)), "attention_mask": mask}
+    if hasattr(config, "image_size"):
+        inputs["pixel_values"] = torch.randn(batch_size, 3, 16, 16)
+    if hasattr(config, "num_numeric_features"):
+        inputs["numeric_features"] = torch.randn(batch_size, config.num_numeric_features)
+    return inputs
+
+
+def word_tokenizer(padding_side: str = "left") -> PreTrainedTokenizerFast:
+    """One token a word, of `WORDS`."""
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = {
+        name: f"<{name.removesuffix('_token')}>" for name in ("pad_token", "eos_token", "unk_token", "mask_token")
+    }
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side=padding_side, **special)
 
 
 def build(model_class, config, seed: int = 0):

@@ -6,7 +6,7 @@ import onnx_ir
 import onnxruntime
 import pytest
 import torch
-from testing import assert_close, build, cache_tensors, sumagg_config
+from testing import MODEL_CLASSES, assert_close, build, cache_tensors, tiny_config, tiny_inputs
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.export import Dim
 from transformers import DynamicCache, StaticCache
@@ -16,57 +16,24 @@ from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 from modeling_sumagg import (
     SumAggForCausalLM,
     SumAggForMaskedLM,
+    SumAggForMultimodalRegression,
     SumAggForSequenceClassification,
-    SumAggForTokenClassification,
-    SumAggModel,
-    ToSTBackbone,
-    ToSTConfig,
     ToSTForCausalLM,
     ToSTForImageClassification,
-    ToSTModel,
-    ToSTTextConfig,
-    ToSTTextForSequenceClassification,
-    ToSTTextForTokenClassification,
-    ToSTTextModel,
 )
 
 
 CAUSAL_LMS = (SumAggForCausalLM, ToSTForCausalLM)
-# The language models of both families by default; what differs from them by a head is slow.
-TEXT_MODELS = (
-    *CAUSAL_LMS,
-    SumAggForMaskedLM,
-    *(
-        pytest.param(model_class, marks=pytest.mark.slow)
-        for model_class in (
-            SumAggModel,
-            SumAggForSequenceClassification,
-            SumAggForTokenClassification,
-            ToSTTextModel,
-            ToSTTextForSequenceClassification,
-            ToSTTextForTokenClassification,
-        )
-    ),
-)
-IMAGE_MODELS = (ToSTModel, ToSTForImageClassification, ToSTBackbone)
+# One class of each family by default; what differs from it by a head is slow.
+FAMILIES = (*CAUSAL_LMS, SumAggForMaskedLM, SumAggForMultimodalRegression, ToSTForImageClassification)
+EVERY_CLASS = [
+    model_class if model_class in FAMILIES else pytest.param(model_class, marks=pytest.mark.slow)
+    for model_class in MODEL_CLASSES
+]
 
 
-def make(model_class):
-    if model_class.config_class is ToSTConfig:
-        sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 8}
-        return build(model_class, ToSTConfig(**sizes, num_class_attention_layers=1, image_size=32, num_labels=3))
-    if model_class.config_class is ToSTTextConfig:
-        sizes = {"vocab_size": 61, "hidden_size": 16, "num_attention_heads": 2, "max_position_embeddings": 64}
-        layer_types = ["token_statistics", "full_attention", "token_statistics"]
-        return build(model_class, ToSTTextConfig(**sizes, num_hidden_layers=3, layer_types=layer_types))
-    return build(model_class, sumagg_config("hybrid", is_causal=model_class is not SumAggForMaskedLM))
-
-
-def text_inputs(batch_size, length):
-    """Ids, and a mask with padding on the left of the first row."""
-    mask = torch.ones(batch_size, length, dtype=torch.long)
-    mask[0, :2] = 0
-    return {"input_ids": torch.randint(61, (batch_size, length)), "attention_mask": mask}
+def make(model_class, layers="hybrid"):
+    return build(model_class, tiny_config(model_class, layers))
 
 
 def onnx_session(exported, path) -> onnxruntime.InferenceSession:
@@ -93,18 +60,19 @@ def decode_step(model, batch_size=1):
 def test_torch_export(model_class):
     model = make(model_class)
     dynamic = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
-    inputs = {**text_inputs(2, 6), "use_cache": False}
+    inputs = {**tiny_inputs(model, 2, 6), "use_cache": False}
     shapes = {"input_ids": dynamic, "attention_mask": dynamic, "use_cache": None}
     program = torch.export.export(model, (), inputs, dynamic_shapes=shapes, strict=False)
-    other = {**text_inputs(3, 11), "use_cache": False}
+    other = {**tiny_inputs(model, 3, 11), "use_cache": False}
     with torch.no_grad():
         assert_close(program.module()(**other).logits, model(**other).logits)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("layers", ["hybrid", "sliding"])
 @pytest.mark.parametrize("model_class", CAUSAL_LMS)
-def test_dynamo_exporter_decode_step(model_class):
-    model = make(model_class)
+def test_dynamo_exporter_decode_step(model_class, layers):
+    model = make(model_class, layers)
     step = decode_step(model, batch_size=2)
     exported = DynamoExporter().export(model, step, DynamoConfig())
     program = getattr(exported, "program", exported).module()
@@ -124,36 +92,38 @@ def test_onnx_forward(model_class, tmp_path):
     model = make(model_class)
     model.config.use_cache = False
     shapes = dict.fromkeys(("input_ids", "attention_mask"), {0: Dim.AUTO, 1: Dim.AUTO})
-    exported = OnnxExporter().export(model, text_inputs(2, 6), OnnxConfig(dynamic_shapes=shapes))
+    exported = OnnxExporter().export(model, tiny_inputs(model, 2, 6), OnnxConfig(dynamic_shapes=shapes))
     session = onnx_session(exported, tmp_path / "model.onnx")
-    other = text_inputs(3, 11)
+    other = tiny_inputs(model, 3, 11)
     (logits,) = session.run(["logits"], {name: tensor.numpy() for name, tensor in other.items()})
     with torch.no_grad():
         assert_close(torch.from_numpy(logits), model(**other).logits, rtol=1e-4)
 
 
 @pytest.mark.slow
-def test_onnx_images(tmp_path):
-    model = make(ToSTForImageClassification)
-    exported = OnnxExporter().export(model, {"pixel_values": torch.randn(2, 3, 32, 32)}, OnnxConfig())
+@pytest.mark.parametrize("model_class", (ToSTForImageClassification, SumAggForMultimodalRegression))
+def test_onnx_forward_of_images(model_class, tmp_path):
+    model = make(model_class)
+    exported = OnnxExporter().export(model, tiny_inputs(model), OnnxConfig())
     session = onnx_session(exported, tmp_path / "model.onnx")
-    images = torch.randn(2, 3, 32, 32)
-    (logits,) = session.run(["logits"], {"pixel_values": images.numpy()})
+    inputs = tiny_inputs(model)
+    (logits,) = session.run(["logits"], {name: tensor.numpy() for name, tensor in inputs.items()})
     with torch.no_grad():
-        assert_close(torch.from_numpy(logits), model(images).logits, rtol=1e-4)
+        assert_close(torch.from_numpy(logits), model(**inputs).logits, rtol=1e-4)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("layers", ["hybrid", "sliding"])
 @pytest.mark.parametrize("model_class", CAUSAL_LMS)
-def test_onnx_decode_step_writes_the_same_text(model_class, tmp_path):
-    model = make(model_class)
+def test_onnx_decode_step_writes_the_same_text(model_class, layers, tmp_path):
+    model = make(model_class, layers)
     step = decode_step(model)
     exported = OnnxExporter().export(model, copy.deepcopy(step), OnnxConfig())
     session = onnx_session(exported, tmp_path / "model.onnx")
 
     # The state begins as zeros, and what a step puts out goes into the next.
     names = [output.name for output in session.get_outputs()]
-    dtypes = {"tensor(float)": torch.float32, "tensor(int64)": torch.int64}
+    dtypes = {"tensor(float)": torch.float32, "tensor(int64)": torch.int64, "tensor(bool)": torch.bool}
     state = {
         i.name: torch.zeros(i.shape, dtype=dtypes[i.type]).numpy()
         for i in session.get_inputs()
@@ -174,52 +144,50 @@ def test_onnx_decode_step_writes_the_same_text(model_class, tmp_path):
     with torch.no_grad():
         expected = model(torch.tensor([tokens[:12]]), past_key_values=cache)
     assert_close(torch.from_numpy(outputs["logits"])[:, 0], expected.logits[:, -1], rtol=1e-4)
-    states = [torch.from_numpy(value) for name, value in state.items() if not name.endswith("cumulative_length")]
+    states = [torch.from_numpy(value) for value in state.values() if value.dtype == "float32"]
     for actual, held in zip(states, cache_tensors(cache), strict=True):
         # A static layer has empty columns after the keys and values.
         assert_close(actual[:, :, : held.shape[2]] if actual.dim() == 4 else actual, held, rtol=1e-4)
 
 
-def loss_of(outputs):
-    """Any scalar that depends on everything a model returns."""
-    first = outputs[0]
-    return sum(part.square().mean() for part in (first if isinstance(first, tuple) else (first,)))
+def loss_and_gradients(step, model, inputs):
+    """Any scalar that depends on everything a model returns, and its gradients."""
+    model.zero_grad()
+    first = step(**inputs)[0]
+    loss = sum(part.square().mean() for part in (first if isinstance(first, tuple) else (first,)))
+    loss.backward()
+    return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
 
 
-@pytest.mark.parametrize("model_class", TEXT_MODELS)
-def test_compile_text(model_class):
+def assert_same_training_step(compiled, model, inputs):
+    pairs = zip(loss_and_gradients(compiled, model, inputs), loss_and_gradients(model, model, inputs), strict=True)
+    for actual, expected in pairs:
+        assert_close(actual, expected, rtol=1e-4)
+
+
+def no_cache(model):
+    return {"use_cache": False} if hasattr(model.config, "use_cache") else {}
+
+
+@pytest.mark.parametrize("model_class", EVERY_CLASS)
+def test_compile(model_class):
     torch._dynamo.reset()
     model = make(model_class)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
-    for length in (6, 9, 13, 20):
-        inputs = {**text_inputs(2, length), "use_cache": False}
+    for length in (6, 9, 13, 20) if "input_ids" in tiny_inputs(model) else ():
+        inputs = {**tiny_inputs(model, length=length), **no_cache(model)}
         with torch.no_grad():
             assert_close(compiled(**inputs)[0], model(**inputs)[0])
     # One graph for the first length, and one for all others.
     assert counter.frame_count <= 2
-
-    inputs = {**text_inputs(2, 8), "use_cache": False}
-    gradients = []
-    for step in (compiled, model):
-        model.zero_grad()
-        loss_of(step(**inputs)).backward()
-        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
-    for actual, expected in zip(*gradients, strict=True):
-        assert_close(actual, expected, rtol=1e-4)
+    assert_same_training_step(compiled, model, {**tiny_inputs(model, length=8), **no_cache(model)})
 
 
-@pytest.mark.parametrize("model_class", IMAGE_MODELS)
-def test_compile_images(model_class):
+@pytest.mark.slow
+@pytest.mark.parametrize("model_class", FAMILIES)
+def test_inductor(model_class):
     torch._dynamo.reset()
     model = make(model_class)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    images = torch.randn(2, 3, 32, 32)
-    gradients = []
-    for step in (compiled, model):
-        model.zero_grad()
-        loss = loss_of(step(images))
-        loss.backward()
-        gradients.append([loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
-    for actual, expected in zip(*gradients, strict=True):
-        assert_close(actual, expected, rtol=1e-4)
+    compiled = torch.compile(model, fullgraph=True)
+    assert_same_training_step(compiled, model, {**tiny_inputs(model), **no_cache(model)})

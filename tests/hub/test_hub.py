@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import multimodal_config, save_with_outputs, text_config, tost_config, tost_text_config
+from checkpoints import save_with_outputs, text_config
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
-from testing import build, sumagg_config
+from testing import build, multimodal_config, sumagg_config, tost_config, tost_text_config
 from torch import nn
 
 from modeling_sumagg import (
@@ -99,7 +99,7 @@ def test_state_size_is_what_the_cache_holds():
     assert decode_state_size(build(SumAggForCausalLM, sumagg_config("hybrid"))) == (2 * 16 * 4, 2 * 16 * 4)
     assert decode_state_size(build(SumAggForCausalLM, sumagg_config("pure"))) == (2 * 16 * 4, 0)
     # 2 layers of 2 heads of 8 channels: two sums of squares a channel, and one of memberships a head.
-    assert decode_state_size(build(ToSTForCausalLM, tost_text_config())) == (2 * (2 * 16 + 2) * 4, 0)
+    assert decode_state_size(build(ToSTForCausalLM, tost_text_config("pure"))) == (2 * (2 * 16 + 2) * 4, 0)
     assert decode_state_size(build(ToSTForImageClassification, tost_config())) is None
 
 

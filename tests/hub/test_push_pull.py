@@ -5,9 +5,9 @@ import threading
 from pathlib import Path
 
 import pytest
-from checkpoints import save_with_outputs, text_config, tost_config
+from checkpoints import save_with_outputs, text_config
 from hub_server import HubServer
-from testing import build
+from testing import build, tost_config
 
 from modeling_sumagg import SumAggForCausalLM, ToSTForImageClassification
 from modeling_sumagg.hub import create_model_card

@@ -6,10 +6,10 @@ import shutil
 
 import pytest
 import torch
-from checkpoints import auto_map, save_with_outputs, text_config, tost_config, tost_text_config
+from checkpoints import auto_map, save_with_outputs, text_config
 from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError, safe_open
-from testing import assert_close, build
+from testing import assert_close, build, tost_config, tost_text_config
 from transformers import (
     AutoConfig,
     AutoModel,
