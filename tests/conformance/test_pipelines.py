@@ -1,0 +1,138 @@
+"""`transformers.pipeline` over every class that has one: a padded batch gives what the model makes of each input alone.
+
+transformers' own pipeline tests need modules that its source distribution lacks, and tiny models of the Hub.
+"""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from testing import WORDS, build, tiny_config, word_tokenizer
+from transformers import pipeline
+
+from modeling_sumagg import (
+    SumAggForCausalLM,
+    SumAggForMaskedLM,
+    SumAggForSequenceClassification,
+    SumAggForTokenClassification,
+    SumAggModel,
+    ToSTForCausalLM,
+    ToSTForImageClassification,
+    ToSTModel,
+    ToSTTextForSequenceClassification,
+    ToSTTextForTokenClassification,
+    ToSTTextModel,
+)
+from modeling_sumagg.modeling_tost import tost_image_processor
+
+
+TEXTS = ["w5 w9 w2 w30 w7 w7", "w3 w4", "w11 w2 w8"]
+NEW_TOKENS = 5
+LABELS = {0: "ant", 1: "bee", 2: "cat"}
+IMAGES = [
+    Image.fromarray(np.random.default_rng(0).integers(256, size=size, dtype=np.uint8))
+    for size in ((40, 30, 3), (20, 50, 3), (16, 16, 3))
+]
+
+
+def ids_of(text: str) -> torch.Tensor:
+    return torch.tensor([[WORDS.index(word) for word in text.split()]])
+
+
+@pytest.fixture(params=["left", "right"])
+def padding_side(request):
+    return request.param
+
+
+@pytest.fixture
+def make_pipeline(tmp_path):
+    """The pipeline of a task over a tiny checkpoint, found through the Auto classes; and the model."""
+
+    def make(task, model_class, preprocessor=None, **config):
+        model = build(model_class, tiny_config(model_class, **config))
+        model.save_pretrained(tmp_path)
+        (preprocessor or tost_image_processor(model.config)).save_pretrained(tmp_path)
+        made = pipeline(task, model=str(tmp_path), device="cpu")
+        assert type(made.model) is model_class
+        return made, model
+
+    return make
+
+
+def scores(entries) -> dict:
+    return {entry["label"]: pytest.approx(entry["score"], rel=1e-4) for entry in entries}
+
+
+@pytest.mark.parametrize("model_class", [SumAggForCausalLM, ToSTForCausalLM])
+@torch.no_grad()
+def test_text_generation(model_class, padding_side, make_pipeline):
+    tokenizer = word_tokenizer(padding_side)
+    generate, model = make_pipeline("text-generation", model_class, tokenizer)
+    options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "return_full_text": False}
+    results = generate(TEXTS, batch_size=len(TEXTS), **options)
+    for text, (result,) in zip(TEXTS, results, strict=True):
+        ids = ids_of(text)
+        for _ in range(NEW_TOKENS):
+            ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], dim=1)
+        expected = tokenizer.decode(ids[0, -NEW_TOKENS:], skip_special_tokens=True)
+        assert result["generated_text"].split() == expected.split()
+
+
+@torch.no_grad()
+def test_fill_mask(padding_side, make_pipeline):
+    fill, model = make_pipeline("fill-mask", SumAggForMaskedLM, word_tokenizer(padding_side))
+    texts = [f"{TEXTS[0]} <mask> w1", "<mask> w4", "w8 <mask>"]
+    for text, result in zip(texts, fill(texts, batch_size=len(texts), top_k=3), strict=True):
+        ids = ids_of(text)
+        expected = model(ids).logits[ids == WORDS.index("<mask>")][0].softmax(-1).topk(3)
+        assert [entry["token"] for entry in result] == expected.indices.tolist()
+        assert [entry["score"] for entry in result] == pytest.approx(expected.values.tolist(), rel=1e-4)
+
+
+@pytest.mark.parametrize("model_class", [SumAggForSequenceClassification, ToSTTextForSequenceClassification])
+@torch.no_grad()
+def test_text_classification(model_class, padding_side, make_pipeline):
+    classify, model = make_pipeline("text-classification", model_class, word_tokenizer(padding_side), id2label=LABELS)
+    for text, result in zip(TEXTS, classify(TEXTS, batch_size=len(TEXTS), top_k=None), strict=True):
+        expected = model(ids_of(text)).logits[0].softmax(-1).tolist()
+        assert scores(result) == dict(zip(LABELS.values(), expected, strict=True))
+
+
+@pytest.mark.parametrize("model_class", [SumAggForTokenClassification, ToSTTextForTokenClassification])
+@torch.no_grad()
+def test_token_classification(model_class, padding_side, make_pipeline):
+    classify, model = make_pipeline("token-classification", model_class, word_tokenizer(padding_side), id2label=LABELS)
+    for text, result in zip(TEXTS, classify(TEXTS, batch_size=len(TEXTS)), strict=True):
+        expected = model(ids_of(text)).logits[0].softmax(-1).max(-1)
+        assert [entry["word"] for entry in result] == text.split()
+        assert [entry["entity"] for entry in result] == [LABELS[index] for index in expected.indices.tolist()]
+        assert [entry["score"] for entry in result] == pytest.approx(expected.values.tolist(), rel=1e-4)
+
+
+@pytest.mark.parametrize("model_class", [SumAggModel, ToSTTextModel])
+@torch.no_grad()
+def test_feature_extraction(model_class, padding_side, make_pipeline):
+    extract, model = make_pipeline("feature-extraction", model_class, word_tokenizer(padding_side))
+    for text, features in zip(TEXTS, extract(TEXTS, batch_size=len(TEXTS), return_tensors=True), strict=True):
+        expected = model(ids_of(text)).last_hidden_state[0]
+        length = len(expected)
+        real = features[0, -length:] if padding_side == "left" else features[0, :length]
+        torch.testing.assert_close(real, expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_image_classification(make_pipeline):
+    classify, model = make_pipeline("image-classification", ToSTForImageClassification, id2label=LABELS)
+    processor = tost_image_processor(model.config)
+    for image, result in zip(IMAGES, classify(IMAGES, batch_size=len(IMAGES)), strict=True):
+        expected = model(**processor(image, return_tensors="pt")).logits[0].softmax(-1).tolist()
+        assert scores(result) == dict(zip(LABELS.values(), expected, strict=True))
+
+
+@torch.no_grad()
+def test_image_feature_extraction(make_pipeline):
+    extract, model = make_pipeline("image-feature-extraction", ToSTModel)
+    processor = tost_image_processor(model.config)
+    for image, features in zip(IMAGES, extract(IMAGES, batch_size=len(IMAGES), return_tensors=True), strict=True):
+        expected = model(**processor(image, return_tensors="pt")).last_hidden_state
+        torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-5)
