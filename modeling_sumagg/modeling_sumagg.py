@@ -83,18 +83,24 @@ class SumAggSummation(nn.Module):
         sum_scale: torch.Tensor | None,
         past_key_values: Cache | None = None,
     ) -> torch.Tensor:
-        terms = self.hidden_proj(self.in_proj(hidden_states).relu()).relu()
-        per_token = {"attention_mask": layout.attention_mask, "document_ids": layout.document_ids}
-        if past_key_values is not None:
-            sums, _ = past_key_values.update(
-                terms, None, self.layer_idx, restart=layout.restart, per_token=per_token, parameters={}
-            )
-        elif self.is_causal:
-            sums, _ = causal_sum(terms, **per_token)
+        terms = self.hidden_proj(self.in_proj(hidden_states).relu())
+        mask, document_ids = layout.attention_mask, layout.document_ids
+        if not self.is_causal:
+            sums = bidirectional_sum(terms.relu(), attention_mask=mask, document_ids=document_ids)
+            return self.out_proj(sums if sum_scale is None else sums * sum_scale)
+        scale = None if sum_scale is None else sum_scale.squeeze(-1)
+        if past_key_values is None:
+            sums, _ = causal_sum(terms, attention_mask=mask, document_ids=document_ids, relu=True, scale=scale)
         else:
-            sums = bidirectional_sum(terms, **per_token)
-        if sum_scale is not None:
-            sums = sums * sum_scale
+            scale = None if scale is None else scale.expand(terms.shape[0], -1)
+            sums, _ = past_key_values.update(
+                terms,
+                None,
+                self.layer_idx,
+                restart=layout.restart,
+                per_token={"attention_mask": mask, "document_ids": document_ids, "scale": scale},
+                parameters={"relu": True},
+            )
         return self.out_proj(sums)
 
 

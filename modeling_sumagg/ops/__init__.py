@@ -1,5 +1,8 @@
 """The operators: pure functions of tensors."""
 
+import os
+
+from .kernels.kernel_dispatch import set_kernels
 from .sliding_attention import sliding_window_attention
 from .summation import bidirectional_sum, causal_sum, causal_sum_reference, document_runs
 from .token_statistics import (
@@ -22,8 +25,11 @@ __all__ = [
     "causal_token_statistics",
     "causal_token_statistics_reference",
     "document_runs",
+    "set_kernels",
     "sliding_window_attention",
     "token_membership",
     "token_statistics",
     "token_statistics_reference",
 ]
+
+set_kernels(os.environ.get("MODELING_SUMAGG_KERNELS", "auto"))

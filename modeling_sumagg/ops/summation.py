@@ -4,12 +4,19 @@ Source: P. Ekin, "Summation-Based Transformers: A Path Toward Linear Complexity 
 TechRxiv 2025, doi 10.36227/techrxiv.175790522.25734653.
 """
 
+import re
+
 import torch
 import torch.nn.functional as F
+
+from .kernels.kernel_dispatch import takes_kernels
 
 
 # Long enough for the triangular product to be a matrix product, short enough for its C·T·D work to stay small.
 CHUNK_SIZE = 32
+
+# Registered operators are global, and a checkpoint may bring its own copy of this file.
+_NAMESPACE = re.sub(r"\W", "_", __name__)
 
 
 def causal_sum_reference(
@@ -18,6 +25,8 @@ def causal_sum_reference(
     initial_state: torch.Tensor | None = None,
     attention_mask: torch.Tensor | None = None,
     document_ids: torch.Tensor | None = None,
+    relu: bool = False,
+    scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """[`causal_sum`], one token at a time: slow, and the definition of every other path."""
     batch_size, length, hidden_size = x.shape
@@ -34,12 +43,12 @@ def causal_sum_reference(
                     if document[b] is not None and document[b] != document_ids[b, t].item():
                         row = torch.zeros_like(row)
                     document[b] = document_ids[b, t].item()
-                row = row + x[b, t].to(dtype)
+                row = row + (x[b, t].relu() if relu else x[b, t]).to(dtype)
             rows.append(row)
         state = torch.stack(rows) if rows else state
         outputs.append(state)
     y = torch.stack(outputs, dim=1) if outputs else x.to(dtype)
-    return y.to(x.dtype), state
+    return _scaled(y, scale).to(x.dtype), state
 
 
 def causal_sum(
@@ -48,6 +57,8 @@ def causal_sum(
     initial_state: torch.Tensor | None = None,
     attention_mask: torch.Tensor | None = None,
     document_ids: torch.Tensor | None = None,
+    relu: bool = False,
+    scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     r"""
     Running sum over time, `s_t = s_{t-1} + x_t`, the causal summation aggregator of the summation paper.
@@ -66,6 +77,11 @@ def causal_sum(
         document_ids (`torch.Tensor` of shape `[B, T]`, integer, *optional*):
             A change of id from one real token to the next restarts the sum. Terms of different documents are never
             added to each other, so that no rounding of an earlier document reaches a later one.
+        relu (`bool`, *optional*, defaults to `False`):
+            Sum `max(x, 0)` instead of `x`: on a GPU without a pass over memory of its own.
+        scale (`torch.Tensor` of shape `[B, T]` or `[1, T]`, floating, *optional*):
+            Multiplies the sums, and not the final state, before they are rounded to the dtype of `x`; `1 / t` makes
+            them means. A constant: it gets no gradient.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: the sums `[B, T, D]` in the dtype of `x`, and the final state `[B, D]`
@@ -82,16 +98,30 @@ def causal_sum(
             f"`initial_state` must have the shape [B, D] = [{batch_size}, {hidden_size}] of `x`, got "
             f"{list(initial_state.shape)}."
         )
+    if scale is not None and scale.shape not in ((1, length), (batch_size, length)):
+        raise ValueError(
+            f"`scale` must have the shape [B, T] = [{batch_size}, {length}] of `x` or [1, {length}], got "
+            f"{list(scale.shape)}."
+        )
+
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    if initial_state is None:
+        initial_state = x.new_zeros(batch_size, hidden_size, dtype=dtype)
+    initial_state = initial_state.to(dtype)
+    # A compiler fuses a single step with what is around it.
+    if takes_kernels(x) and not (length == 1 and torch.compiler.is_compiling()):
+        mask = None if attention_mask is None else attention_mask.bool()
+        runs = None if document_ids is None or length == 1 else document_runs(document_ids, mask)
+        return _running_sum(x, None, scale, initial_state, mask, runs, relu, False)
 
     terms = _masked_terms(x, attention_mask)
-    if initial_state is None:
-        initial_state = terms.new_zeros(batch_size, hidden_size)
-    initial_state = initial_state.to(terms.dtype)
+    if relu:
+        terms = terms.relu()
     if length == 0:
         return x, initial_state
     if length == 1:
         y = terms + initial_state[:, None]
-        return y.to(x.dtype), y[:, 0]
+        return _scaled(y, scale).to(x.dtype), y[:, 0]
 
     # A matrix product in reduced precision would round the sums.
     with torch.autocast(x.device.type, enabled=False):
@@ -103,7 +133,7 @@ def causal_sum(
         else:
             y = torch.cumsum(terms, dim=1) + initial_state[:, None]
     # A slice would keep the sums of the whole segment alive for as long as the state.
-    return y.to(x.dtype), y[:, -1].clone()
+    return _scaled(y, scale).to(x.dtype), y[:, -1].clone()
 
 
 def bidirectional_sum(
@@ -186,6 +216,10 @@ def _masked_terms(x: torch.Tensor, attention_mask: torch.Tensor | None) -> torch
     return terms
 
 
+def _scaled(y: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+    return y if scale is None else y * scale.detach()[..., None]
+
+
 def _to_chunks(x: torch.Tensor) -> torch.Tensor:
     """`[B, T, D]` as `[B, ceil(T / C), C, D]`, the end filled with zeros."""
     # Written so that a compiler meets one quotient; remainders make its symbolic shapes several times slower.
@@ -240,3 +274,41 @@ def _segmented_sum(
     continues = runs == handed_runs[..., None]
     y = y + torch.where(continues[..., None], handed_on[:, :, None], 0)
     return y.flatten(1, 2)[:, :length]
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::running_sum", mutates_args=())
+def _running_sum(
+    x: torch.Tensor,
+    gate: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    initial: torch.Tensor,
+    mask: torch.Tensor | None,
+    runs: torch.Tensor | None,
+    relu: bool,
+    reverse: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The Triton kernel of `causal_sum`, or with `reverse` of its adjoint. The kernel documents the arguments."""
+    from .kernels.running_sum_kernels import running_sum
+
+    return running_sum(x, gate, scale, initial, mask, runs, relu=relu, reverse=reverse)
+
+
+@_running_sum.register_fake
+def _running_sum_fake(x, gate, scale, initial, mask, runs, relu, reverse):
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return y, torch.empty_like(initial, memory_format=torch.contiguous_format)
+
+
+def _running_sum_setup_context(ctx, inputs, output):
+    x, gate, scale, _, mask, runs, relu, ctx.reverse = inputs
+    ctx.save_for_backward(x if relu else gate, scale, mask, runs)
+
+
+def _running_sum_vjp(ctx, grad_y, grad_final):
+    # Linear but for the sign of the terms, so that the adjoint has derivatives of every order in turn.
+    gate, scale, mask, runs = ctx.saved_tensors
+    grad_x, grad_initial = _running_sum(grad_y, gate, scale, grad_final, mask, runs, False, not ctx.reverse)
+    return grad_x, None, None, grad_initial, None, None, None, None
+
+
+_running_sum.register_autograd(_running_sum_vjp, setup_context=_running_sum_setup_context)
