@@ -181,14 +181,15 @@ def main() -> None:
     if not trainer.is_world_process_zero():
         return
 
+    trained = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     # The adapters on the base model once more, then one model without adapters, which any Auto class loads.
     reloaded = PeftModel.from_pretrained(load_model(task.auto_class, model_arguments, config), output_dir)
     inputs = trainer.data_collator([next(iter(task.held_out["validation"]))])
-    check_logits(task.model, reloaded, inputs, output_dir)
+    check_logits(trained, reloaded, inputs, output_dir)
     merged, merged_dir = reloaded.merge_and_unload(), output_dir / "merged"
     merged.save_pretrained(merged_dir)
     task.processing_class.save_pretrained(merged_dir)
-    check_logits(task.model, task.auto_class.from_pretrained(merged_dir), inputs, merged_dir)
+    check_logits(trained, task.auto_class.from_pretrained(merged_dir), inputs, merged_dir)
 
     baselines = {**task.baselines(), "before training": before}
     references = {baseline: by_split["validation"] for baseline, by_split in baselines.items()}

@@ -292,8 +292,8 @@ def main() -> None:
     plot_training(trainer.state.log_history, "r2", references, folder / "training.png")
     plot_predictions(predictions, labels, folder / "predictions.png")
     baselines = {key: values for key, values in results.items() if key != name}
-    save_model_card(trainer, task.model, folder, task.source, results[name], baselines)
-    check_reload(task.auto_class, trainer, trainer.data_collator([held_out[0]]))
+    reloaded = check_reload(task.auto_class, trainer, trainer.data_collator([held_out[0]]))
+    save_model_card(trainer, reloaded, folder, task.source, results[name], baselines)
 
     print(f"\nOn the {split} rows ({len(labels)}), in the units of the labels:")
     print(f"  {'R²':>7}  {'RMSE':>9}  {'parameters':>10}  {'training':>9}")

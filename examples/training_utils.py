@@ -27,6 +27,7 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
+from transformers.integrations import unset_hf_deepspeed_config
 
 from modeling_sumagg.configuration import preset_path
 from modeling_sumagg.hub import create_model_card
@@ -413,22 +414,22 @@ def train_and_evaluate(trainer: Trainer, task: Task) -> dict[str, float]:
 
 
 def report(trainer: Trainer, task: Task, values: dict[str, float]) -> None:
-    """Plot the training, write the card, check what was saved, and print the metric beside its baselines."""
+    """Plot the training, check what was saved, write its card, and print the metric beside its baselines."""
     folder = Path(trainer.args.output_dir)
     baselines = task.baselines()
     references = {name: by_split["validation"] for name, by_split in baselines.items()}
     plot_training(trainer.state.log_history, task.metric, references, folder / "training.png")
+    reloaded = check_reload(task.auto_class, trainer, trainer.data_collator([next(iter(task.held_out["validation"]))]))
     *_, reported = task.held_out
     save_model_card(
         trainer,
-        trainer.accelerator.unwrap_model(trainer.model),
+        reloaded,
         folder,
         task.source,
         {task.metric: values[reported]},
         {name: {task.metric: by_split[reported]} for name, by_split in baselines.items()},
     )
-    check_reload(task.auto_class, trainer, trainer.data_collator([next(iter(task.held_out["validation"]))]))
-    print_comparison(task.metric, {type(task.model).__name__: values, **baselines})
+    print_comparison(task.metric, {type(reloaded).__name__: values, **baselines})
     print(f"Saved and reloaded from {folder}; loss and {task.metric} by step: {folder / 'training.png'}")
 
 
@@ -454,11 +455,15 @@ def check_reload(auto_class: type, trainer: Trainer, inputs: dict[str, torch.Ten
         `RuntimeError`: a weight differs in any bit, or the logits by more than rounding.
     """
     folder = trainer.args.output_dir
+    if trainer.is_deepspeed_enabled:
+        # Else `from_pretrained` cuts the model into pieces, together with the other processes.
+        unset_hf_deepspeed_config()
     reloaded = auto_class.from_pretrained(folder).to(trainer.args.device).eval()
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         # The trained model is in pieces, and one process alone cannot run it.
         return reloaded
-    model = trainer.accelerator.unwrap_model(trainer.model).eval()
+    # Without the autocast around `forward` that mixed precision leaves there.
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).eval()
     weights, saved = model.state_dict(), reloaded.state_dict()
     different = [name for name in weights if name not in saved or not torch.equal(weights[name], saved[name])]
     if different:

@@ -3,26 +3,34 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import fully_shard
+from accelerate import DeepSpeedPlugin, FullyShardedDataParallelPlugin
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+from accelerate.utils.launch import prepare_multi_gpu_env
+from torch.distributed.fsdp import FSDPModule, StateDictType
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from modeling_sumagg import SumAggConfig, ToSTTextConfig
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
+ACCELERATE = EXAMPLES / "accelerate"
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 TEXT = "def add(first, second):\n    return first + second\n\n\nclass Sum:\n    def __init__(self, terms):\n        pass\n"
 
 
-def command(launcher: list[str], tmp_path: Path, output_dir: Path, *arguments: object) -> list[str]:
+def command(launcher: list[object], tmp_path: Path, output_dir: Path, *arguments: object) -> list[str]:
     (tmp_path / "text.txt").write_text("".join(f"{TEXT}# {number}\n" for number in range(200)))
     options = {"train_file": "text.txt", "validation_file": "text.txt", "vocab_size": 300, "block_size": 16}
     options |= {"max_steps": 20, "logging_steps": 1, "learning_rate": 5e-3, "use_cpu": True, "disable_tqdm": True}
@@ -40,22 +48,45 @@ def losses(folder: Path) -> list[float]:
     return [entry["loss"] for entry in history if "loss" in entry]
 
 
+def accelerate_launch(num_machines: int = 1, machine_rank: int = 0, port: int = 0) -> list[object]:
+    """As `ddp.yaml` says it, on two processes without an accelerator."""
+    machines = ["--num_machines", num_machines, "--machine_rank", machine_rank]
+    address = ["--main_process_ip", "127.0.0.1", "--main_process_port", port]
+    options = ["--num_processes", 2, "--mixed_precision", "no", *machines, *address]
+    return ["-m", "accelerate.commands.launch", "--config_file", ACCELERATE / "ddp.yaml", *options]
+
+
+def run_together(commands: list[list[str]], cwd: Path) -> None:
+    options = {"cwd": cwd, "env": environment(), "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen(line, **options) for line in commands]
+    for process in processes:
+        _, errors = process.communicate(timeout=900)
+        assert process.returncode == 0, errors[-4000:]
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["sumagg", "tost_text"])
-def test_two_processes_and_accumulated_gradients_have_the_losses_of_one_process(tmp_path, family):
-    two = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+def test_two_processes_two_nodes_and_accumulated_gradients_have_the_losses_of_one_process(tmp_path, family):
     overrides = ["--config_overrides", json.dumps({"model_type": family, **TINY})]
+    port = free_port()
+    runs = {
+        "one": ([[]], ["--per_device_train_batch_size", 4]),
+        "ddp": ([accelerate_launch(port=free_port())], ["--per_device_train_batch_size", 2]),
+        "nodes": ([accelerate_launch(2, rank, port) for rank in range(2)], ["--per_device_train_batch_size", 2]),
+        "accumulated": ([[]], ["--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 2]),
+    }
     curves, models = {}, {}
-    for name, launcher, flags in (
-        ("one", [], ["--per_device_train_batch_size", 4]),
-        ("ddp", two, ["--per_device_train_batch_size", 2, "--ddp_backend", "gloo"]),
-        ("accumulated", [], ["--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 2]),
-    ):
-        line = command(launcher, tmp_path, tmp_path / name, *overrides, *flags)
-        process = subprocess.run(line, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=900)
-        assert process.returncode == 0, process.stderr[-4000:]
-        curves[name] = losses(tmp_path / name)
-        models[name] = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+    for name, (launchers, flags) in runs.items():
+        folder = tmp_path / name
+        run_together([command(launcher, tmp_path, folder, *overrides, *flags) for launcher in launchers], tmp_path)
+        curves[name] = losses(folder)
+        models[name] = AutoModelForCausalLM.from_pretrained(folder)
     assert len(curves["one"]) == 20 and curves["one"][-1] < curves["one"][0] - 0.5
     expected = models.pop("one").state_dict()
     for name, model in models.items():
@@ -89,18 +120,22 @@ def test_a_killed_run_resumes_on_the_same_loss_curve(tmp_path):
     assert (killed / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
 
 
-def train_20_steps(config: PreTrainedConfig, rank: int, num_processes: int) -> list[float]:
-    """Losses of 20 steps on the same four sequences a step, shared among the processes."""
+def train_20_steps(config: PreTrainedConfig, rank: int = 0, plugin: FullyShardedDataParallelPlugin | None = None):
+    """Losses of 20 steps on the same four sequences a step, which two processes share where there is a `plugin`."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
-    if num_processes > 1:
-        for module in model.modules():
-            if type(module).__name__ in model._no_split_modules:
-                fully_shard(module)
-        fully_shard(model)
+    if plugin is not None:
+        expected = {type(model).__name__, *model._no_split_modules}
+        # All that the function reads of an `Accelerator`.
+        state = SimpleNamespace(fsdp_plugin=plugin)
+        fsdp2_prepare_model(SimpleNamespace(state=state, is_main_process=rank == 0, mixed_precision="no"), model)
+        sharded = {
+            type(module).__name__.removeprefix("FSDP") for module in model.modules() if isinstance(module, FSDPModule)
+        }
+        assert sharded >= expected
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     sequences = torch.randint(config.vocab_size, (4, 16), generator=torch.Generator().manual_seed(1))
-    batch = sequences.chunk(num_processes)[rank]
+    batch = sequences if plugin is None else sequences.chunk(2)[rank]
     losses = []
     for _ in range(20):
         loss = model(input_ids=batch, labels=batch).loss
@@ -108,28 +143,57 @@ def train_20_steps(config: PreTrainedConfig, rank: int, num_processes: int) -> l
         optimizer.step()
         optimizer.zero_grad()
         mean = loss.detach().clone()
-        if num_processes > 1:
-            dist.all_reduce(mean, op=dist.ReduceOp.SUM)
-        losses.append(mean.item() / num_processes)
+        if plugin is not None:
+            dist.all_reduce(mean)
+            mean /= 2
+        losses.append(mean.item())
     return losses
 
 
-def train_sharded(rank: int, rendezvous: str, config: PreTrainedConfig, output: str) -> None:
+def train_sharded(rank: int, folder: str, config: PreTrainedConfig) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
-    losses = train_20_steps(config, rank, 2)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    # From the environment that `accelerate launch` sets.
+    losses = train_20_steps(config, rank, FullyShardedDataParallelPlugin())
     if rank == 0:
-        Path(output).write_text(json.dumps(losses))
+        Path(folder, "losses.json").write_text(json.dumps(losses))
     dist.destroy_process_group()
 
 
-# accelerate turns FSDP on only with an accelerator: here is what it does there, `fully_shard` of the blocks.
+@pytest.fixture
+def fsdp2_environment(monkeypatch) -> None:
+    """What `accelerate launch` makes of `fsdp2.yaml`."""
+    line = ["--config_file", str(ACCELERATE / "fsdp2.yaml"), "--mixed_precision", "no", str(EXAMPLES / "run_clm.py")]
+    arguments, *_ = _validate_launch_command(launch_command_parser().parse_args(line))
+    for name, value in prepare_multi_gpu_env(arguments).items():
+        monkeypatch.setenv(name, value)
+
+
+def test_the_fsdp2_config_shards_the_weights_and_saves_them_whole(fsdp2_environment):
+    plugin = FullyShardedDataParallelPlugin()
+    assert plugin.fsdp_version == 2 and plugin.reshard_after_forward is True
+    assert plugin.auto_wrap_policy is transformer_auto_wrap_policy
+    assert plugin.state_dict_type == StateDictType.FULL_STATE_DICT
+
+
+# accelerate turns FSDP on only with an accelerator: here is what it does to the model there.
 @pytest.mark.slow
 @pytest.mark.parametrize("config_class", [SumAggConfig, ToSTTextConfig])
-def test_two_processes_that_share_the_weights_have_the_losses_of_one(tmp_path, config_class):
+def test_two_processes_that_share_the_weights_have_the_losses_of_one(tmp_path, config_class, fsdp2_environment):
     config = config_class(vocab_size=20, max_position_embeddings=16, **TINY)
-    arguments = (str(tmp_path / "rendezvous"), config, str(tmp_path / "losses.json"))
-    torch.multiprocessing.spawn(train_sharded, arguments, nprocs=2)
+    torch.multiprocessing.spawn(train_sharded, (str(tmp_path), config), nprocs=2)
     losses = json.loads((tmp_path / "losses.json").read_text())
-    assert losses == pytest.approx(train_20_steps(config, 0, 1), abs=1e-4)
+    assert losses == pytest.approx(train_20_steps(config), abs=1e-4)
     assert losses[-1] < losses[0] - 0.1
+
+
+def test_the_deepspeed_config_takes_what_trainer_is_told(tmp_path):
+    """DeepSpeed itself is not installed: accelerate's reading of the file, filled with the values of a run."""
+    plugin = DeepSpeedPlugin(hf_ds_config=str(ACCELERATE / "deepspeed_zero3.json"))
+    assert plugin.zero_stage == 3 and plugin.zero3_save_16bit_model is True
+    values = {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 3, "train_batch_size": 12}
+    # Of a key that is "auto" and not among the values, it raises an error.
+    plugin.deepspeed_config_process(**values, gradient_clipping=1.0, **{"bf16.enabled": True})
+    config = plugin.deepspeed_config
+    assert {name: config[name] for name in values} == values
+    assert config["gradient_clipping"] == 1.0 and config["bf16"] == {"enabled": True}

@@ -28,6 +28,11 @@ def held_out_perplexity(folder, texts: list[str], length: int) -> float:
     return math.exp(sum(losses) / len(losses))
 
 
+def losses(folder) -> list[float]:
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
 @pytest.mark.parametrize("family", ["sumagg", "tost_text"])
 @pytest.mark.parametrize("packing", ["flattened", "padded"])
 def test_perplexity_is_that_of_each_document_alone(
@@ -137,16 +142,12 @@ def test_training_resumes_on_the_same_loss_curve(run_script, csv_files, short_ru
         "--block_size", 16, "--save_strategy", "steps", "--save_steps", 3,
     ]  # fmt: skip
 
-    def curve(folder) -> list[float]:
-        history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-        return [entry["loss"] for entry in history if "loss" in entry]
-
     whole = run_script("run_clm.py", *arguments, output_dir="whole")
     resumed = run_script(
         "run_clm.py", *arguments, "--resume_from_checkpoint", whole / "checkpoint-3", output_dir="resumed"
     )
-    assert len(curve(whole)) == 8 and curve(whole)[-1] < curve(whole)[0]
-    assert curve(resumed) == curve(whole)
+    assert len(losses(whole)) == 8 and losses(whole)[-1] < losses(whole)[0]
+    assert losses(resumed) == losses(whole)
     assert (resumed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
@@ -159,3 +160,37 @@ def test_the_options_of_trainer_reach_the_models(run_script, csv_files, short_ru
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert model.dtype == torch.bfloat16
     assert json.loads((folder / "all_results.json").read_text())["eval_loss"] < math.log(300)
+
+
+@pytest.mark.parametrize("family", ["sumagg", "tost_text"])
+def test_autocast_to_bfloat16_has_the_losses_of_float32_up_to_rounding(
+    run_script, csv_files, short_run, config_overrides, family
+):
+    arguments = [
+        *short_run, "--max_steps", 20, *csv_files, *config_overrides(family), "--logging_steps", 1, "--block_size", 16,
+        "--learning_rate", 5e-3, "--use_cpu", True,
+    ]  # fmt: skip
+    exact = run_script("run_clm.py", *arguments, output_dir="float32")
+    rounded = run_script("run_clm.py", *arguments, "--bf16", True, output_dir="bfloat16")
+    assert AutoModelForCausalLM.from_pretrained(rounded).dtype == torch.float32
+    assert losses(exact)[-1] < losses(exact)[0] - 1
+    assert losses(rounded) != losses(exact)
+    # bfloat16 has 8 bits: one part in 256.
+    assert losses(rounded) == pytest.approx(losses(exact), rel=1 / 256)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["sumagg", "tost_text"])
+def test_compiled_training_has_the_losses_of_eager_training(
+    run_script, csv_files, short_run, config_overrides, family
+):
+    arguments = [
+        *short_run, *csv_files, *config_overrides(family), "--logging_steps", 1, "--block_size", 16, "--use_cpu", True,
+        "--learning_rate", 5e-3,
+    ]  # fmt: skip
+    eager = run_script("run_clm.py", *arguments, output_dir="eager")
+    torch._dynamo.utils.counters.clear()
+    compiled = run_script("run_clm.py", *arguments, "--torch_compile", True, output_dir="compiled")
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    assert losses(eager)[-1] < losses(eager)[0] - 0.1
+    assert losses(compiled) == pytest.approx(losses(eager), abs=1e-4)
