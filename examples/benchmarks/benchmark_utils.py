@@ -109,20 +109,26 @@ def time_interleaved(cases: dict[str, Callable[[], object]], repetitions: int, d
     return seconds
 
 
-def peak_memory(run: Callable[..., object], *arguments: Any) -> int:
+def peak_memory(
+    arguments: BenchmarkArguments,
+    prepare_run: Callable[[Any, str, int], Callable[[], object]],
+    name: str,
+    size: int,
+) -> int:
     """
-    The most bytes that `run(*arguments)` holds at a time, in a fresh process.
+    The most bytes held at a time while one run of a case is prepared and run, in a fresh process.
 
-    Allocated bytes if `run` returns a CUDA device, else resident ones: weights, PyTorch and Python included (Linux only).
+    On a GPU allocated bytes; on a CPU resident ones, PyTorch and Python included (Linux only).
     """
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_peak_of, run, arguments).result()
+        return pool.submit(_peak_of_run, arguments, prepare_run, name, size).result()
 
 
-def _peak_of(run: Callable[..., object], arguments: tuple) -> int:
-    device = run(*arguments)
-    if device is not None and torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+def _peak_of_run(arguments, prepare_run, name, size):
+    arguments.set_up()
+    prepare_run(arguments, name, size)()
+    if torch.device(arguments.device).type == "cuda":
+        return torch.cuda.max_memory_allocated(arguments.device)
     status = Path("/proc/self/status").read_text().splitlines()
     (peak,) = [line.split()[1] for line in status if line.startswith("VmHWM:")]
     return int(peak) * 1024
@@ -131,17 +137,15 @@ def _peak_of(run: Callable[..., object], arguments: tuple) -> int:
 def benchmark(
     arguments: BenchmarkArguments,
     sizes: Iterable[int],
-    prepare: Callable[[int, list[str]], dict[str, Callable[[], object]]],
     names: list[str],
-    memory: Callable[[str, int], int] | None = None,
+    prepare_run: Callable[[Any, str, int], Callable[[], object]],
 ) -> list[Row]:
     """
     Time every case at every size, from the smallest to the largest.
 
     Args:
-        prepare (`Callable`): from a size and the names of the cases wanted, what to run for each of them.
         names (`list[str]`): the cases.
-        memory (`Callable`, *optional*): peak bytes of a case at a size.
+        prepare_run (`Callable`): from the arguments, a name and a size, what to run.
     """
     rows: list[Row] = []
     last: dict[str, Row] = {}
@@ -154,17 +158,21 @@ def benchmark(
                 wanted.append(name)
             else:
                 print(f"{name} is left out at {size}: it took {last[name].median:.1f} s at {last[name].size}.")
-        for name, seconds in time_interleaved(prepare(size, wanted), arguments.repetitions, arguments.device).items():
-            peak = memory(name, size) if memory is not None and arguments.memory else None
-            last[name] = Row(name, size, seconds, peak)
-            rows.append(last[name])
-            print(f"{name} at {size}: {_in_words(last[name])}", flush=True)
+        runs = {name: prepare_run(arguments, name, size) for name in wanted}
+        for name, seconds in time_interleaved(runs, arguments.repetitions, arguments.device).items():
+            last[name] = Row(name, size, seconds)
+            print(f"{name} at {size}: {_time_in_words(last[name])}", flush=True)
+        # The models of one size must not stay while those of the next are made.
+        del runs
+        if arguments.memory:
+            for name in wanted:
+                last[name].peak_bytes = peak_memory(arguments, prepare_run, name, size)
+        rows += [last[name] for name in wanted]
     return rows
 
 
-def _in_words(row: Row) -> str:
-    memory = "" if row.peak_bytes is None else f", {row.peak_bytes / 2**20:.0f} MiB"
-    return f"{_duration(row.median)} (± {row.spread / 2:.0%}){memory}"
+def _time_in_words(row: Row) -> str:
+    return f"{_duration(row.median)} ± {row.spread / 2:.0%}"
 
 
 def _duration(seconds: float) -> str:
@@ -187,7 +195,7 @@ def markdown_table(rows: list[Row], size_name: str, baseline: str) -> str:
 
     def time_cell(row: Row, base: Row | None) -> str:
         ratio = "" if base is None or base is row else f", {base.median / row.median:.2f} ×"
-        return f"{_duration(row.median)} ± {row.spread / 2:.0%}{ratio}"
+        return f"{_time_in_words(row)}{ratio}"
 
     def memory_cell(row: Row, base: Row | None) -> str:
         if row.peak_bytes is None:

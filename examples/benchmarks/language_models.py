@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from benchmark_utils import BenchmarkArguments, benchmark, peak_memory, write_results
+from benchmark_utils import BenchmarkArguments, benchmark, write_results
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -27,6 +27,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     RwkvConfig,
+    StaticCache,
 )
 from transformers.pytorch_utils import Conv1D
 
@@ -173,84 +174,70 @@ def training_step(model: PreTrainedModel, input_ids: torch.Tensor, optimizer: to
 
 
 class Decoder:
-    """Decodes greedily, token after token, after a context of `length` tokens."""
+    """Decodes greedily, token after token, after a context of `length` tokens and up to `max_length`."""
 
-    def __init__(self, model: PreTrainedModel, length: int):
+    def __init__(self, model: PreTrainedModel, length: int, max_length: int, static: bool):
         self.model = model
-        self.length = length
         self.token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+        self.state: dict[str, object] = {}
+        if model.config.model_type in ("mamba2", "rwkv"):
+            length = 16  # the state is of constant size, and no position is in it
+        else:
+            cache = (
+                StaticCache(config=model.config, max_cache_len=max_length)
+                if static
+                else DynamicCache(config=model.config)
+            )
+            self.state["past_key_values"] = cache
         with torch.inference_mode():
-            self.state = self._state_after(length)
+            if model.config.model_type in ("gpt2", "llama"):
+                # What decoding costs does not depend on the keys, and reading a long context would take minutes.
+                fill_with_random_keys(cache, model, length)
+            else:
+                for start in range(0, length, CHUNK_SIZE):
+                    self._step(self.token.expand(-1, min(CHUNK_SIZE, length - start)))
 
-    def _state_after(self, length: int) -> dict[str, object]:
-        """The decode state under the name that `forward` has for it."""
-        if self.model.config.model_type in ("gpt2", "llama"):
-            # What decoding costs does not depend on the keys, and reading a long context would take minutes.
-            return {"past_key_values": _filled_cache(self.model, length)}
-        state: dict[str, object] = {}
-        if self.model.config.model_type in ("mamba2", "rwkv"):
-            length = 16  # of constant size, and no position is in it
-        for start in range(0, length, CHUNK_SIZE):
-            state = self._step(self.token.expand(-1, min(CHUNK_SIZE, length - start)), state)[1]
-        return state
-
-    def _step(self, input_ids: torch.Tensor, state: dict[str, object]) -> tuple[torch.Tensor, dict[str, object]]:
-        output = self.model(input_ids=input_ids, use_cache=True, **state)
+    def _step(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """The next token; `self.state` holds the decode state under the name that `forward` has for it."""
+        output = self.model(input_ids=input_ids, use_cache=True, **self.state)
         (name,) = {"past_key_values", "cache_params", "state"} & set(output.keys())
-        return output.logits[:, -1:].argmax(-1), {name: output[name]}
+        self.state = {name: output[name]}
+        return output.logits[:, -1:].argmax(-1)
 
     def run(self) -> None:
         with torch.inference_mode():
             for _ in range(STEPS):
-                self.token, self.state = self._step(self.token, self.state)
+                self.token = self._step(self.token)
 
 
-def _filled_cache(model: PreTrainedModel, length: int) -> Cache:
+def fill_with_random_keys(cache: Cache, model: PreTrainedModel, length: int) -> None:
     config = model.config
-    cache = DynamicCache(config=config)
     heads, width = config.num_attention_heads, config.hidden_size // config.num_attention_heads
     for layer in range(config.num_hidden_layers):
         keys, values = torch.randn(2, 1, heads, length, width, dtype=model.dtype, device=model.device)
         cache.update(keys, values, layer)
-    return cache
 
 
 def prepare_run(arguments: LanguageModelArguments, name: str, length: int) -> Callable[[], object]:
     """What to time of one model."""
     # Decoding goes on behind the context.
-    room = STEPS * (arguments.repetitions + 1) if arguments.work == "decode" else 0
-    model = build_model(arguments, name.removeprefix(FLOOR), length + room)
+    max_length = length + STEPS * (arguments.repetitions + 1) if arguments.work == "decode" else length
+    model = build_model(arguments, name.removeprefix(FLOOR), max_length)
     if name.startswith(FLOOR):
         return matrix_products(model, length, arguments.work == "training")
     if arguments.work == "decode":
-        return Decoder(model, length).run
+        return Decoder(model, length, max_length, static=arguments.compile).run
     input_ids = random_tokens(arguments, length)
     if arguments.work == "prefill":
         return partial(prefill, model, input_ids)
     return partial(training_step, model, input_ids, torch.optim.AdamW(model.parameters()))
 
 
-def run_once(arguments: LanguageModelArguments, name: str, length: int) -> str:
-    """One run in this process, for its peak memory; the device it ran on."""
-    arguments.set_up()
-    prepare_run(arguments, name, length)()
-    return arguments.device
-
-
 def main() -> None:
     (arguments,) = HfArgumentParser(LanguageModelArguments).parse_args_into_dataclasses()
     arguments.set_up()
 
-    def memory(name: str, length: int) -> int | None:
-        return None if name.startswith(FLOOR) else peak_memory(run_once, arguments, name, length)
-
-    rows = benchmark(
-        arguments,
-        arguments.lengths,
-        lambda length, names: {name: prepare_run(arguments, name, length) for name in names},
-        arguments.models,
-        memory,
-    )
+    rows = benchmark(arguments, arguments.lengths, arguments.models, prepare_run)
     if arguments.work == "decode":
         rows = [dataclasses.replace(row, seconds=[seconds / STEPS for seconds in row.seconds]) for row in rows]
     title = (

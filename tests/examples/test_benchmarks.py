@@ -1,0 +1,199 @@
+"""The benchmarks: what they time is what they say, and each command writes its table."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+
+TINY_MODEL = ["--hidden_size", "64", "--num_hidden_layers", "2", "--num_attention_heads", "2", "--vocab_size", "96"]
+
+
+@pytest.fixture(autouse=True)
+def benchmarks_on_path(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "examples" / "benchmarks"))
+
+
+@pytest.fixture
+def run_benchmark(tmp_path, monkeypatch, capsys):
+    """Runs `main` of a benchmark and returns its results and what it printed."""
+
+    def run(module, name: str, *arguments: str) -> tuple[dict, str]:
+        command = [*arguments, "--repetitions", "2", "--device", "cpu", "--output_dir", str(tmp_path)]
+        monkeypatch.setattr(sys, "argv", [name, *command])
+        module.main()
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        printed = capsys.readouterr().out
+        assert (tmp_path / f"{name}.md").read_text() in printed
+        return json.loads((tmp_path / f"{name}.json").read_text()), printed
+
+    return run
+
+
+def test_cases_are_timed_in_turn_and_once_before():
+    from benchmark_utils import time_interleaved
+
+    calls = []
+    seconds = time_interleaved({name: lambda name=name: calls.append(name) for name in "ab"}, 3, "cpu")
+    assert calls == ["a", "b"] * 4
+    assert [len(seconds[name]) for name in "ab"] == [3, 3]
+
+
+def test_table_of_medians_spreads_and_ratios():
+    from benchmark_utils import Row, markdown_table
+
+    rows = [
+        Row("ours", 16, [1.0, 2.0, 9.0], peak_bytes=2**20),
+        Row("peer", 16, [0.006, 0.004, 0.008], peak_bytes=4 * 2**20),
+        Row("ours", 1024, [5e-5, 5e-5]),
+    ]
+    assert (rows[0].median, rows[0].spread) == (2.0, 2.0)
+    assert markdown_table(rows, "tokens", "peer") == (
+        "Time, and how many times faster than peer:\n"
+        "\n| tokens | 16 | 1 024 |\n|---|---|---|\n"
+        "| ours | 2.00 s ± 100%, 0.00 × | 50.0 µs ± 0% |\n"
+        "| peer | 6.00 ms ± 17% | – |\n"
+        "\nPeak memory, and its ratio to that of peer:\n"
+        "\n| tokens | 16 | 1 024 |\n|---|---|---|\n"
+        "| ours | 1 MiB, 0.25 × | – |\n"
+        "| peer | 4 MiB | – |\n"
+    )
+
+
+def test_a_case_that_would_take_too_long_is_left_out(capsys):
+    from benchmark_utils import BenchmarkArguments, benchmark
+
+    arguments = BenchmarkArguments("out", device="cpu", repetitions=1, seconds_limit=0.0, memory=False)
+    rows = benchmark(arguments, [4, 2], ["a"], lambda arguments, name, size: lambda: None)
+    assert [(row.case, row.size) for row in rows] == [("a", 2)]
+    assert "a is left out at 4" in capsys.readouterr().out
+
+
+def _allocating(arguments, name: str, size: int):
+    return lambda: torch.ones(size, dtype=torch.uint8)
+
+
+def test_peak_memory_is_that_of_one_run_in_its_own_process():
+    from benchmark_utils import BenchmarkArguments, peak_memory
+
+    here = torch.ones(2**30, dtype=torch.uint8)  # must not count
+    small, large = (peak_memory(BenchmarkArguments("out", "cpu"), _allocating, "a", size) for size in (1, 2**28))
+    assert large - small == pytest.approx(2**28, rel=0.1)
+    assert small < here.numel()
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_floor_is_the_matrix_products_of_the_model(training):
+    import language_models
+
+    work = "training" if training else "prefill"
+    arguments = language_models.LanguageModelArguments(
+        "out", "cpu", work=work, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=96
+    )
+    floor = language_models.prepare_run(arguments, "matrix products of ToST", 48)
+    model = language_models.build_model(arguments, "ToST", 48)
+    input_ids = language_models.random_tokens(arguments, 48)
+
+    def counted(run) -> int:
+        with FlopCounterMode(display=False) as counter:
+            run()
+        counts = counter.get_flop_counts()["Global"]
+        return sum(
+            count for operator, count in counts.items() if operator in (torch.ops.aten.mm, torch.ops.aten.addmm)
+        )
+
+    def whole() -> None:
+        if training:
+            model(input_ids=input_ids, labels=input_ids).loss.backward()
+        else:
+            language_models.prefill(model, input_ids)
+
+    assert counted(floor) == counted(whole) > 0
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("name", ["SumAgg", "SumAgg, full attention last", "ToST", "RWKV"])
+def test_decoding_is_greedy(name, static):
+    import language_models
+
+    arguments = language_models.LanguageModelArguments(
+        "out", "cpu", work="decode", hidden_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=96
+    )
+    model = language_models.build_model(arguments, name, 64)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.2)
+    decoder = language_models.Decoder(model, 16, 64, static)
+    decoder.run()
+    # The context is 16 zeros, and the first token timed comes after one zero more.
+    context = torch.zeros(1, 17, dtype=torch.long)
+    expected = model.generate(context, max_new_tokens=language_models.STEPS, do_sample=False, eos_token_id=-1)
+    assert decoder.token.item() == expected[0, -1].item()
+
+
+@pytest.mark.parametrize("work", ["prefill", "decode", "training"])
+def test_language_models(run_benchmark, work):
+    import language_models
+
+    results, printed = run_benchmark(
+        language_models,
+        work,
+        "--work",
+        work,
+        "--lengths",
+        "8",
+        "16",
+        "--models",
+        "SumAgg",
+        "GPT-2",
+        "--memory",
+        "False",
+        *TINY_MODEL,
+    )
+    assert [(row["case"], row["size"]) for row in results["rows"]] == [
+        (name, size) for size in (8, 16) for name in ("SumAgg", "GPT-2")
+    ]
+    assert all(len(row["seconds"]) == 2 and min(row["seconds"]) > 0 for row in results["rows"])
+    assert "| GPT-2 |" in printed
+
+
+def test_images(run_benchmark):
+    import images
+
+    arguments = ["--preset", "tost-tiny-12-p16", "--resolutions", "32", "64", "--memory", "False"]
+    results, _ = run_benchmark(images, "images", *arguments)
+    assert [(row["case"], row["size"]) for row in results["rows"]] == [
+        (name, size) for size in (32, 64) for name in ("ToST", "ViT")
+    ]
+
+
+def test_document_classifier(run_benchmark):
+    import document_classifier
+
+    arguments = ["--lengths", "8", "--batch_size", "2", "--memory", "False"]
+    results, _ = run_benchmark(document_classifier, "document_classifier", *arguments)
+    assert [row["case"] for row in results["rows"]] == ["sum", "attention", "attention, with its weights"]
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "message"),
+    [
+        ("language_models", {"work": "train"}, "`work` must be one of"),
+        ("language_models", {"models": ["GPT-5"]}, "GPT-5"),
+        ("language_models", {"lengths": [1]}, "`lengths` must be at least 2"),
+        ("language_models", {"dtype": "int8"}, "`dtype` must be"),
+        ("language_models", {"repetitions": 0}, "`repetitions` must be at least 1, got 0"),
+        ("language_models", {"threads": 0}, "`threads` must be at least 1, got 0"),
+        ("images", {"resolutions": [100]}, "multiples of 16"),
+        ("images", {"batch_size": 0}, "`batch_size` must be at least 1"),
+        ("document_classifier", {"lengths": [0]}, "must be at least 1"),
+    ],
+)
+def test_bad_arguments_are_refused(module, arguments, message):
+    imported = __import__(module)
+    name = {"language_models": "LanguageModelArguments", "images": "ImageArguments"}.get(module, "ClassifierArguments")
+    with pytest.raises(ValueError, match=message):
+        getattr(imported, name)("out", **arguments)
