@@ -308,8 +308,6 @@ def check_ids(name: str, ids: torch.Tensor, size: int, what: str) -> None:
     """Raise a `ValueError` where an embedding look-up would fail (a traced graph cannot)."""
     if is_tracing(ids) or ids.numel() == 0 or ids.device.type == "meta":
         return
-    low, high = torch.aminmax(ids)
+    low, high = (bound.item() for bound in torch.aminmax(ids))
     if low < 0 or high >= size:
-        raise ValueError(
-            f"`{name}` must be in [0, {size}), the {what}, got values from {low.item()} to {high.item()}."
-        )
+        raise ValueError(f"`{name}` must be in [0, {size}), the {what}, got values from {low} to {high}.")
