@@ -284,7 +284,7 @@ class SumAggModel(SumAggPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
         if inputs_embeds is None:
-            check_ids("input_ids", input_ids, self.embed_tokens.num_embeddings, "ids of the vocabulary")
+            check_ids("input_ids", input_ids, self.config.vocab_size, "ids of the vocabulary")
             inputs_embeds = self.embed_tokens(input_ids)
 
         if not self.config.is_causal:

@@ -245,7 +245,7 @@ class SumAggForMultimodalRegression(SumAggMultimodalPreTrainedModel):
             latents.append(self.score.weight.new_zeros(len(tokens), self.config.hidden_size))
         elif tokens is not None:
             if inputs_embeds is None:
-                check_ids("input_ids", tokens, self.embed_tokens.num_embeddings, "ids of the vocabulary")
+                check_ids("input_ids", tokens, self.config.vocab_size, "ids of the vocabulary")
                 inputs_embeds = self.embed_tokens(tokens)
             latents.append(self.text_branch(inputs_embeds, attention_mask))
         if numeric_features is not None:

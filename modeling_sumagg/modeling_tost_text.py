@@ -271,7 +271,7 @@ class ToSTTextModel(ToSTTextPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
         if inputs_embeds is None:
-            check_ids("input_ids", input_ids, self.embed_tokens.num_embeddings, "ids of the vocabulary")
+            check_ids("input_ids", input_ids, self.config.vocab_size, "ids of the vocabulary")
             inputs_embeds = self.embed_tokens(input_ids)
 
         if past_key_values is not None:

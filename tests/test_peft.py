@@ -81,6 +81,14 @@ def test_adapters_train_save_reload_and_merge(case, tmp_path):
         torch.testing.assert_close(merged(**batch).logits, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("case", ["sumagg classifier", "tost_text classifier"])
+def test_embeddings_can_be_adapted(case):
+    auto_class, config, batch, _ = CASES[case]
+    model = get_peft_model(auto_class.from_config(config), LoraConfig(target_modules=["embed_tokens"])).train()
+    losses = train(model, batch)
+    assert losses[-1] < losses[0]
+
+
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_gradient_checkpointing_leaves_the_training_of_adapters_as_it_is(case, use_reentrant):
