@@ -69,6 +69,8 @@ class ToSTConfig(BackboneConfigMixin, PreTrainedConfig):
     ```"""
 
     model_type = "tost"
+    # The first are the encoder's, the others the model's own.
+    base_model_fsdp_plan = {"layers.*": "free_full_weight", "class_attention_layers.*": "free_full_weight"}
 
     hidden_size: int = 384
     num_hidden_layers: int = 12
