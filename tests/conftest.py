@@ -1,8 +1,15 @@
+import os
 from collections import Counter, defaultdict
 
 import pytest
+import torch
 from transformers import set_seed
 
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers share the cores: one thread for each, and for the processes that it starts.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
 
 CONFORMANCE_MARKERS = (
     "accelerate_tests",
