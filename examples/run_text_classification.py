@@ -59,7 +59,7 @@ SMALL_CLASSIFIER = {
 
 @dataclass
 class ClassificationArguments(LabelledDataArguments, TextDataArguments):
-    max_length: int = field(default=512, metadata={"help": "Tokens of a document; the rest is cut off."})
+    max_length: int = field(default=1024, metadata={"help": "Tokens of a document; the rest is cut off."})
 
 
 def encode_labels(splits: DatasetDict, names: list[str]) -> DatasetDict:
