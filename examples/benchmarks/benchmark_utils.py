@@ -47,6 +47,11 @@ class BenchmarkArguments:
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"`threads` must be at least 1, got {self.threads}.")
 
+    @property
+    def warmup(self) -> int:
+        """Runs of each case before the timed ones. The first call of a model changes its config: it is compiled twice."""
+        return 3 if self.compile else 1
+
     def set_up(self) -> None:
         """Apply what holds for the whole process."""
         if self.threads is not None:
@@ -90,21 +95,23 @@ def hardware(device: str) -> dict[str, str]:
     return described
 
 
-def time_interleaved(cases: dict[str, Callable[[], object]], repetitions: int, device: str) -> dict[str, list[float]]:
+def time_interleaved(
+    cases: dict[str, Callable[[], object]], repetitions: int, device: str, warmup: int = 1
+) -> dict[str, list[float]]:
     """
     Seconds of every run of every case, one run of each in turn, so that all meet the same disturbances.
 
-    A first run of each is not counted. On a GPU every run is waited for.
+    The first `warmup` runs of each are not counted. On a GPU every run is waited for.
     """
     wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
     seconds: dict[str, list[float]] = {name: [] for name in cases}
-    for repetition in range(repetitions + 1):
+    for repetition in range(-warmup, repetitions):
         for name, run in cases.items():
             wait()
             start = time.perf_counter()
             run()
             wait()
-            if repetition:
+            if repetition >= 0:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
 
@@ -159,7 +166,8 @@ def benchmark(
             else:
                 print(f"{name} is left out at {size}: it took {last[name].median:.1f} s at {last[name].size}.")
         runs = {name: prepare_run(arguments, name, size) for name in wanted}
-        for name, seconds in time_interleaved(runs, arguments.repetitions, arguments.device).items():
+        timed = time_interleaved(runs, arguments.repetitions, arguments.device, arguments.warmup)
+        for name, seconds in timed.items():
             last[name] = Row(name, size, seconds)
             print(f"{name} at {size}: {_time_in_words(last[name])}", flush=True)
         # The models of one size must not stay while those of the next are made.

@@ -221,7 +221,7 @@ def fill_with_random_keys(cache: Cache, model: PreTrainedModel, length: int) -> 
 def prepare_run(arguments: LanguageModelArguments, name: str, length: int) -> Callable[[], object]:
     """What to time of one model."""
     # Decoding goes on behind the context.
-    max_length = length + STEPS * (arguments.repetitions + 1) if arguments.work == "decode" else length
+    max_length = length + STEPS * (arguments.repetitions + arguments.warmup) if arguments.work == "decode" else length
     model = build_model(arguments, name.removeprefix(FLOOR), max_length)
     if name.startswith(FLOOR):
         return matrix_products(model, length, arguments.work == "training")
