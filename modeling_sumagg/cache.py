@@ -481,24 +481,19 @@ class StaticSlidingLayer(SlidingWindowLayer):
                 tensor.zero_()
 
 
-_LAYER_CLASSES: dict[str, type | tuple[type, ...]] = {
+# What may stand where a layer of a type is: in a dynamic and in a static cache.
+_LAYER_CLASSES: dict[str, tuple[type[CacheLayerMixin], ...]] = {
     "full_attention": (DynamicLayer, StaticLayer),
-    "sliding_attention": SlidingWindowLayer,
-    "summation": SummationLayer,
-    "token_statistics": TokenStatisticsLayer,
-}
-
-
-_RECURRENT_CLASSES = {
+    "sliding_attention": (SlidingWindowLayer, StaticSlidingLayer),
     "summation": (SummationLayer, StaticSummationLayer),
     "token_statistics": (TokenStatisticsLayer, StaticTokenStatisticsLayer),
 }
 
 
 def _own_layer(layer: CacheLayerMixin, layer_type: str) -> CacheLayerMixin:
-    """The layer, or in place of an empty one that another copy of this module made, one of our own."""
-    for cls in _RECURRENT_CLASSES.get(layer_type, ()):
-        if type(layer).__name__ == cls.__name__ and type(layer) is not cls:
+    """The layer, or in place of an empty recurrent one that another copy of this module made, one of our own."""
+    for cls in _LAYER_CLASSES[layer_type]:
+        if issubclass(cls, RecurrentLayer) and type(layer).__name__ == cls.__name__ and type(layer) is not cls:
             own = cls(**({"max_cache_len": layer.max_cache_len} if issubclass(cls, StaticRecurrentLayer) else {}))
             own.record_past = layer.record_past
             return own
