@@ -1,21 +1,19 @@
 """The built wheel, installed beside nothing of the repository."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
+import venv
 from pathlib import Path
 
 import pytest
 
 
 ROOT = Path(__file__).parents[1]
-# `-I` keeps the repository off the path: only the folder given is added to what is installed.
 SCRIPT = """
-import json, sys
+import json
 from pathlib import Path
-sys.path.insert(0, sys.argv[1])
 import torch
 import modeling_sumagg
 from modeling_sumagg.configuration import preset_path
@@ -48,15 +46,17 @@ def test_wheel(tmp_path):
     build = [*pip, "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path / "dist"), str(source)]
     subprocess.run(build, check=True)
     (wheel,) = (tmp_path / "dist").glob("*.whl")
-    site = tmp_path / "site"
-    subprocess.run([*pip, "install", "-q", "--no-deps", "--target", str(site), str(wheel)], check=True)
+    # Of its own it has our package alone; the others are found through the path file.
+    venv.create(tmp_path / "venv", with_pip=False)
+    (site,) = (tmp_path / "venv").rglob("site-packages")
+    (site / "others.pth").write_text("".join(f"{path}\n" for path in sys.path if path.endswith("-packages")))
+    python = tmp_path / "venv" / "bin" / "python"
+    subprocess.run(
+        [*pip, "--python", str(python), "install", "-q", "--no-deps", "--force-reinstall", str(wheel)], check=True
+    )
     (tmp_path / "elsewhere").mkdir()
     run = subprocess.run(
-        [sys.executable, "-I", "-c", SCRIPT, str(site)],
-        cwd=tmp_path / "elsewhere",
-        check=True,
-        capture_output=True,
-        text=True,
+        [python, "-I", "-c", SCRIPT], cwd=tmp_path / "elsewhere", check=True, capture_output=True, text=True
     )
     result = json.loads(run.stdout.splitlines()[-1])
     assert Path(result["file"]).is_relative_to(site)
@@ -70,7 +70,7 @@ def test_wheel(tmp_path):
     files = "--train_files text.txt --held_out_files text.txt --output_dir out"
     run = subprocess.run(
         [
-            sys.executable,
+            python,
             "examples/quickstart.py",
             "--steps",
             "2",
@@ -80,7 +80,6 @@ def test_wheel(tmp_path):
             *files.split(),
         ],
         cwd=tmp_path / "elsewhere",
-        env={**os.environ, "PYTHONPATH": str(site)},
         check=True,
         capture_output=True,
         text=True,
