@@ -97,7 +97,10 @@ def test_onnx_forward(model_class, tmp_path):
     other = tiny_inputs(model, 3, 11)
     (logits,) = session.run(["logits"], {name: tensor.numpy() for name, tensor in other.items()})
     with torch.no_grad():
-        assert_close(torch.from_numpy(logits), model(**other).logits, rtol=1e-4)
+        expected = model(**other).logits
+    # Before the first real token there is nothing to predict from, and versions of transformers mask it differently.
+    real = other["attention_mask"].bool() if expected.dim() == 3 else slice(None)
+    assert_close(torch.from_numpy(logits)[real], expected[real], rtol=1e-4)
 
 
 @pytest.mark.slow
