@@ -196,6 +196,21 @@ def test_prompt_lookup_is_greedy_decoding(kind, mask):
 
 
 @pytest.mark.parametrize("kind", MAIN_KINDS)
+def test_prompt_lookup_stops_at_eos(kind):
+    model, prompt = tiny_model(kind), (4, 8, 15, 4, 8, 15, 4, 8, 15)
+    expected = greedy_alone(model, prompt, NEW_TOKENS)
+    eos_token_id = expected[-1]
+    generated = model.generate(
+        torch.tensor([prompt]),
+        prompt_lookup_num_tokens=3,
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        eos_token_id=eos_token_id,
+    )
+    assert generated[0, len(prompt) :].tolist() == expected[: expected.index(eos_token_id) + 1]
+
+
+@pytest.mark.parametrize("kind", MAIN_KINDS)
 def test_the_next_turn_after_assisted_decoding(kind):
     model = tiny_model(kind)
     first = model.generate(

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import DynamicCache, PreTrainedTokenizerFast, set_seed
 from transformers.generation.streamers import BaseStreamer
 
-from .kinds import MAIN_KINDS, VOCAB_SIZE, greedy_alone, logits_alone, tiny_model
+from .kinds import CONFIGS, MAIN_KINDS, VOCAB_SIZE, greedy_alone, logits_alone, tiny_model
 
 
 NEW_TOKENS = 5
@@ -52,12 +52,30 @@ def greedy_new_tokens(model, prompts=PROMPTS, length: int = NEW_TOKENS) -> list[
         {"cache_implementation": "dynamic"},
         {"cache_implementation": "static"},
         {"prefill_chunk_size": 6},
+        {"logits_to_keep": 0},
     ],
     ids=str,
 )
 def test_greedy_in_a_padded_batch_is_greedy_alone(model, options):
     inputs = padded_batch()
     generated = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, **options)
+    assert new_tokens(generated, inputs) == greedy_new_tokens(model)
+
+
+@pytest.mark.parametrize(
+    "kind", [kind for kind in MAIN_KINDS if any("attention" in t for t in CONFIGS[kind].layer_types)]
+)
+def test_eager_attention_writes_what_sdpa_does(kind):
+    inputs = padded_batch()
+    eager = tiny_model(kind, attention="eager")
+    generated = eager.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
+    assert new_tokens(generated, inputs) == greedy_new_tokens(tiny_model(kind, attention="sdpa"))
+
+
+def test_positions_that_are_given_are_those_counted(model):
+    inputs = padded_batch()
+    position_ids = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    generated = model.generate(**inputs, position_ids=position_ids, max_new_tokens=NEW_TOKENS, do_sample=False)
     assert new_tokens(generated, inputs) == greedy_new_tokens(model)
 
 
@@ -135,6 +153,24 @@ def test_a_cache_that_is_repeated_and_reordered_changes_nothing(model, options):
         assert new_tokens(generated[0], inputs) == [row.tolist() for row in alone]
 
 
+def test_scores_of_beams_are_probabilities_of_their_sequences(model):
+    inputs = padded_batch()
+    outputs = model.generate(
+        **inputs,
+        max_new_tokens=NEW_TOKENS,
+        num_beams=3,
+        num_return_sequences=2,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_scores=True,
+    )
+    rows = [list(prompt) for prompt in PROMPTS for _ in range(2)]
+    for row, tokens, score in zip(rows, new_tokens(outputs.sequences, inputs), outputs.sequences_scores, strict=True):
+        logits = logits_alone(model, row + tokens)[len(row) - 1 : -1].log_softmax(-1)
+        expected = logits[torch.arange(NEW_TOKENS), tokens].mean()
+        assert math.isclose(score.item(), expected.item(), abs_tol=1e-4)
+
+
 def test_classifier_free_guidance(model):
     prompt, negative = list(PROMPTS[0]), list(PROMPTS[1])
     generated = model.generate(
@@ -164,6 +200,21 @@ def test_inputs_embeds(model, options):
         **options,
     )
     assert generated.tolist() == greedy_new_tokens(model)
+
+
+def test_inputs_embeds_go_on_from_the_returned_cache(model):
+    embed, prompt = model.get_input_embeddings(), torch.tensor(PROMPTS[:1])
+    first = model.generate(
+        inputs_embeds=embed(prompt), max_new_tokens=NEW_TOKENS, do_sample=False, return_dict_in_generate=True
+    )
+    history = torch.cat([prompt, first.sequences, torch.tensor(TURN[:1])], dim=1)
+    generated = model.generate(
+        inputs_embeds=embed(history),
+        past_key_values=first.past_key_values,
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+    )
+    assert generated[0].tolist() == greedy_alone(model, tuple(history[0].tolist()), NEW_TOKENS)
 
 
 def test_an_empty_prompt_begins_with_bos(model):
