@@ -11,10 +11,11 @@ script: `python examples/run_lora.py --task image-classification --help` shows t
     python examples/run_lora.py --task multimodal-regression --model_name_or_path runs/multimodal-regression
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import run_clm
 import run_image_classification
@@ -36,7 +37,7 @@ from training_utils import (
 )
 from transformers import HfArgumentParser, PreTrainedModel, TrainingArguments, set_seed
 
-from modeling_sumagg.training import register_lora_target_modules
+from modeling_sumagg.training import LORA_TARGET_MODULES
 
 
 class Script(NamedTuple):
@@ -47,12 +48,15 @@ class Script(NamedTuple):
     prepare: Callable[..., Task]
     task_type: TaskType | None
     # What a base model of another task does not have is trained whole and saved with the adapters.
-    new_modules: list[str] | None
+    new_modules: list[str] | None = None
+    # Layers to adapt beside those that mix tokens.
+    more_targets: tuple[str, ...] = ()
+    defaults: dict[str, Any] = {}
 
 
 SCRIPTS = {
     "text-generation": Script(
-        TextModelArguments, run_clm.LanguageModelingArguments, run_clm.prepare, TaskType.CAUSAL_LM, None
+        TextModelArguments, run_clm.LanguageModelingArguments, run_clm.prepare, TaskType.CAUSAL_LM
     ),
     "text-classification": Script(
         TextModelArguments,
@@ -60,6 +64,9 @@ SCRIPTS = {
         run_text_classification.prepare,
         TaskType.SEQ_CLS,
         ["score", "pooler"],
+        # Which words there are tells most about a document.
+        ("embed_tokens",),
+        {"max_length": 512, "learning_rate": 1e-2},
     ),
     "image-classification": Script(
         ModelArguments,
@@ -88,7 +95,10 @@ class LoraArguments:
     lora_alpha: int = field(default=16, metadata={"help": "The update is scaled by alpha / rank."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before the adapters."})
     target_modules: list[str] | None = field(
-        default=None, metadata={"help": "Names of the layers to adapt; by default those that mix tokens."}
+        default=None,
+        metadata={
+            "help": "Names of the layers to adapt; by default those that mix tokens, and a classifier's embeddings."
+        },
     )
     base_steps: int = field(
         default=400, metadata={"help": "Steps of the language model that is trained if no checkpoint is given."}
@@ -105,26 +115,19 @@ def check_logits(model: PeftModel, reloaded: PreTrainedModel | PeftModel, inputs
         raise RuntimeError(f"The model saved in {folder} gives other logits than the trained one, by {difference}.")
 
 
-def train_base_model(folder: str, steps: int, vocab_size: int, seed: int) -> None:
+def train_base_model(folder: str, steps: int, vocab_size: int, training_arguments: TrainingArguments) -> None:
     """Train a small language model of the standard library and save it in `folder`."""
-    training_arguments = TrainingArguments(
-        output_dir=folder,
-        max_steps=steps,
-        per_device_train_batch_size=4,
-        learning_rate=2e-3,
-        lr_scheduler_type="cosine",
-        warmup_steps=0.1,
-        weight_decay=0.1,
-        logging_steps=0.1,
-        save_strategy="no",
-        report_to="none",
-        dataloader_pin_memory=torch.accelerator.is_available(),
-        seed=seed,
-    )
-    task = run_clm.prepare(
-        TextModelArguments(vocab_size=vocab_size), run_clm.LanguageModelingArguments(), training_arguments
-    )
-    trainer = build_trainer(task, training_arguments)
+    base_arguments = copy.copy(training_arguments)
+    base_arguments.output_dir = folder
+    base_arguments.max_steps = steps
+    base_arguments.per_device_train_batch_size = 4
+    base_arguments.learning_rate, base_arguments.weight_decay = 2e-3, 0.1
+    base_arguments.logging_strategy, base_arguments.logging_steps = "steps", 0.1
+    base_arguments.eval_strategy = base_arguments.save_strategy = "no"
+    # Half the layers of what run_clm.py trains, in a minute.
+    model_arguments = TextModelArguments(vocab_size=vocab_size, config_overrides='{"num_hidden_layers": 2}')
+    task = run_clm.prepare(model_arguments, run_clm.LanguageModelingArguments(), base_arguments)
+    trainer = build_trainer(task, base_arguments)
     trainer.train()
     trainer.save_model()
 
@@ -134,17 +137,20 @@ def main() -> None:
     parser = HfArgumentParser(LoraArguments, add_help=False, allow_abbrev=False)
     arguments, _ = parser.parse_args_into_dataclasses(return_remaining_strings=True)
     script = SCRIPTS[arguments.task]
+    defaults = {
+        "output_dir": "runs/lora",
+        "num_train_epochs": 4,
+        "learning_rate": 2e-3,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.1,
+        "eval_strategy": "epoch",
+        "logging_strategy": "epoch",
+        "save_strategy": "no",
+        "remove_unused_columns": False,
+    }
     arguments, model_arguments, data_arguments, training_arguments = parse_arguments(
         (LoraArguments, script.model_arguments, script.data_arguments, TrainingArguments),
-        output_dir="runs/lora",
-        num_train_epochs=5,
-        learning_rate=2e-3,
-        lr_scheduler_type="cosine",
-        warmup_steps=0.1,
-        eval_strategy="epoch",
-        logging_strategy="epoch",
-        save_strategy="no",
-        remove_unused_columns=False,
+        **{**defaults, **script.defaults},
     )
     set_seed(training_arguments.seed)
     output_dir = Path(training_arguments.output_dir)
@@ -157,18 +163,17 @@ def main() -> None:
             model_arguments.model_name_or_path,
             arguments.base_steps,
             model_arguments.vocab_size,
-            training_arguments.seed,
+            training_arguments,
         )
 
     task = script.prepare(model_arguments, data_arguments, training_arguments)
     config, name = task.model.config, type(task.model).__name__
-    register_lora_target_modules()
     lora_config = LoraConfig(
         task_type=script.task_type,
         r=arguments.lora_rank,
         lora_alpha=arguments.lora_alpha,
         lora_dropout=arguments.lora_dropout,
-        target_modules=arguments.target_modules,
+        target_modules=arguments.target_modules or [*LORA_TARGET_MODULES[config.model_type], *script.more_targets],
         modules_to_save=script.new_modules,
     )
     task.model = get_peft_model(task.model, lora_config)

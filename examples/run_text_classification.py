@@ -45,13 +45,12 @@ from transformers import (
 )
 
 
-# The published classifier, no blocks at all, but for the mean instead of the sum.
+# The published classifier, no blocks at all, but for the mean instead of the sum, and dropout.
 SMALL_CLASSIFIER = {
     **SMALL_MODEL,
     "hidden_size": 256,
     "num_hidden_layers": 0,
     "position_bias": 1.0,
-    "pooling": "mean",
     "hidden_dropout": 0.1,
     "classifier_dropout": 0.1,
 }

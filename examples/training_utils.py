@@ -43,6 +43,8 @@ SMALL_MODEL = {
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "max_position_embeddings": 1024,
+    # Of classifiers made from it.
+    "pooling": "mean",
 }
 
 DATA_LOADERS = {

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageClassification, 
 
 from modeling_sumagg import ToSTConfig
 from modeling_sumagg.modeling_tost import tost_image_processor
+from modeling_sumagg.training import LORA_TARGET_MODULES
 
 
 @pytest.mark.parametrize("family", ["sumagg", "tost_text"])
@@ -29,7 +30,8 @@ def test_a_language_model_is_adapted_to_both_tasks(run_script, csv_files, short_
     assert "accuracy" in "".join(json.loads((classifier / "eval_results.json").read_text()))
     losses = [json.loads((folder / "eval_results.json").read_text())["eval_loss"] for folder in (base, adapted)]
     assert losses[1] < losses[0]
-    assert PeftConfig.from_pretrained(classifier).target_modules == PeftConfig.from_pretrained(adapted).target_modules
+    targets = [PeftConfig.from_pretrained(each).target_modules for each in (adapted, classifier)]
+    assert targets == [set(LORA_TARGET_MODULES[family]), {*LORA_TARGET_MODULES[family], "embed_tokens"}]
     model = AutoModelForSequenceClassification.from_pretrained(classifier / "merged")
     assert model.config.id2label == {0: "cat", 1: "dog"}
     assert AutoModelForCausalLM.from_pretrained(adapted / "merged").config.model_type == family
@@ -82,6 +84,17 @@ def test_a_regression_is_adapted_to_other_columns(run_script, tmp_path, capsys):
     assert {name for name in changed if not name.startswith("numeric_branch")} == {
         "text_branch.sequence_sum.proj.weight", "text_branch.sequence_sum.dense.weight", "score.weight", "score.bias",
     }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_without_a_checkpoint_a_base_is_trained_with_the_same_precision(run_script, csv_files, short_run, capsys):
+    folder = run_script("run_lora.py", *short_run, *csv_files, "--base_steps", 2, "--bf16", True, "--use_cpu", True)
+    assert "Saved and reloaded: the adapters" in capsys.readouterr().out
+    assert AutoModelForCausalLM.from_pretrained(folder / "base").config.num_hidden_layers == 2
+    assert AutoModelForSequenceClassification.from_pretrained(folder / "merged").config.id2label == {
+        0: "cat",
+        1: "dog",
+    }
 
 
 def test_a_task_without_a_base_names_the_script_that_makes_one(run_script):
