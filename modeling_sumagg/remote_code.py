@@ -39,6 +39,8 @@ def register_family(config_class: type[PreTrainedConfig], models: dict[type, typ
     AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
     for auto_class, model_class in models.items():
         auto_class.register(config_class, model_class, exist_ok=True)
+        # Pipelines, and `Trainer` where it smooths labels, know the task of a class by its name in this table alone.
+        auto_class._model_mapping._model_mapping[config_class.model_type] = model_class.__name__
     classes = {"AutoConfig": config_class} | {auto_class.__name__: model for auto_class, model in models.items()}
     write_json = config_class.to_json_file
 

@@ -23,7 +23,6 @@ except OSError as error:
     pytest.skip(f"transformers' source distribution is not to be had: {error}", allow_module_level=True)
 
 from transformers import PreTrainedModel
-from transformers.models.auto import modeling_auto
 from transformers_tests import test_fsdp_mixin, test_tensor_parallel_mixin
 from transformers_tests.generation.test_utils import GenerationTesterMixin
 from transformers_tests.test_backbone_common import BackboneTesterMixin
@@ -40,24 +39,11 @@ NOT_APPLICABLE: dict[str, str] = {
     **{f"{name}.test_model_get_set_embeddings": "images have no embedding table" for name in TOST},
     f"{MULTIMODAL}.test_hidden_states_output": "there is no stack of blocks, and no hidden state of each",
     f"{MULTIMODAL}.test_retain_grad_hidden_states_attentions": "there is no stack of blocks, and no hidden state of each",
+    f"{MULTIMODAL}.test_load_with_mismatched_shapes": "no `AutoModel` makes it: it has no base model",
     f"{MULTIMODAL}.test_can_load_ignoring_mismatched_shapes": "it takes `numeric_std`, a list, for an initial scale",
     "ToSTBackbone.test_retain_grad_hidden_states_attentions": "the first output is a tuple of feature maps",
 }
 
-# The mixins choose labels and expectations by these names, which only native models are listed under.
-for mapping, task in {
-    "MODEL_MAPPING_NAMES": "Model",
-    "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES": "ForCausalLM",
-    "MODEL_FOR_MASKED_LM_MAPPING_NAMES": "ForMaskedLM",
-    "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES": "ForSequenceClassification",
-    "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES": "ForTokenClassification",
-    "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES": "ForImageClassification",
-    "MODEL_FOR_BACKBONE_MAPPING_NAMES": "Backbone",
-}.items():
-    for model_type, family in {"sumagg": "SumAgg", "tost": "ToST", "tost_text": "ToSTText"}.items():
-        if hasattr(modeling_sumagg, f"{family}{task}"):
-            getattr(modeling_auto, mapping)[model_type] = f"{family}{task}"
-modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["tost_text"] = "ToSTForCausalLM"
 # Each distributed test starts processes: they are forked off one that has imported what they need.
 multiprocessing.set_forkserver_preload(["transformers.testing_utils", "transformers.trainer_utils", "modeling_sumagg"])
 torch.multiprocessing.spawn = functools.partial(torch.multiprocessing.start_processes, start_method="forkserver")
@@ -198,10 +184,6 @@ class MultimodalTester:
 class MultimodalTests:
     has_attentions = False
     test_can_init_all_missing_weights_before_2023 = True
-
-    def _prepare_for_class(self, inputs_dict, model_class, return_labels=False):
-        inputs = super()._prepare_for_class(inputs_dict, model_class)
-        return {**inputs, "labels": torch.zeros(self.model_tester.batch_size, 1)} if return_labels else inputs
 
     def test_config(self):
         sizes = {"vocab_size": 99, "hidden_size": 32}

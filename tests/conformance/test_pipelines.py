@@ -9,6 +9,8 @@ import torch
 from PIL import Image
 from testing import WORDS, build, tiny_config, word_tokenizer
 from transformers import pipeline
+from transformers.testing_utils import CaptureLogger
+from transformers.utils import logging
 
 from modeling_sumagg import (
     SumAggForCausalLM,
@@ -52,7 +54,9 @@ def make_pipeline(tmp_path):
         model = build(model_class, tiny_config(model_class, **config))
         model.save_pretrained(tmp_path)
         (preprocessor or tost_image_processor(model.config)).save_pretrained(tmp_path)
-        made = pipeline(task, model=str(tmp_path), device="cpu")
+        with CaptureLogger(logging.get_logger("transformers.pipelines.base")) as log:
+            made = pipeline(task, model=str(tmp_path), device="cpu")
+        assert "not supported" not in log.out
         assert type(made.model) is model_class
         return made, model
 
