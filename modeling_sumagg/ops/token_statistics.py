@@ -15,14 +15,19 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from .kernels.kernel_dispatch import takes_kernels
 from .summation import document_runs
 
 
 MIN_SECOND_MOMENT = 1e-12  # floor of D in the causal operator, of the norm (not its square) in the bidirectional one
 MIN_MEMBERSHIP = 1e-8
 
+_CAUSAL_FLOORS = MIN_SECOND_MOMENT, MIN_MEMBERSHIP
+_BIDIRECTIONAL_FLOORS = MIN_SECOND_MOMENT**2, MIN_MEMBERSHIP
+
 CHUNK_SIZE = 16  # tokens summed by one triangular matrix product
 BLOCK_SIZE = 256  # tokens worked on at a time, whole chunks; backward starts from the sums before each block
+KERNEL_BLOCK_SIZE = 64  # of the Triton kernels, if a head's part of it fits into their registers
 FORMULA_LENGTH = 64  # without gradients, up to here the blocks cost more than they save
 CPU_BLOCK_ELEMENTS = 2**19  # sequences share a block on a CPU up to this size: its temporaries stay in the cache
 
@@ -79,10 +84,12 @@ def token_statistics(
     """
     mask = _check_arguments(w, temperature, attention_mask, dropout_p)
     keep = _dropout(w, dropout_p, length=1)
-    if _takes_formula(w):
+    kernels = takes_kernels(w)
+    if not kernels and _takes_formula(w):
         return _bidirectional_formula(w, temperature, mask, keep, dropout_p)
     temperature = temperature.flatten().to(_statistics_dtype(w))
-    return _bidirectional_forward(w.transpose(1, 2), temperature, mask, keep, dropout_p).transpose(1, 2)
+    kernel_block = _kernel_block(w.shape[3], temperature.dtype) if kernels else 0
+    return _bidirectional_forward(w.transpose(1, 2), temperature, mask, keep, dropout_p, kernel_block).transpose(1, 2)
 
 
 def causal_token_statistics(
@@ -135,10 +142,14 @@ def causal_token_statistics(
     )
     batch_size, num_heads, length, head_dim = w.shape
     keep = _dropout(w, dropout_p, length)
+    kernels = takes_kernels(w)
     if length == 1:
+        # A compiler fuses a single step with what is around it.
+        if kernels and keep is None and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return _causal_step_kernel(w, temperature, position_bias, initial_state, mask)
         return _causal_step(w, temperature, position_bias, initial_state, mask, keep, dropout_p)
     runs = None if document_ids is None else document_runs(document_ids, mask)
-    if _takes_formula(w):
+    if not kernels and _takes_formula(w):
         return _causal_formula(w, temperature, position_bias, initial_state, mask, runs, keep, dropout_p)
     dtype = _statistics_dtype(w)
     if position_bias is not None:
@@ -147,9 +158,9 @@ def causal_token_statistics(
         initial_sums = w.new_zeros(batch_size, num_heads * (2 * head_dim + 1), dtype=dtype)
     else:
         initial_sums = _pack(initial_state).to(dtype)
-    out, sums = _causal_forward(
-        w.transpose(1, 2), temperature.flatten().to(dtype), position_bias, initial_sums, mask, runs, keep, dropout_p
-    )
+    w, temperature = w.transpose(1, 2), temperature.flatten().to(dtype)
+    kernel_block = _kernel_block(head_dim, dtype) if kernels else 0
+    out, sums = _causal_forward(w, temperature, position_bias, initial_sums, mask, runs, keep, dropout_p, kernel_block)
     # A slice would keep the sums before every block alive for as long as the state.
     return out.transpose(1, 2), _unpack(sums[:, -1].clone(), num_heads, head_dim)
 
@@ -259,6 +270,17 @@ def _causal_step(w, temperature, position_bias, initial_state, mask, keep, dropo
     return out, TokenStatisticsState(second_moment, weighted, total)
 
 
+def _causal_step_kernel(w, temperature, position_bias, initial_state, mask):
+    """[`_causal_step`] as one kernel, without gradients."""
+    from .kernels.token_statistics_kernels import causal_step
+
+    temperature = temperature.flatten().to(_statistics_dtype(w))
+    bias = None if position_bias is None else position_bias.squeeze(-1)
+    mask = None if mask is None else mask.squeeze(-1)
+    out, state = causal_step(w.squeeze(2), temperature, bias, initial_state, mask, _CAUSAL_FLOORS)
+    return out.unsqueeze(2), TokenStatisticsState(*state)
+
+
 def _causal_formula(w, temperature, position_bias, initial_state, mask, runs, keep, dropout_p):
     w = _real_tokens(w, mask)
     w2, temperature = _squares(w, temperature)
@@ -342,6 +364,12 @@ def _dropout(w, dropout_p, length):
 
 def _statistics_dtype(w):
     return torch.promote_types(w.dtype, torch.float32)
+
+
+def _kernel_block(head_dim, dtype):
+    """The tokens of a tile of the Triton kernels: a power of 2, and at least 16, as a factor of a matrix product."""
+    largest = 16 if dtype == torch.float64 else KERNEL_BLOCK_SIZE
+    return largest if head_dim <= 64 else max(16, largest // 2 if head_dim <= 128 else 16)
 
 
 def _pack(state):
@@ -506,12 +534,19 @@ def _causal_forward(
     runs: torch.Tensor | None,
     keep: torch.Tensor | None,
     dropout_p: float,
+    kernel_block: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     `w`, `keep` `[B, T, K, p]`, `temperature` `[K]`, `position_bias` `[B, T, K]`, `initial` `[B, K (2p + 1)]`: the output
-    like `w`, and the packed sums before every block and, last, after the sequence `[B, blocks + 1, K (2p + 1)]`.
+    like `w`, and the packed sums before every block and, last, after the sequence `[B, blocks + 1, K (2p + 1)]`. With
+    `kernel_block` not 0 by the Triton kernels, in blocks of that many tokens.
     """
-    out, sums = _causal_forward_fake(w, temperature, position_bias, initial, mask, runs, keep, dropout_p)
+    if kernel_block:
+        from .kernels.token_statistics_kernels import causal_forward
+
+        arguments = w, temperature, position_bias, initial, mask, runs, keep, dropout_p
+        return causal_forward(*arguments, _CAUSAL_FLOORS, kernel_block)
+    out, sums = _causal_forward_fake(w, temperature, position_bias, initial, mask, runs, keep, dropout_p, kernel_block)
     length = w.shape[1]
 
     # A function, so that the temporaries of a block are free for the next one.
@@ -535,9 +570,10 @@ def _causal_forward(
 
 
 @_causal_forward.register_fake
-def _causal_forward_fake(w, temperature, position_bias, initial, mask, runs, keep, dropout_p):
+def _causal_forward_fake(w, temperature, position_bias, initial, mask, runs, keep, dropout_p, kernel_block):
     out = torch.empty_like(w, memory_format=torch.contiguous_format)
-    num_blocks = (w.shape[1] + BLOCK_SIZE - 1) // BLOCK_SIZE
+    block_size = kernel_block or BLOCK_SIZE
+    num_blocks = (w.shape[1] + block_size - 1) // block_size
     return out, initial.new_empty(w.shape[0], num_blocks + 1, initial.shape[1])
 
 
@@ -552,12 +588,18 @@ def _causal_backward(
     runs: torch.Tensor | None,
     keep: torch.Tensor | None,
     dropout_p: float,
+    kernel_block: int,
     grad_out: torch.Tensor,
     grad_final: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients of `w`, `temperature`, `position_bias` (even of none) and `initial`."""
+    if kernel_block:
+        from .kernels.token_statistics_kernels import causal_backward
+
+        arguments = w, temperature, position_bias, sums, mask, runs, keep, dropout_p
+        return causal_backward(*arguments, _CAUSAL_FLOORS, kernel_block, grad_out, grad_final)
     grads = _causal_backward_fake(
-        w, temperature, position_bias, sums, mask, runs, keep, dropout_p, grad_out, grad_final
+        w, temperature, position_bias, sums, mask, runs, keep, dropout_p, kernel_block, grad_out, grad_final
     )
     grad_w, grad_temperature, grad_bias, grad_initial = grads
     grad_temperature.zero_()
@@ -613,7 +655,9 @@ def _causal_backward(
 
 
 @_causal_backward.register_fake
-def _causal_backward_fake(w, temperature, position_bias, sums, mask, runs, keep, dropout_p, grad_out, grad_final):
+def _causal_backward_fake(
+    w, temperature, position_bias, sums, mask, runs, keep, dropout_p, kernel_block, grad_out, grad_final
+):
     return (
         torch.empty_like(w, memory_format=torch.contiguous_format),
         torch.empty_like(temperature),
@@ -623,7 +667,7 @@ def _causal_backward_fake(w, temperature, position_bias, sums, mask, runs, keep,
 
 
 def _causal_setup_context(ctx, inputs, output):
-    *tensors, ctx.dropout_p = inputs
+    *tensors, ctx.dropout_p, ctx.kernel_block = inputs
     ctx.save_for_backward(*tensors, output[1])
 
 
@@ -638,11 +682,21 @@ def _causal_vjp(ctx, grad_out, grad_sums):
         grads = _formula_vjp(ctx, inputs, (out.transpose(1, 2), _pack(final)), (grad_out, grad_final))
     else:
         grads = _causal_backward(
-            w, temperature, position_bias, sums, mask, runs, keep, ctx.dropout_p, grad_out, grad_final
+            w,
+            temperature,
+            position_bias,
+            sums,
+            mask,
+            runs,
+            keep,
+            ctx.dropout_p,
+            ctx.kernel_block,
+            grad_out,
+            grad_final,
         )
         if position_bias is None:
             grads = (*grads[:2], None, grads[3])
-    return *grads, None, None, None, None
+    return *grads, None, None, None, None, None
 
 
 def _formula_vjp(ctx, inputs, outputs, grads):
@@ -663,9 +717,14 @@ def _bidirectional_forward(
     mask: torch.Tensor | None,
     keep: torch.Tensor | None,
     dropout_p: float,
+    kernel_block: int,
 ) -> torch.Tensor:
     """`w` `[B, N, K, p]`, `temperature` `[K]`, `keep` `[B, 1, K, p]`: the output like `w`."""
-    out = _bidirectional_forward_fake(w, temperature, mask, keep, dropout_p)
+    if kernel_block:
+        from .kernels.token_statistics_kernels import bidirectional_forward
+
+        return bidirectional_forward(w, temperature, mask, keep, dropout_p, _BIDIRECTIONAL_FLOORS, kernel_block)
+    out = _bidirectional_forward_fake(w, temperature, mask, keep, dropout_p, kernel_block)
     for rows in _row_groups(w, w.shape[1]):
         statistics = _compute_rows(rows, w, temperature, mask)
         factor = -1 / (1 + statistics.moment)
@@ -676,7 +735,7 @@ def _bidirectional_forward(
 
 
 @_bidirectional_forward.register_fake
-def _bidirectional_forward_fake(w, temperature, mask, keep, dropout_p):
+def _bidirectional_forward_fake(w, temperature, mask, keep, dropout_p, kernel_block):
     return torch.empty_like(w, memory_format=torch.contiguous_format)
 
 
@@ -715,10 +774,18 @@ def _bidirectional_backward(
     mask: torch.Tensor | None,
     keep: torch.Tensor | None,
     dropout_p: float,
+    kernel_block: int,
     grad_out: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The gradients of `w` and `temperature`."""
-    grad_w, grad_temperature = _bidirectional_backward_fake(w, temperature, mask, keep, dropout_p, grad_out)
+    if kernel_block:
+        from .kernels.token_statistics_kernels import bidirectional_backward
+
+        arguments = w, temperature, mask, keep, dropout_p, _BIDIRECTIONAL_FLOORS, kernel_block
+        return bidirectional_backward(*arguments, grad_out)
+    grad_w, grad_temperature = _bidirectional_backward_fake(
+        w, temperature, mask, keep, dropout_p, kernel_block, grad_out
+    )
     grad_temperature.zero_()
     for rows in _row_groups(w, w.shape[1]):
         x, w2, second_moment, score, membership, total, moment = _compute_rows(rows, w, temperature, mask)
@@ -746,12 +813,12 @@ def _bidirectional_backward(
 
 
 @_bidirectional_backward.register_fake
-def _bidirectional_backward_fake(w, temperature, mask, keep, dropout_p, grad_out):
+def _bidirectional_backward_fake(w, temperature, mask, keep, dropout_p, kernel_block, grad_out):
     return torch.empty_like(w, memory_format=torch.contiguous_format), torch.empty_like(temperature)
 
 
 def _bidirectional_setup_context(ctx, inputs, output):
-    *tensors, ctx.dropout_p = inputs
+    *tensors, ctx.dropout_p, ctx.kernel_block = inputs
     ctx.save_for_backward(*tensors)
 
 
@@ -761,8 +828,8 @@ def _bidirectional_vjp(ctx, grad_out):
         out = _bidirectional_formula(w.transpose(1, 2), temperature, mask, keep, ctx.dropout_p).transpose(1, 2)
         grads = _formula_vjp(ctx, (w, temperature), (out,), (grad_out,))
     else:
-        grads = _bidirectional_backward(w, temperature, mask, keep, ctx.dropout_p, grad_out)
-    return *grads, None, None, None
+        grads = _bidirectional_backward(w, temperature, mask, keep, ctx.dropout_p, ctx.kernel_block, grad_out)
+    return *grads, None, None, None, None
 
 
 _bidirectional_forward.register_autograd(_bidirectional_vjp, setup_context=_bidirectional_setup_context)

@@ -4,10 +4,20 @@ import os
 
 import pytest
 import test_summation
+import test_token_statistics
 import torch
+from test_token_statistics import TOLERANCES, loop_bidirectional, loop_causal, requiring_grad
 from testing import assert_close
 
-from modeling_sumagg.ops import causal_sum, causal_sum_reference, set_kernels
+from modeling_sumagg.ops import (
+    TokenStatisticsState,
+    causal_sum,
+    causal_sum_reference,
+    causal_token_statistics,
+    causal_token_statistics_reference,
+    set_kernels,
+    token_statistics,
+)
 from modeling_sumagg.ops.kernels import running_sum_kernels
 
 
@@ -22,6 +32,7 @@ def kernels(monkeypatch):
         # Short sequences then have many tiles.
         monkeypatch.setattr(running_sum_kernels, "BLOCK_T", 16)
         monkeypatch.setattr(running_sum_kernels, "BLOCK_BYTES", 64)
+        monkeypatch.setattr(test_token_statistics.module, "KERNEL_BLOCK_SIZE", 16)
     yield
     set_kernels("auto")
 
@@ -34,13 +45,13 @@ def many_processors(monkeypatch):
 
 
 def to_device(*values):
-    """Tensors, tuples and dictionaries of them on the device; the layout stays."""
+    """Tensors, states and dictionaries of them on the device; the layout stays."""
     moved = []
     for value in values:
         if isinstance(value, dict):
             moved.append({name: to_device(x)[0] for name, x in value.items()})
-        elif isinstance(value, tuple):
-            moved.append(tuple(to_device(*value)))
+        elif isinstance(value, TokenStatisticsState):
+            moved.append(TokenStatisticsState(*to_device(*value)))
         else:
             moved.append(value.to(DEVICE) if isinstance(value, torch.Tensor) else value)
     return moved
@@ -137,3 +148,170 @@ def test_compiled_sum():
     (expected,) = torch.autograd.grad(function(x, arguments), x)
     (actual,) = torch.autograd.grad(compiled(x, arguments), x)
     assert torch.equal(actual, expected)
+
+
+def check_statistics(inputs, arguments, *, causal):
+    """Outputs and gradients of what `test_token_statistics.draw` drew, against the loop over tokens in float64."""
+    mask = arguments["attention_mask"]
+    (w, temperature, bias, state), expected_leaves = requiring_grad(inputs, torch.float64)
+    if causal:
+        out, _, final = loop_causal(w, temperature, bias, state, **arguments)
+    else:
+        (out, _), final = loop_bidirectional(w, temperature, mask), []
+        expected_leaves = expected_leaves[:2]
+    weights = [torch.randn(x.shape).bfloat16().double() for x in (out, *final)]
+    loss = sum((x * weight).sum() for x, weight in zip((out, *final), weights, strict=True))
+    loss = loss + sum(0 * x.nan_to_num(0, 0, 0).sum() for x in expected_leaves)
+    expected = (out, *final, *torch.autograd.grad(loss, expected_leaves))
+
+    (w, temperature, bias, state), leaves = requiring_grad(to_device(*inputs))
+    arguments = to_device(arguments)[0]
+    if causal:
+        state = None if state is None else TokenStatisticsState(*state)
+        out, final = causal_token_statistics(w, temperature, bias, initial_state=state, **arguments)
+    else:
+        out, final = token_statistics(w, temperature, attention_mask=arguments["attention_mask"]), ()
+        leaves = leaves[:2]
+    assert out.dtype == w.dtype and out.transpose(1, 2).is_contiguous()
+    if mask is not None:
+        # The gradient of an output that is not there may be anything.
+        weights[0] = weights[0].masked_fill(~mask[:, None, :, None], torch.nan)
+    weights = [weight.to(x) for weight, x in zip(weights, (out, *final), strict=True)]
+    actual = (out, *final, *torch.autograd.grad((out, *final), leaves, weights))
+    tolerance, grad_tolerance = TOLERANCES[w.dtype]
+    # The interpreter cuts bfloat16 off instead of rounding it.
+    tolerance *= 2 if INTERPRETED else 1
+    for i, (result, reference) in enumerate(zip(actual, expected, strict=True)):
+        assert_close(result.cpu(), reference, tolerance if i <= len(final) else grad_tolerance)
+
+
+STATISTICS_SIZES = {
+    "odd": {"num_heads": 3, "length": 17, "head_dim": 5},
+    "even": {"num_heads": 2, "length": 48, "head_dim": 16},
+    "at the floor": {"num_heads": 2, "length": 35, "head_dim": 2, "scale": 1e-6},
+}
+STATISTICS_CASES = [
+    ("odd", False, False, torch.float32),
+    ("odd", True, True, torch.float64),
+    ("odd", True, True, torch.bfloat16),
+    ("even", True, False, torch.float32),
+    ("even", False, True, torch.bfloat16),
+    ("at the floor", True, True, torch.float32),
+    ("at the floor", False, False, torch.float64),
+]
+
+
+@pytest.mark.parametrize("size, masked, packed, dtype", STATISTICS_CASES)
+def test_causal_statistics_are_the_loop(size, masked, packed, dtype):
+    plain = not masked and not packed
+    drawn = test_token_statistics.draw(
+        **STATISTICS_SIZES[size],
+        masked=masked,
+        packed=packed,
+        dtype=dtype,
+        biased=not plain,
+        stateful=not plain,
+        seed=1,
+    )
+    check_statistics(*drawn, causal=True)
+
+
+@pytest.mark.parametrize("size, masked, packed, dtype", STATISTICS_CASES)
+def test_bidirectional_statistics_are_the_loop(size, masked, packed, dtype):
+    drawn = test_token_statistics.draw(
+        **STATISTICS_SIZES[size], masked=masked, packed=False, dtype=dtype, biased=False, stateful=False, seed=2
+    )
+    check_statistics(*drawn, causal=False)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_statistics_over_many_tiles(packed, many_processors):
+    drawn = test_token_statistics.draw(1, 2, 150, 2, dtype=torch.float32, masked=False, packed=packed)
+    check_statistics(*drawn, causal=True)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_statistics_with_dropout(causal):
+    w, temperature, bias = to_device(torch.randn(2, 3, 40, 8), torch.randn(3), torch.randn(3, 40))
+    results = []
+    for mode in ("triton", "torch"):
+        set_kernels(mode)
+        torch.manual_seed(0)
+        leaves = [x.clone().requires_grad_() for x in (w, temperature)]
+        if causal:
+            out, _ = causal_token_statistics(*leaves, bias, dropout_p=0.3)
+        else:
+            out = token_statistics(*leaves, dropout_p=0.3)
+        results.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
+    for actual, expected in zip(*results, strict=True):
+        assert_close(actual, expected)
+
+
+def test_second_derivatives_of_the_statistics():
+    w, temperature = to_device(torch.randn(1, 2, 18, 1).double(), torch.ones(2).double())
+    inputs = w.requires_grad_(), temperature.requires_grad_()
+
+    def causal(w, temperature):
+        out, state = causal_token_statistics(w, temperature, None)
+        return out, *state
+
+    for function in (causal, token_statistics):
+        assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
+        assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("begin", [1, 16, 40])
+def test_nothing_of_an_earlier_document_is_left_in_the_statistics(begin):
+    w, temperature, ids = to_device(torch.randn(1, 2, 60, 3), torch.ones(2), (torch.arange(60) >= begin).long()[None])
+    w[:, :, :begin] *= 1e6
+    out, final = causal_token_statistics(w, temperature, None, document_ids=ids)
+    expected, expected_final = causal_token_statistics_reference(w[:, :, begin:].double(), temperature.double(), None)
+    for actual, reference in zip((out[:, :, begin:], *final), (expected, *expected_final), strict=True):
+        assert_close(actual, reference, 2e-6)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCES))
+@pytest.mark.parametrize("masked, stateful", [(False, False), (True, True)])
+@torch.no_grad()
+def test_a_decode_step_of_the_statistics_is_the_loop(masked, stateful, dtype):
+    inputs, arguments = test_token_statistics.draw(
+        3, 3, 1, 5, masked=masked, stateful=stateful, biased=stateful, packed=False, dtype=dtype
+    )
+    (w, temperature, bias, state), _ = requiring_grad(inputs, torch.float64)
+    out, _, final = loop_causal(w, temperature, bias, state, **arguments)
+    w, temperature, bias, state, arguments = to_device(*inputs, arguments)
+    actual, actual_final = causal_token_statistics(w, temperature, bias, initial_state=state, **arguments)
+    assert_close(actual.cpu(), out, 2 * TOLERANCES[dtype][0])
+    for sums, reference in zip(actual_final, final, strict=True):
+        assert_close(sums.cpu(), reference, 2e-6)
+
+
+def test_compiled_statistics():
+    w, temperature, bias, state = to_device(*test_token_statistics.draw(dtype=torch.float32)[0])
+    w, bias = w.nan_to_num(0, 0, 0), bias.nan_to_num(0)
+    leaves = w.requires_grad_(), temperature.requires_grad_()
+
+    def function(w, temperature):
+        out, final = causal_token_statistics(w, temperature, bias, initial_state=state)
+        return token_statistics(w, temperature).square().sum() + out.square().sum() + sum(x.sum() for x in final)
+
+    expected = torch.autograd.grad(function(*leaves), leaves)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for actual, reference in zip(torch.autograd.grad(compiled(*leaves), leaves), expected, strict=True):
+        assert_close(actual, reference, 1e-6)
+
+
+def test_the_state_for_backward_of_the_statistics_is_small():
+    w = torch.randn(2, 128, 2, 64, device=DEVICE).transpose(1, 2).requires_grad_()
+    storages = {}
+
+    def pack(x):
+        storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        causal_token_statistics(w, torch.ones(2, device=DEVICE), None)
+    # Of each sequence the sums at the borders of the tiles, and once more those before the first.
+    borders = 128 // test_token_statistics.module.KERNEL_BLOCK_SIZE + 2
+    size, sums = w.untyped_storage().nbytes(), 2 * borders * 2 * (2 * 64 + 1) * 4
+    assert size <= sum(storages.values()) <= size + sums + 100

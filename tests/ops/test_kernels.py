@@ -1,24 +1,63 @@
-"""The Triton kernels in Triton's interpreter, which is chosen for a whole process."""
+"""The Triton kernels without a GPU: in Triton's interpreter, and compiled for an H100."""
 
+import logging
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from modeling_sumagg.ops import causal_sum, set_kernels
+from modeling_sumagg.ops.kernels import kernel_dispatch
 
 
-pytest.importorskip("triton")
-
-
-@pytest.mark.parametrize("operator", ["sum"])
-def test_in_the_interpreter(operator):
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "kernel_cases.py", "-k", operator]
+def run_python(*arguments, **environment):
+    """In another process: Triton chooses between its compiler and its interpreter when it is imported."""
     process = subprocess.run(
-        command,
+        [sys.executable, *arguments],
         cwd=Path(__file__).parent,
-        env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **environment},
         capture_output=True,
         text=True,
     )
-    assert process.returncode == 0, process.stdout
+    assert process.returncode == 0, process.stdout + process.stderr
+
+
+@pytest.mark.parametrize("operator", ["sum", "statistics"])
+def test_in_the_interpreter(operator):
+    pytest.importorskip("triton")
+    run_python("-m", "pytest", "-q", "-p", "no:cacheprovider", "kernel_cases.py", "-k", operator, TRITON_INTERPRET="1")
+
+
+@pytest.mark.slow
+def test_every_kernel_compiles_for_an_h100(tmp_path):
+    """The compiler refuses what the interpreter takes, such as a variable that changes its type."""
+    pytest.importorskip("triton")
+    run_python("compile_kernels.py", TRITON_CACHE_DIR=str(tmp_path))
+
+
+@pytest.fixture
+def mode():
+    yield
+    set_kernels("auto")
+
+
+def test_modes(mode):
+    with pytest.raises(ValueError, match=r"one of \('auto', 'triton', 'torch'\), got 'cuda'"):
+        set_kernels("cuda")
+    pytest.importorskip("triton")
+    set_kernels("triton")
+    with pytest.raises(ValueError, match="run on CUDA tensors, got one on 'cpu'.*TRITON_INTERPRET=1"):
+        causal_sum(torch.ones(1, 2, 3))
+
+
+def test_without_triton_one_line_says_so(monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    kernel_dispatch._has_triton.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        answers = {kernel_dispatch._has_kernels("auto", "cuda") for _ in range(3)}
+    kernel_dispatch._has_triton.cache_clear()
+    assert answers == {False} and len(caplog.records) == 1
+    assert "Triton cannot be imported" in caplog.text and "set_kernels('torch')" in caplog.text

@@ -16,6 +16,7 @@ except ImportError as error:
 
 
 BLOCK_T = 64  # tokens of a tile; at least 16, as a factor of a matrix product
+FLOAT64_BLOCK_T = 16
 BLOCK_BYTES = 128  # of a row of a tile: a line of the cache
 MIN_BLOCK_D = 16  # channels, as a factor of a matrix product
 SEGMENT_TILES = 4  # the shortest segment, in tiles
@@ -35,7 +36,7 @@ def multiply(terms, x):
     # The interpreter would multiply bfloat16 by their bit patterns.
     if INTERPRETED and x.dtype == tl.bfloat16:
         x = x.to(tl.float32)
-    return tl.dot(terms.to(x.dtype), x, out_dtype=tl.float64 if x.dtype == tl.float64 else tl.float32)
+    return tl.dot(terms.to(x.dtype), x)
 
 
 @triton.jit
@@ -45,9 +46,12 @@ def sum_rows(terms, x, carry):
     which is added last.
 
     A matrix product, exact but for the rounding of the sums: of 16-bit numbers with zeros and ones, and of float32 as
-    three bfloat16, which hold its 24 bits. A scan would pass every partial sum from thread to thread.
+    three bfloat16, which hold its 24 bits. A scan would pass every partial sum from thread to thread. Float64, for which
+    Triton's products do not compile reliably, is added up plainly; its tiles are short.
     """
-    if x.dtype == tl.float32:
+    if x.dtype == tl.float64:
+        sums = tl.sum(tl.where(terms[:, :, None], x[None, :, :], 0.0), 1)
+    elif x.dtype == tl.float32:
         high = x.to(tl.bfloat16)
         x -= high.to(tl.float32)
         middle = x.to(tl.bfloat16)
@@ -180,13 +184,15 @@ def running_sum_kernel(
             end_run = tl.min(runs, 0) if REVERSE else tl.max(runs, 0)
 
         if not TOTALS:
+            y = carry
+            if HAS_RUNS:
+                y = tl.where((runs == carry_run)[:, None], y, 0.0)
             if BLOCK_T == 1:
-                y = carry + x.to(dtype)
+                y += x.to(dtype)
             elif HAS_RUNS:
-                y = tl.where((runs == carry_run)[:, None], carry, 0.0)
                 y = sum_rows(ordered & (runs[:, None] == runs[None, :]), x, y)
             else:
-                y = sum_rows(ordered, x, carry)
+                y = sum_rows(ordered, x, y)
             if REVERSE:
                 if HAS_GATE:
                     y = tl.where(gate <= 0.0, 0.0, y)
@@ -252,7 +258,7 @@ def running_sum(
         `tuple[torch.Tensor, torch.Tensor]`: y in the dtype of `x`, and the last sum `[B, D]` in the dtype of `initial`.
     """
     batch_size, length, hidden_size = x.shape
-    x = _channels_last(x)
+    x = channels_last(x)
     y = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
     initial = initial.contiguous()
     final = torch.empty_like(initial)
@@ -260,11 +266,11 @@ def running_sum(
         runs = runs.contiguous()
         initial_run = runs[:, -1 if reverse else 0] if initial_run is None else initial_run
         initial_run = initial_run.contiguous()
-    gate = None if gate is None else _channels_last(gate)
+    gate = None if gate is None else channels_last(gate)
     scale = None if scale is None else scale.contiguous()
     mask = None if mask is None else mask.contiguous()
 
-    block_t = 1 if length == 1 else BLOCK_T
+    block_t = 1 if length == 1 else FLOAT64_BLOCK_T if initial.dtype == torch.float64 else BLOCK_T
     num_tiles = triton.cdiv(length, block_t)
     block_d, num_segments = _partition(x, num_tiles)
     segment_tiles = triton.cdiv(num_tiles, num_segments)
@@ -304,7 +310,7 @@ def running_sum(
     return y, final
 
 
-def _channels_last(x: torch.Tensor) -> torch.Tensor:
+def channels_last(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
