@@ -165,6 +165,7 @@ def main() -> None:
         output_dir="runs/clm",
         num_train_epochs=0.5,
         per_device_train_batch_size=4,
+        per_device_eval_batch_size=4,
         learning_rate=2e-3,
         lr_scheduler_type="cosine",
         warmup_steps=0.1,

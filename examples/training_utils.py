@@ -506,7 +506,7 @@ def plot_training(log_history: list[dict], metric: str, references: dict[str, fl
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.3)
-        axes.legend(frameon=False)
+        axes.legend(framealpha=0.9)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
