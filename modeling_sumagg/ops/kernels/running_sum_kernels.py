@@ -5,6 +5,8 @@ is read once and written once. Where there are too few stripes for the device, t
 run at the same time, after a pass that reads the sequence once more for the sum of each segment.
 """
 
+import functools
+
 import torch
 
 
@@ -221,6 +223,18 @@ def running_sum_kernel(
         tl.store(final_ptr + batch * D + channel[None, :] + 0 * row[:, None], carry, mask=is_first)
 
 
+def on_its_device(function):
+    """Triton launches on the current device, which need not be that of the first argument."""
+
+    @functools.wraps(function)
+    def wrapped(x, *args, **kwargs):
+        with torch.cuda.device_of(x):
+            return function(x, *args, **kwargs)
+
+    return wrapped
+
+
+@on_its_device
 def running_sum(
     x: torch.Tensor,
     gate: torch.Tensor | None,

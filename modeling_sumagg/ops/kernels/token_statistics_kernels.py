@@ -12,7 +12,7 @@ Letters as in `token_statistics`: `w` `[B, T, K, p]`, `share` Π. `F` is the num
 
 import torch
 
-from .running_sum_kernels import channels_last, running_sum, sum_rows
+from .running_sum_kernels import channels_last, on_its_device, running_sum, sum_rows
 
 
 try:
@@ -683,6 +683,7 @@ class _Launcher:
         running_sum(totals, None, None, initial, None, runs, initial_run=initial_run, reverse=reverse, out=totals)
 
 
+@on_its_device
 def causal_forward(w, temperature, position_bias, initial, mask, runs, keep, dropout_p, floors, block_t):
     """
     The causal operator.
@@ -720,6 +721,7 @@ def causal_forward(w, temperature, position_bias, initial, mask, runs, keep, dro
     return out, sums
 
 
+@on_its_device
 def causal_backward(
     w, temperature, position_bias, sums, mask, runs, keep, dropout_p, floors, block_t, grad_out, grad_final
 ):
@@ -763,6 +765,7 @@ def _bidirectional_totals(launcher, temperature, num_sums):
     return share, score
 
 
+@on_its_device
 def bidirectional_forward(w, temperature, mask, keep, dropout_p, floors, block_t):
     """The bidirectional operator; the arguments are those of [`causal_forward`], with `keep` `[B, 1, K, p]`."""
     launcher = _Launcher(w, temperature, mask, None, keep, dropout_p, floors, block_t, is_causal=False)
@@ -773,6 +776,7 @@ def bidirectional_forward(w, temperature, mask, keep, dropout_p, floors, block_t
     return out
 
 
+@on_its_device
 def bidirectional_backward(w, temperature, mask, keep, dropout_p, floors, block_t, grad_out):
     """The gradients of `w` and `temperature` of [`bidirectional_forward`]."""
     launcher = _Launcher(w, temperature, mask, None, keep, dropout_p, floors, block_t, is_causal=False)
@@ -793,6 +797,7 @@ def bidirectional_backward(w, temperature, mask, keep, dropout_p, floors, block_
     return grad_w, (logit_grad * score).sum((0, 1))
 
 
+@on_its_device
 def causal_step(w, temperature, position_bias, state, mask, floors):
     """
     The causal operator for one token, without gradients.
