@@ -226,7 +226,7 @@ def test_bidirectional_statistics_are_the_loop(size, masked, packed, dtype):
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_statistics_over_many_tiles(packed, many_processors):
-    drawn = test_token_statistics.draw(1, 2, 150, 2, dtype=torch.float32, masked=False, packed=packed)
+    drawn = test_token_statistics.draw(1, 2, 100, 2, dtype=torch.float32, masked=False, packed=packed)
     check_statistics(*drawn, causal=True)
 
 
@@ -287,7 +287,7 @@ def test_a_decode_step_of_the_statistics_is_the_loop(masked, stateful, dtype):
 
 
 def test_compiled_statistics():
-    w, temperature, bias, state = to_device(*test_token_statistics.draw(dtype=torch.float32)[0])
+    w, temperature, bias, state = to_device(*test_token_statistics.draw(1, 2, 18, dtype=torch.float32)[0])
     w, bias = w.nan_to_num(0, 0, 0), bias.nan_to_num(0)
     leaves = w.requires_grad_(), temperature.requires_grad_()
 
