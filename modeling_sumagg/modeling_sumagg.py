@@ -29,6 +29,7 @@ from .configuration.configuration_sumagg import SumAggConfig
 from .generation import RecurrentGenerationMixin
 from .heads import ForCausalLM, ForSequenceClassification, ForTokenClassification, check_labels
 from .ops.summation import bidirectional_sum, causal_sum
+from .ops.token_blocks import token_wise
 from .sequence import (
     SequenceLayout,
     check_ids,
@@ -83,7 +84,7 @@ class SumAggSummation(nn.Module):
         sum_scale: torch.Tensor | None,
         past_key_values: Cache | None = None,
     ) -> torch.Tensor:
-        terms = self.hidden_proj(self.in_proj(hidden_states).relu())
+        terms = token_wise(lambda tokens: self.hidden_proj(self.in_proj(tokens).relu()), hidden_states)
         mask, document_ids = layout.attention_mask, layout.document_ids
         if not self.is_causal:
             sums = bidirectional_sum(terms.relu(), attention_mask=mask, document_ids=document_ids)
@@ -195,6 +196,9 @@ class SumAggDecoderLayer(GradientCheckpointingLayer):
             mixed = self.mixer(mixer_input, layout, sum_scale, past_key_values=past_key_values)
         else:
             mixed, _ = self.mixer(mixer_input, attention_mask, layout, past_key_values=past_key_values, **kwargs)
+        return token_wise(self._after_mixer, hidden_states, mixed)
+
+    def _after_mixer(self, hidden_states: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
         hidden_states = hidden_states + self.dropout(mixed)
         if not self.norm_first:
             hidden_states = self.mixer_norm(hidden_states)

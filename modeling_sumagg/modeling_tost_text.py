@@ -22,6 +22,7 @@ from .cache import adopt_cache
 from .configuration.configuration_tost import ToSTTextConfig
 from .generation import RecurrentGenerationMixin
 from .heads import ForCausalLM, ForSequenceClassification, ForTokenClassification
+from .ops.token_blocks import token_wise
 from .ops.token_statistics import TokenStatisticsState, causal_token_membership, causal_token_statistics
 from .sequence import (
     SequenceLayout,
@@ -174,6 +175,9 @@ class ToSTTextDecoderLayer(GradientCheckpointingLayer):
         mixed, _ = self.attention(
             self.norm1(hidden_states), attention_mask, layout, past_key_values=past_key_values, **kwargs
         )
+        return token_wise(self._after_mixer, hidden_states, mixed)
+
+    def _after_mixer(self, hidden_states: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
         hidden_states = hidden_states + self.layer_scale1 * self.dropout(mixed)
         return hidden_states + self.layer_scale2 * self.dropout(self.mlp(self.norm2(hidden_states)))
 

@@ -5,6 +5,7 @@ import os
 from .kernels.kernel_dispatch import set_kernels
 from .sliding_attention import sliding_window_attention
 from .summation import bidirectional_sum, causal_sum, causal_sum_reference, document_runs
+from .token_blocks import token_wise
 from .token_statistics import (
     TokenStatisticsState,
     causal_token_membership,
@@ -30,6 +31,7 @@ __all__ = [
     "token_membership",
     "token_statistics",
     "token_statistics_reference",
+    "token_wise",
 ]
 
 set_kernels(os.environ.get("MODELING_SUMAGG_KERNELS", "auto"))

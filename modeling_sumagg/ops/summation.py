@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from .kernels.kernel_dispatch import takes_kernels
+from .token_blocks import token_wise
 
 
 # Long enough for the triangular product to be a matrix product, short enough for its C·T·D work to stay small.
@@ -115,10 +116,11 @@ def causal_sum(
         return _running_sum(x, None, scale, initial_state, mask, runs, relu, False)
 
     terms = _masked_terms(x, attention_mask)
-    if relu:
-        terms = terms.relu()
     if length == 0:
         return x, initial_state
+    is_chunked = length > 1 and document_ids is None and x.device.type == "cpu" and not torch.compiler.is_exporting()
+    if relu and not is_chunked:
+        terms = terms.relu()
     if length == 1:
         y = terms + initial_state[:, None]
         return _scaled(y, scale).to(x.dtype), y[:, 0]
@@ -128,12 +130,15 @@ def causal_sum(
         if document_ids is not None:
             runs = document_runs(document_ids, attention_mask)
             y = _segmented_sum(terms, runs, initial_state, runs[:, 0])
-        elif x.device.type == "cpu" and not torch.compiler.is_exporting():
-            y = _chunked_sum(terms, initial_state)
+        elif is_chunked:
+            y = _chunked_sum(terms, initial_state, relu)
         else:
             y = torch.cumsum(terms, dim=1) + initial_state[:, None]
     # A slice would keep the sums of the whole segment alive for as long as the state.
-    return _scaled(y, scale).to(x.dtype), y[:, -1].clone()
+    final_state = y[:, -1].clone()
+    if scale is not None:
+        y *= scale.detach()[..., None]
+    return y.to(x.dtype), final_state
 
 
 def bidirectional_sum(
@@ -231,18 +236,22 @@ def _to_chunks(x: torch.Tensor) -> torch.Tensor:
     return x.unflatten(1, (num_chunks, CHUNK_SIZE))
 
 
-def _chunked_sum(terms: torch.Tensor, initial_state: torch.Tensor) -> torch.Tensor:
+def _chunked_sum(terms: torch.Tensor, initial_state: torch.Tensor, relu: bool) -> torch.Tensor:
     """
     Running sum `[B, T, D]` as a product with a lower triangle of ones inside each chunk plus the sum before the chunk.
 
-    Several times faster on a CPU than `torch.cumsum` along time, which walks memory with stride D. Linear, so autograd
-    saves none of the activations, and differentiates it any number of times.
+    Several times faster on a CPU than `torch.cumsum` along time, which walks memory with stride D. Linear but for the
+    sign of the terms, so that autograd differentiates it any number of times and saves no more than that needs.
     """
-    length = terms.shape[1]
-    chunks = _to_chunks(terms)
+    length, hidden_size = terms.shape[1:]
     triangle = torch.ones(CHUNK_SIZE, CHUNK_SIZE, dtype=terms.dtype, device=terms.device).tril()
-    totals = torch.cat([initial_state[:, None], chunks[:, :-1].sum(dim=2)], dim=1)
-    y = torch.matmul(triangle, chunks)
+
+    def sum_chunks(chunks: torch.Tensor) -> torch.Tensor:
+        chunks = chunks.unflatten(-1, (CHUNK_SIZE, hidden_size))
+        return torch.matmul(triangle, chunks.relu() if relu else chunks).flatten(-2)
+
+    y = token_wise(sum_chunks, _to_chunks(terms).flatten(2)).unflatten(2, (CHUNK_SIZE, hidden_size))
+    totals = torch.cat([initial_state[:, None], y[:, :-1, -1]], dim=1)
     y += totals.cumsum(dim=1)[:, :, None]
     return y.flatten(1, 2)[:, :length]
 
