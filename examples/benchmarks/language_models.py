@@ -9,9 +9,9 @@ same width, depth and vocabulary, with random weights. The floor is the matrix p
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 from benchmark_utils import BenchmarkArguments, benchmark, write_results
@@ -142,19 +142,23 @@ def linear_shapes(model: PreTrainedModel, length: int, last_only: bool) -> Itera
 
 def matrix_products(model: PreTrainedModel, length: int, training: bool) -> Callable[[], None]:
     """The matrix products of the linear layers, with nothing between them and on memory that is there already."""
-    options = {"dtype": model.dtype, "device": model.device}
-    layers = []
-    for rows, inputs, outputs in linear_shapes(model, length, last_only=not training):
-        shapes = [(rows, inputs), (outputs, inputs), (rows, outputs)]
-        layers.append([torch.randn(*shape, **options) for shape in shapes])
+
+    # One tensor for all of a role and a shape: with one for each layer, little memory would be left for the models.
+    @functools.cache
+    def tensor(role: str, *shape: int) -> torch.Tensor:
+        return torch.randn(shape, dtype=model.dtype, device=model.device)
+
+    layers = list(linear_shapes(model, length, last_only=not training))
+    weights = [tensor(f"weight of {i}", outputs, inputs) for i, (_, inputs, outputs) in enumerate(layers)]
 
     def run() -> None:
-        for x, weight, y in layers:
-            torch.mm(x, weight.T, out=y)
+        for weight, (rows, inputs, outputs) in zip(weights, layers, strict=True):
+            torch.mm(tensor("input", rows, inputs), weight.T, out=tensor("output", rows, outputs))
         if training:
-            for x, weight, y in reversed(layers):
-                torch.mm(y.T, x, out=weight)
-                torch.mm(y, weight, out=x)
+            for weight, (rows, inputs, outputs) in zip(weights, layers, strict=True):
+                grad_output = tensor("output", rows, outputs)
+                torch.mm(grad_output.T, tensor("input", rows, inputs), out=tensor("grad of weight", outputs, inputs))
+                torch.mm(grad_output, weight, out=tensor("grad of input", rows, inputs))
 
     return run
 
@@ -229,8 +233,8 @@ def prepare_run(arguments: LanguageModelArguments, name: str, length: int) -> Ca
         return Decoder(model, length, max_length, static=arguments.compile).run
     input_ids = random_tokens(arguments, length)
     if arguments.work == "prefill":
-        return partial(prefill, model, input_ids)
-    return partial(training_step, model, input_ids, torch.optim.AdamW(model.parameters()))
+        return functools.partial(prefill, model, input_ids)
+    return functools.partial(training_step, model, input_ids, torch.optim.AdamW(model.parameters()))
 
 
 def main() -> None:
