@@ -132,7 +132,8 @@ class ToSTEmbeddings(nn.Module):
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         patches = self.patch_embeddings(pixel_values)
         patches = patches + self.position_embeddings(*patches.shape[-2:])
-        return self.dropout(patches.flatten(2).transpose(1, 2))
+        # A transposed view would hand its layout on to every residual sum, and each norm would copy it.
+        return self.dropout(patches.flatten(2).transpose(1, 2).contiguous())
 
 
 class ToSTAttention(nn.Module):
