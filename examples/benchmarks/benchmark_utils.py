@@ -242,7 +242,7 @@ def write_results(
 
 def _plot(rows: list[Row], title: str, size_name: str, path: Path) -> None:
     with_memory = any(row.peak_bytes is not None for row in rows)
-    figure, axes = plt.subplots(1, 1 + with_memory, figsize=(6 + 4 * with_memory, 4.5), squeeze=False)
+    figure, axes = plt.subplots(1, 1 + with_memory, figsize=(8 + 3 * with_memory, 5), squeeze=False)
     panels = [("seconds", lambda row: row.median)]
     if with_memory:
         panels.append(("peak memory (MiB)", lambda row: row.peak_bytes and row.peak_bytes / 2**20))
@@ -257,8 +257,10 @@ def _plot(rows: list[Row], title: str, size_name: str, path: Path) -> None:
         axis.set_xticks(sizes, [str(size) for size in sizes])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
-    figure.suptitle(title)
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    figure.suptitle(title.replace("; ", "\n", 1), fontsize="medium")
+    figure.legend(
+        *axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize="small"
+    )
     figure.set_layout_engine("constrained")
     figure.savefig(path, dpi=150)
     plt.close(figure)
