@@ -42,6 +42,14 @@ def test_paths_exist():
     assert not [path for path in sorted(paths) if not (ROOT / path).exists()]
 
 
+def test_tables_of_speed_are_what_the_benchmarks_wrote():
+    section = README.split("## Speed")[1].split("\n## ")[0]
+    rows = re.findall(r"^\|.*", section, re.MULTILINE)
+    results = [file.read_text(encoding="utf-8") for file in (ROOT / "examples/benchmarks/results").rglob("*.md")]
+    assert len(rows) >= 20
+    assert not [row for row in rows if not any(row in written for written in results)]
+
+
 def original_checkpoint(name: str, path: Path) -> None:
     tensors = load_file(ROOT / "tests" / "golden" / f"{name}.safetensors")
     torch.save({key.removeprefix("weights."): t for key, t in tensors.items() if key.startswith("weights.")}, path)
