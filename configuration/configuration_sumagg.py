@@ -56,6 +56,8 @@ class SumAggConfig(PreTrainedConfig):
         lm_head_bias (`bool`, defaults to `False`): whether the output projection has a bias (published: yes).
         tie_word_embeddings (`bool`, defaults to `True`): whether the output projection is the embedding table
             (published: no).
+        fuse_linear_cross_entropy (`bool`, defaults to `False`): whether a language model in training computes its loss
+            without ever holding the logits of all tokens, and returns none. Needs PyTorch's `linear_cross_entropy`.
         use_cache (`bool`, defaults to `True`): whether the model returns its decode state.
         bos_token_id, eos_token_id, pad_token_id (`int`, *optional*): the special tokens.
 
@@ -112,6 +114,7 @@ class SumAggConfig(PreTrainedConfig):
     initializer_range: float = 0.02
     lm_head_bias: bool = False
     tie_word_embeddings: bool = True
+    fuse_linear_cross_entropy: bool = False
     use_cache: bool = True
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None

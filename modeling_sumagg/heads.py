@@ -4,6 +4,8 @@ A class that inherits one provides `model` and the modules that the head names.
 """
 
 import torch
+from torch import nn
+from torch.nn import functional as F
 from transformers import Cache
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
@@ -38,8 +40,11 @@ class ForCausalLM:
             logits_to_keep (`int` or `torch.Tensor`, defaults to 0): compute the logits of the last so many tokens
                 only, 0 for all; or the indices of the tokens.
 
+        With `labels`, in training and with `config.fuse_linear_cross_entropy`, there is a loss but no `logits`.
+
         The other arguments and the errors are those of the bare model's `forward`. Also raised:
-            `ValueError`: `labels` of another shape than the logits, or outside the vocabulary.
+            `ValueError`: `labels` of another shape than the logits, or outside the vocabulary; an output layer that
+                the fused loss does not know.
         """
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
@@ -51,11 +56,16 @@ class ForCausalLM:
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
-        loss = None
+        hidden_states = outputs.last_hidden_state[:, kept]
+        loss = logits = None
         if labels is not None:
-            check_labels(labels, logits.shape[:2], "[B, T]", self.config.vocab_size)
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            check_labels(labels, hidden_states.shape[:2], "[B, T]", self.config.vocab_size)
+        if labels is not None and self.training and self.config.fuse_linear_cross_entropy:
+            loss = fused_language_model_loss(hidden_states, self.lm_head, labels, is_causal=True, **kwargs)
+        else:
+            logits = self.lm_head(hidden_states)
+            if labels is not None:
+                loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -188,3 +198,71 @@ def check_labels(labels: torch.Tensor, shape: torch.Size, meaning: str, num_clas
     unknown = labels[(labels != -100) & ((labels < 0) | (labels >= num_classes))]
     if unknown.numel() > 0:
         raise ValueError(f"`labels` must be in [0, {num_classes}), or -100 to be ignored, got {unknown[0].item()}.")
+
+
+def fused_language_model_loss(
+    hidden_states: torch.Tensor,
+    lm_head: nn.Module,
+    labels: torch.Tensor,
+    *,
+    is_causal: bool,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    ignore_index: int = -100,
+    shift_labels: torch.Tensor | None = None,
+    **kwargs,
+) -> torch.Tensor:
+    """
+    transformers' loss of a language model, without ever holding the logits `lm_head(hidden_states)` of all tokens.
+
+    Args:
+        hidden_states (`torch.Tensor` of shape `[B, T, d]`): what the output layer reads.
+        lm_head (`nn.Linear`): the output layer.
+        labels (`torch.Tensor` of shape `[B, T]`): the tokens to predict.
+        is_causal (`bool`): whether each token predicts the one after it, and not itself.
+        num_items_in_batch (`torch.Tensor` or `int`, *optional*): what to divide the sum over tokens by; by default
+            the tokens whose label is not `ignore_index`.
+        ignore_index (`int`, defaults to -100): the label of a token without loss.
+        shift_labels (`torch.Tensor` of shape `[B, T]`, *optional*): the token after each, where `labels` do not tell.
+
+    Returns:
+        `torch.Tensor` of shape `[]`, float32 (float64 for float64).
+
+    Raises:
+        `ValueError`: this PyTorch has no `linear_cross_entropy`, or `lm_head` is not a whole linear layer, but sharded,
+            quantized or wrapped.
+    """
+    remedy = "set `fuse_linear_cross_entropy=False` in the config of the model"
+    if not hasattr(F, "linear_cross_entropy"):
+        raise ValueError(
+            f"`fuse_linear_cross_entropy` needs `torch.nn.functional.linear_cross_entropy`, which PyTorch "
+            f"{torch.__version__} lacks and 2.13 has: update PyTorch, or {remedy}."
+        )
+    whole = (lm_head.out_features, lm_head.in_features) if type(lm_head) is nn.Linear else None
+    if whole is None or type(lm_head.weight) is not nn.Parameter or lm_head.weight.shape != whole:
+        raise ValueError(
+            "`fuse_linear_cross_entropy` reads the weight of the output layer, which has to be a whole `nn.Linear`, not "
+            f"{type(lm_head).__name__} with a {type(lm_head.weight).__name__} of shape {list(lm_head.weight.shape)}: "
+            f"{remedy}."
+        )
+    if is_causal:
+        labels = F.pad(labels[:, 1:], (0, 1), value=ignore_index) if shift_labels is None else shift_labels
+    weight, bias = lm_head.weight, lm_head.bias
+    device_type = hidden_states.device.type
+    if torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+        hidden_states, weight = hidden_states.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+    # The losses are in the dtype of the hidden states, in which a sum over many tokens would be rounded.
+    reduction = "sum" if hidden_states.dtype == dtype else "none"
+    loss = F.linear_cross_entropy(
+        hidden_states.flatten(0, 1),
+        weight,
+        labels.flatten(),
+        linear_bias=bias,
+        reduction=reduction,
+        ignore_index=ignore_index,
+        options=nn.LinearCrossEntropyOptions(allow_retain_graph=torch.compiler.is_compiling()),
+    )
+    count = (labels != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
+    return loss.to(dtype).sum() / (count.to(loss.device) if torch.is_tensor(count) else count)

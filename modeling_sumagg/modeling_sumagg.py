@@ -27,7 +27,13 @@ from .attention import attention
 from .cache import adopt_cache
 from .configuration.configuration_sumagg import SumAggConfig
 from .generation import RecurrentGenerationMixin
-from .heads import ForCausalLM, ForSequenceClassification, ForTokenClassification, check_labels
+from .heads import (
+    ForCausalLM,
+    ForSequenceClassification,
+    ForTokenClassification,
+    check_labels,
+    fused_language_model_loss,
+)
 from .ops.summation import bidirectional_sum, causal_sum
 from .ops.token_blocks import token_wise
 from .sequence import (
@@ -384,8 +390,11 @@ class SumAggForMaskedLM(SumAggPreTrainedModel):
         Args:
             labels (`torch.LongTensor` of shape `[B, T]`, *optional*): the token ids to predict; -100 is ignored.
 
+        With `labels`, in training and with `config.fuse_linear_cross_entropy`, there is a loss but no `logits`.
+
         The other arguments and the errors are those of [`SumAggModel.forward`]. Also raised:
-            `ValueError`: `labels` of another shape than the logits, or outside the vocabulary.
+            `ValueError`: `labels` of another shape than the logits, or outside the vocabulary; an output layer that
+                the fused loss does not know.
         """
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
@@ -394,11 +403,16 @@ class SumAggForMaskedLM(SumAggPreTrainedModel):
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
-        logits = self.lm_head(outputs.last_hidden_state)
-        loss = None
+        hidden_states = outputs.last_hidden_state
+        loss = logits = None
         if labels is not None:
-            check_labels(labels, logits.shape[:2], "[B, T]", self.config.vocab_size)
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            check_labels(labels, hidden_states.shape[:2], "[B, T]", self.config.vocab_size)
+        if labels is not None and self.training and self.config.fuse_linear_cross_entropy:
+            loss = fused_language_model_loss(hidden_states, self.lm_head, labels, is_causal=False, **kwargs)
+        else:
+            logits = self.lm_head(hidden_states)
+            if labels is not None:
+                loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return MaskedLMOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
