@@ -105,7 +105,13 @@ class ToSTPatchEmbeddings(nn.Module):
                 f"The images are {height} x {width} (height x width), which patches of {self.patch_size} x "
                 f"{self.patch_size} do not cover: resize, crop or pad both sides to multiples of {self.patch_size}."
             )
-        return self.projection(pixel_values.to(self.projection[0].convolution.weight.dtype))
+        # With the channels last the convolutions are faster, and a patch ends up as one piece of memory.
+        patches = pixel_values.to(self.projection[0].convolution.weight.dtype, memory_format=torch.channels_last)
+        for module in self.projection:
+            # An activation is faster on a tensor that is contiguous as it is indexed.
+            is_stage = isinstance(module, nn.Sequential)
+            patches = module(patches) if is_stage else module(patches.movedim(1, -1)).movedim(-1, 1)
+        return patches
 
 
 class ToSTPositionEmbeddings(nn.Module):
@@ -132,7 +138,7 @@ class ToSTEmbeddings(nn.Module):
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         patches = self.patch_embeddings(pixel_values)
         patches = patches + self.position_embeddings(*patches.shape[-2:])
-        # A transposed view would hand its layout on to every residual sum, and each norm would copy it.
+        # Else a transposed view would hand its layout on to every residual sum, and each norm would copy it.
         return self.dropout(patches.flatten(2).transpose(1, 2).contiguous())
 
 
@@ -208,18 +214,21 @@ class ToSTMLP(nn.Module):
 
 
 class ToSTLayerScale(nn.Module):
-    """Learned scale γ of a residual branch; in training the branch is dropped for whole images (stochastic depth)."""
+    """
+    Adds a residual branch with a learned scale γ; in training the branch is dropped for whole images (stochastic depth).
+    """
 
     def __init__(self, config: ToSTConfig, drop_path_rate: float = 0.0):
         super().__init__()
         self.scale = nn.Parameter(torch.full((config.hidden_size,), float(config.layerscale_value)))
         self.drop_path_rate = drop_path_rate
 
-    def forward(self, branch: torch.Tensor) -> torch.Tensor:
-        keep = nn.functional.dropout(
-            branch.new_ones(branch.shape[0], 1, 1), p=self.drop_path_rate, training=self.training
-        )
-        return branch * (self.scale * keep)
+    def forward(self, hidden_states: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
+        scale = self.scale
+        if self.training and self.drop_path_rate > 0:
+            keep = nn.functional.dropout(branch.new_ones(branch.shape[0], 1, 1), p=self.drop_path_rate)
+            scale = scale * keep
+        return torch.addcmul(hidden_states, scale, branch)
 
 
 class ToSTLayer(GradientCheckpointingLayer):
@@ -234,8 +243,8 @@ class ToSTLayer(GradientCheckpointingLayer):
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
         attention_output, _ = self.attention(self.norm1(hidden_states), **kwargs)
-        hidden_states = hidden_states + self.layer_scale1(attention_output)
-        return hidden_states + self.layer_scale2(self.mlp(self.norm2(hidden_states)))
+        hidden_states = self.layer_scale1(hidden_states, attention_output)
+        return self.layer_scale2(hidden_states, self.mlp(self.norm2(hidden_states)))
 
 
 class ToSTClassAttentionLayer(GradientCheckpointingLayer):
@@ -251,10 +260,10 @@ class ToSTClassAttentionLayer(GradientCheckpointingLayer):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         normalized = self.norm1(hidden_states)
         branch = torch.cat((self.attention(normalized), normalized[:, 1:]), dim=1)
-        hidden_states = self.norm2(hidden_states + self.layer_scale1(branch))
+        hidden_states = self.norm2(self.layer_scale1(hidden_states, branch))
         class_token, patches = hidden_states[:, :1], hidden_states[:, 1:]
         # In the original the second residual is over all tokens and its branch passes the patches through: doubled.
-        return torch.cat((class_token + self.layer_scale2(self.mlp(class_token)), 2 * patches), dim=1)
+        return torch.cat((self.layer_scale2(class_token, self.mlp(class_token)), 2 * patches), dim=1)
 
 
 class ToSTPreTrainedModel(PreTrainedModel):

@@ -178,8 +178,9 @@ class ToSTTextDecoderLayer(GradientCheckpointingLayer):
         return token_wise(self._after_mixer, hidden_states, mixed)
 
     def _after_mixer(self, hidden_states: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
-        hidden_states = hidden_states + self.layer_scale1 * self.dropout(mixed)
-        return hidden_states + self.layer_scale2 * self.dropout(self.mlp(self.norm2(hidden_states)))
+        hidden_states = torch.addcmul(hidden_states, self.layer_scale1, self.dropout(mixed))
+        branch = self.dropout(self.mlp(self.norm2(hidden_states)))
+        return torch.addcmul(hidden_states, self.layer_scale2, branch)
 
 
 class ToSTTextPreTrainedModel(PreTrainedModel):

@@ -315,13 +315,15 @@ def test_dropout_is_for_training_alone(rate):
 def test_stochastic_depth_drops_branches_of_whole_images():
     layer_scale = ToSTLayerScale(tiny_config(layerscale_value=0.5), drop_path_rate=0.25).train()
     branch = torch.ones(4000, 3, 32)
-    kept = layer_scale(branch)
+    hidden_states = torch.zeros_like(branch)
+    kept = layer_scale(hidden_states, branch)
     per_image = kept.flatten(1)
     assert torch.equal(per_image.amin(1), per_image.amax(1))
     assert per_image.unique().tolist() == pytest.approx([0, 0.5 / 0.75])
     # Five standard deviations of the mean of 4,000 draws.
     assert kept.mean().item() == pytest.approx(0.5, abs=5 * 0.5 * (0.25 / 0.75 / 4000) ** 0.5)
-    assert torch.equal(layer_scale.eval()(branch), 0.5 * branch)
+    assert torch.equal(layer_scale(hidden_states + 1, 0 * branch), hidden_states + 1)
+    assert torch.equal(layer_scale.eval()(hidden_states, branch), 0.5 * branch)
 
 
 def test_class_attention_is_never_dropped():
