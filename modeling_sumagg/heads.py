@@ -262,7 +262,10 @@ def fused_language_model_loss(
         linear_bias=bias,
         reduction=reduction,
         ignore_index=ignore_index,
-        options=nn.LinearCrossEntropyOptions(allow_retain_graph=torch.compiler.is_compiling()),
+        # The logits of so many tokens are as large as the weight, whose gradient every chunk passes over.
+        options=nn.LinearCrossEntropyOptions(
+            batch_chunk_size=lm_head.in_features, allow_retain_graph=torch.compiler.is_compiling()
+        ),
     )
     count = (labels != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
     return loss.to(dtype).sum() / (count.to(loss.device) if torch.is_tensor(count) else count)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from benchmark_utils import BenchmarkArguments, benchmark, write_results
+from benchmark_utils import BenchmarkArguments, benchmark, compiled, write_results
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, HfArgumentParser, PreTrainedConfig
 
@@ -68,7 +68,7 @@ def prepare_run(arguments: ClassifierArguments, name: str, length: int) -> Calla
         labels = torch.randint(config.num_labels, (arguments.batch_size,))
     model.to(getattr(torch, arguments.dtype)).train()
     if arguments.compile:
-        model.forward = torch.compile(model.forward)
+        model.forward = compiled(model.forward)
 
     def run() -> None:
         model.zero_grad()

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from benchmark_utils import BenchmarkArguments, benchmark, write_results
+from benchmark_utils import BenchmarkArguments, benchmark, compiled, write_results
 from transformers import (
     AutoConfig,
     AutoModelForImageClassification,
@@ -82,7 +82,7 @@ def prepare_run(arguments: ImageArguments, name: str, resolution: int) -> Callab
         model = AutoModelForImageClassification.from_config(config, dtype=dtype).train(arguments.training)
         pixel_values = torch.randn(arguments.batch_size, 3, resolution, resolution, dtype=dtype)
     if arguments.compile:
-        model.forward = torch.compile(model.forward)
+        model.forward = compiled(model.forward)
     if arguments.training:
         return partial(training_step, model, pixel_values, torch.optim.AdamW(model.parameters()))
     return partial(forward, model, pixel_values)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
-from benchmark_utils import BenchmarkArguments, benchmark, write_results
+from benchmark_utils import BenchmarkArguments, benchmark, compiled, write_results
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -61,6 +61,9 @@ class LanguageModelArguments(BenchmarkArguments):
     num_attention_heads: int = 12
     vocab_size: int = 8192
     sliding_window: int = 256
+    fuse_linear_cross_entropy: bool = field(
+        default=False, metadata={"help": "Train our models without holding their logits, which the others cannot."}
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -87,7 +90,8 @@ def configurations(arguments: LanguageModelArguments, max_length: int) -> dict[s
     size = {"hidden_size": width, "num_hidden_layers": depth, "num_attention_heads": arguments.num_attention_heads}
     size |= {"intermediate_size": 4 * width, "max_position_embeddings": max_length} | tokens
     # The settings of `presets/sumagg-hybrid-small.json`.
-    sums = size | {"norm_position": "pre", "sum_normalization": "sqrt"}
+    ours = size | {"fuse_linear_cross_entropy": arguments.fuse_linear_cross_entropy}
+    sums = ours | {"norm_position": "pre", "sum_normalization": "sqrt"}
     lower = ["summation"] * (depth - 1)
     return {
         "SumAgg": SumAggConfig(**sums, layer_types=[*lower, "summation"]),
@@ -95,7 +99,7 @@ def configurations(arguments: LanguageModelArguments, max_length: int) -> dict[s
             **sums, layer_types=[*lower, "sliding_attention"], sliding_window=arguments.sliding_window
         ),
         "SumAgg, full attention last": SumAggConfig(**sums, layer_types=[*lower, "full_attention"]),
-        "ToST": ToSTTextConfig(**size),
+        "ToST": ToSTTextConfig(**ours),
         "GPT-2": GPT2Config(
             n_embd=width, n_layer=depth, n_head=arguments.num_attention_heads, n_positions=max_length, **tokens
         ),
@@ -124,7 +128,7 @@ def build_model(arguments: LanguageModelArguments, name: str, max_length: int) -
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     if arguments.compile:
-        model.forward = torch.compile(model.forward)
+        model.forward = compiled(model.forward)
     return model
 
 
@@ -241,13 +245,17 @@ def main() -> None:
     (arguments,) = HfArgumentParser(LanguageModelArguments).parse_args_into_dataclasses()
     arguments.set_up()
 
-    rows = benchmark(arguments, arguments.lengths, arguments.models, prepare_run)
+    rows = benchmark(arguments, arguments.lengths, arguments.models, prepare_run, grows=arguments.work != "decode")
     if arguments.work == "decode":
         rows = [dataclasses.replace(row, seconds=[seconds / STEPS for seconds in row.seconds]) for row in rows]
     title = (
         f"{TITLES[arguments.work]}; width {arguments.hidden_size}, {arguments.num_hidden_layers} layers, "
         f"{arguments.vocab_size} tokens in the vocabulary"
     )
+    if arguments.fuse_linear_cross_entropy:
+        title += ", loss of our models fused"
+    if arguments.compile:
+        title += ", compiled"
     write_results(arguments, arguments.work, title, SIZE_NAMES[arguments.work], BASELINE, rows)
 
 

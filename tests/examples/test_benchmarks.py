@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,35 @@ def test_a_case_that_would_take_too_long_is_left_out(capsys):
     rows = benchmark(arguments, [4, 2], ["a"], lambda arguments, name, size: lambda: None)
     assert [(row.case, row.size) for row in rows] == [("a", 2)]
     assert "a is left out at 4" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("grows, sizes", [(True, [2]), (False, [2, 2**20])])
+def test_what_does_not_grow_is_let_in_at_every_size(grows, sizes):
+    from benchmark_utils import BenchmarkArguments, benchmark
+
+    arguments = BenchmarkArguments("out", device="cpu", repetitions=1, seconds_limit=1.0, memory=False)
+    rows = benchmark(arguments, [2, 2**20], ["a"], lambda *_: lambda: time.sleep(1e-4), grows=grows)
+    assert [row.size for row in rows] == sizes
+
+
+def test_every_compiled_function_counts_its_versions_alone(monkeypatch):
+    from benchmark_utils import compiled
+
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+
+    class Scale(torch.nn.Module):
+        def __init__(self, factor: int):
+            super().__init__()
+            self.factor = factor
+
+        def forward(self, x):
+            return self.factor * x
+
+    scales = [Scale(factor) for factor in range(1, 4)]
+    for scale in scales:
+        scale.forward = compiled(scale.forward)
+    assert [scale(torch.ones(1)).item() for scale in scales] == [1, 2, 3]
 
 
 def _allocating(arguments, name: str, size: int):
