@@ -82,11 +82,9 @@ def test_what_does_not_grow_is_let_in_at_every_size(grows, sizes):
     assert [row.size for row in rows] == sizes
 
 
-def test_every_compiled_function_counts_its_versions_alone(monkeypatch):
+@torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True)
+def test_every_compiled_function_counts_its_versions_alone():
     from benchmark_utils import compiled
-
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
-    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
 
     class Scale(torch.nn.Module):
         def __init__(self, factor: int):
