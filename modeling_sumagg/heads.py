@@ -6,7 +6,7 @@ A class that inherits one provides `model` and the modules that the head names.
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import Cache
+from transformers import Cache, PreTrainedModel
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
@@ -56,16 +56,7 @@ class ForCausalLM:
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        hidden_states = outputs.last_hidden_state[:, kept]
-        loss = logits = None
-        if labels is not None:
-            check_labels(labels, hidden_states.shape[:2], "[B, T]", self.config.vocab_size)
-        if labels is not None and self.training and self.config.fuse_linear_cross_entropy:
-            loss = fused_language_model_loss(hidden_states, self.lm_head, labels, is_causal=True, **kwargs)
-        else:
-            logits = self.lm_head(hidden_states)
-            if labels is not None:
-                loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        loss, logits = language_model_loss(self, outputs.last_hidden_state[:, kept], labels, is_causal=True, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -198,6 +189,24 @@ def check_labels(labels: torch.Tensor, shape: torch.Size, meaning: str, num_clas
     unknown = labels[(labels != -100) & ((labels < 0) | (labels >= num_classes))]
     if unknown.numel() > 0:
         raise ValueError(f"`labels` must be in [0, {num_classes}), or -100 to be ignored, got {unknown[0].item()}.")
+
+
+def language_model_loss(
+    model: PreTrainedModel,
+    hidden_states: torch.Tensor,
+    labels: torch.Tensor | None,
+    *,
+    is_causal: bool,
+    **kwargs,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The loss, if there are `labels`, and the logits, unless the loss is fused with the output layer."""
+    if labels is None:
+        return None, model.lm_head(hidden_states)
+    check_labels(labels, hidden_states.shape[:2], "[B, T]", model.config.vocab_size)
+    if model.training and model.config.fuse_linear_cross_entropy:
+        return fused_language_model_loss(hidden_states, model.lm_head, labels, is_causal=is_causal, **kwargs), None
+    logits = model.lm_head(hidden_states)
+    return model.loss_function(logits=logits, labels=labels, vocab_size=model.config.vocab_size, **kwargs), logits
 
 
 def fused_language_model_loss(

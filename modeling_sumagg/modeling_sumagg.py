@@ -31,8 +31,7 @@ from .heads import (
     ForCausalLM,
     ForSequenceClassification,
     ForTokenClassification,
-    check_labels,
-    fused_language_model_loss,
+    language_model_loss,
 )
 from .ops.summation import bidirectional_sum, causal_sum
 from .ops.token_blocks import token_wise
@@ -403,16 +402,7 @@ class SumAggForMaskedLM(SumAggPreTrainedModel):
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
-        hidden_states = outputs.last_hidden_state
-        loss = logits = None
-        if labels is not None:
-            check_labels(labels, hidden_states.shape[:2], "[B, T]", self.config.vocab_size)
-        if labels is not None and self.training and self.config.fuse_linear_cross_entropy:
-            loss = fused_language_model_loss(hidden_states, self.lm_head, labels, is_causal=False, **kwargs)
-        else:
-            logits = self.lm_head(hidden_states)
-            if labels is not None:
-                loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        loss, logits = language_model_loss(self, outputs.last_hidden_state, labels, is_causal=False, **kwargs)
         return MaskedLMOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
