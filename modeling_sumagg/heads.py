@@ -16,6 +16,8 @@ from transformers.modeling_outputs import (
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, is_tracing
 
+from .ops.token_blocks import is_intercepted, is_plain_linear
+
 
 class ForCausalLM:
     """Language modelling head: `lm_head` on every token."""
@@ -238,7 +240,7 @@ def fused_language_model_loss(
 
     Raises:
         `ValueError`: this PyTorch has no `linear_cross_entropy`, or `lm_head` is not a whole linear layer, but sharded,
-            quantized or wrapped.
+            quantized, wrapped or with hooks.
     """
     remedy = "set `fuse_linear_cross_entropy=False` in the config of the model"
     if not hasattr(F, "linear_cross_entropy"):
@@ -246,12 +248,12 @@ def fused_language_model_loss(
             f"`fuse_linear_cross_entropy` needs `torch.nn.functional.linear_cross_entropy`, which PyTorch "
             f"{torch.__version__} lacks and 2.13 has: update PyTorch, or {remedy}."
         )
-    whole = (lm_head.out_features, lm_head.in_features) if type(lm_head) is nn.Linear else None
-    if whole is None or type(lm_head.weight) is not nn.Parameter or lm_head.weight.shape != whole:
+    if not is_plain_linear(lm_head):
         raise ValueError(
-            "`fuse_linear_cross_entropy` reads the weight of the output layer, which has to be a whole `nn.Linear`, not "
-            f"{type(lm_head).__name__} with a {type(lm_head.weight).__name__} of shape {list(lm_head.weight.shape)}: "
-            f"{remedy}."
+            "`fuse_linear_cross_entropy` reads the weight of the output layer, which has to be a whole `nn.Linear` "
+            f"without hooks, not a {type(lm_head).__module__}.{type(lm_head).__name__} with a "
+            f"{type(lm_head.weight).__name__} of shape {list(lm_head.weight.shape)}"
+            f"{' and hooks' if is_intercepted(lm_head) else ''}: {remedy}."
         )
     if is_causal:
         labels = F.pad(labels[:, 1:], (0, 1), value=ignore_index) if shift_labels is None else shift_labels

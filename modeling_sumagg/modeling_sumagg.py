@@ -34,7 +34,7 @@ from .heads import (
     language_model_loss,
 )
 from .ops.summation import bidirectional_sum, causal_sum
-from .ops.token_blocks import token_wise
+from .ops.token_blocks import activated_linear, token_wise
 from .sequence import (
     SequenceLayout,
     check_ids,
@@ -166,7 +166,7 @@ class SumAggMLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
+        return activated_linear(self.up_proj(hidden_states), self.act_fn, self.down_proj)
 
 
 class SumAggDecoderLayer(GradientCheckpointingLayer):

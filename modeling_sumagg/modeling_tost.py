@@ -27,6 +27,7 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration.configuration_tost import ToSTConfig
+from .ops.token_blocks import activated_linear
 from .ops.token_statistics import token_membership, token_statistics
 
 
@@ -209,8 +210,10 @@ class ToSTMLP(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        hidden_states = self.dropout(self.activation_fn(self.fc1(hidden_states)))
-        return self.dropout(self.fc2(hidden_states))
+        hidden_states = self.fc1(hidden_states)
+        if self.training and self.dropout.p > 0:
+            return self.dropout(self.fc2(self.dropout(self.activation_fn(hidden_states))))
+        return activated_linear(hidden_states, self.activation_fn, self.fc2)
 
 
 class ToSTLayerScale(nn.Module):

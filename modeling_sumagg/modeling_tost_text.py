@@ -22,7 +22,7 @@ from .cache import adopt_cache
 from .configuration.configuration_tost import ToSTTextConfig
 from .generation import RecurrentGenerationMixin
 from .heads import ForCausalLM, ForSequenceClassification, ForTokenClassification
-from .ops.token_blocks import token_wise
+from .ops.token_blocks import activated_linear, token_wise
 from .ops.token_statistics import TokenStatisticsState, causal_token_membership, causal_token_statistics
 from .sequence import (
     SequenceLayout,
@@ -147,7 +147,7 @@ class ToSTTextMLP(nn.Module):
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.use_bias)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.fc2(self.activation_fn(self.fc1(hidden_states)))
+        return activated_linear(self.fc1(hidden_states), self.activation_fn, self.fc2)
 
 
 class ToSTTextDecoderLayer(GradientCheckpointingLayer):

@@ -5,7 +5,7 @@ import os
 from .kernels.kernel_dispatch import set_kernels
 from .sliding_attention import sliding_window_attention
 from .summation import bidirectional_sum, causal_sum, causal_sum_reference, document_runs
-from .token_blocks import token_wise
+from .token_blocks import activated_linear, token_wise
 from .token_statistics import (
     TokenStatisticsState,
     causal_token_membership,
@@ -19,6 +19,7 @@ from .token_statistics import (
 
 __all__ = [
     "TokenStatisticsState",
+    "activated_linear",
     "bidirectional_sum",
     "causal_sum",
     "causal_sum_reference",
