@@ -27,7 +27,7 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration.configuration_tost import ToSTConfig
-from .ops.token_blocks import activated_linear
+from .ops.token_blocks import activated_linear, is_plain_linear
 from .ops.token_statistics import token_membership, token_statistics
 
 
@@ -183,21 +183,37 @@ class ToSTClassAttention(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         batch_size, num_tokens, _ = hidden_states.shape
-        qkv = self.qkv(hidden_states).view(batch_size, num_tokens, 3, -1, self.head_dim)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)
-        attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        class_token, _ = attention_interface(
-            self,
-            query[:, :, :1],
-            key,
-            value,
-            attention_mask=None,
-            dropout=self.config.attention_probs_dropout_prob if self.training else 0.0,
-            scaling=self.head_dim**-0.5,
-        )
+        dropout_p = self.config.attention_probs_dropout_prob if self.training else 0.0
+        if dropout_p == 0 and is_plain_linear(self.qkv):
+            class_token = self._attend_to_inputs(hidden_states)
+        else:
+            qkv = self.qkv(hidden_states).view(batch_size, num_tokens, 3, -1, self.head_dim)
+            query, key, value = qkv.permute(2, 0, 3, 1, 4)
+            class_token = self._attend(query[:, :, :1], key, value, dropout_p)
         return self.dropout(self.o_proj(class_token.reshape(batch_size, 1, -1)))
+
+    def _attend_to_inputs(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """
+        The same without keys and values of all tokens: `q · (W_k x) = (W_k' q) · x` and `Σ a W_v x = W_v Σ a x`, with one
+        query to multiply instead of every `x`. The bias of the keys adds the same to all scores of a query.
+        """
+        query_weight, key_weight, value_weight = self.qkv.weight.unflatten(0, (3, -1, self.head_dim))
+        query_bias, _, value_bias = (None,) * 3 if self.qkv.bias is None else self.qkv.bias.unflatten(0, (3, -1))
+        query = nn.functional.linear(hidden_states[:, :1], query_weight.flatten(0, 1), query_bias)
+        query = query.unflatten(-1, (-1, 1, self.head_dim)).squeeze(1) @ key_weight
+        # The heads read the same inputs, as if they were the queries of a single one.
+        inputs = hidden_states.unsqueeze(1)
+        attended = self._attend(query.transpose(1, 2), inputs, inputs)
+        values = (attended @ value_weight.mT).flatten(1)
+        return values if value_bias is None else values + value_bias
+
+    def _attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout_p: float = 0.0
+    ) -> torch.Tensor:
+        interface = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        scaling = self.head_dim**-0.5
+        output, _ = interface(self, query, key, value, attention_mask=None, dropout=dropout_p, scaling=scaling)
+        return output
 
 
 class ToSTMLP(nn.Module):

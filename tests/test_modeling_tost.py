@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from testing import assert_close, build
@@ -18,7 +19,12 @@ from transformers import AutoBackbone, AutoConfig, AutoModel, AutoModelForImageC
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from modeling_sumagg import ToSTBackbone, ToSTConfig, ToSTForImageClassification, ToSTModel
-from modeling_sumagg.modeling_tost import ToSTLayerScale, fourier_position_code, tost_image_processor
+from modeling_sumagg.modeling_tost import (
+    ToSTClassAttention,
+    ToSTLayerScale,
+    fourier_position_code,
+    tost_image_processor,
+)
 
 
 def tiny_config(**kwargs) -> ToSTConfig:
@@ -334,6 +340,39 @@ def test_class_attention_is_never_dropped():
     assert len(rates) == 8
     assert {rate for name, rate in rates.items() if "class_attention" in name} == {0.0}
     assert {rate for name, rate in rates.items() if "class_attention" not in name} == {0.3}
+
+
+@pytest.mark.parametrize("qkv_bias", [True, False])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_class_attention_without_keys_and_values(implementation, qkv_bias):
+    config = tiny_config(qkv_bias=qkv_bias)
+    config._attn_implementation = implementation
+    attention = ToSTClassAttention(config).double()
+    hidden_states = torch.randn(3, 17, 32, dtype=torch.float64)
+    results, shapes = [], []
+    for hooked in (False, True):
+        leaf = hidden_states.clone().requires_grad_()
+        if hooked:
+            # What acts on the projection needs all that it computes.
+            attention.qkv.register_forward_hook(lambda module, args, output: shapes.append(output.shape))
+        output = attention(leaf)
+        gradients = torch.autograd.grad(output.square().sum(), [leaf, *attention.parameters()])
+        results.append((output, *gradients))
+    assert shapes == [(3, 17, 96)]
+    # The softmax of the eager attention is in float32.
+    rtol, atol = (1e-10, 1e-12) if implementation == "sdpa" else (1e-5, 1e-6)
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol)
+
+
+def test_class_attention_with_an_adapter():
+    config = LoraConfig(target_modules=["qkv"], init_lora_weights=False)
+    model = build(ToSTForImageClassification, tiny_config())
+    before = model(images(2)).logits
+    adapted = get_peft_model(model, config)
+    logits = adapted(images(2)).logits
+    assert (logits - before).abs().max() > 1e-3
+    assert_close(adapted.merge_and_unload()(images(2)).logits, logits)
 
 
 def test_initial_weights_are_the_originals():
