@@ -27,7 +27,7 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration.configuration_tost import ToSTConfig
-from .ops.token_blocks import activated_linear, is_plain_linear
+from .ops.token_blocks import activated_linear, is_plain_linear, keep_freed_memory
 from .ops.token_statistics import token_membership, token_statistics
 
 
@@ -106,6 +106,7 @@ class ToSTPatchEmbeddings(nn.Module):
                 f"The images are {height} x {width} (height x width), which patches of {self.patch_size} x "
                 f"{self.patch_size} do not cover: resize, crop or pad both sides to multiples of {self.patch_size}."
             )
+        keep_freed_memory(pixel_values)
         # With the channels last the convolutions are faster, and a patch ends up as one piece of memory.
         patches = pixel_values.to(self.projection[0].convolution.weight.dtype, memory_format=torch.channels_last)
         for module in self.projection:
