@@ -21,7 +21,8 @@ from transformers.cache_utils import (
 from transformers.utils import is_torchdynamo_compiling, is_tracing
 
 from .ops.summation import causal_sum
-from .ops.token_statistics import TokenStatisticsState, causal_token_statistics
+from .ops.token_statistics.formula import TokenStatisticsState
+from .ops.token_statistics.operators import causal_token_statistics
 
 
 State = tuple[torch.Tensor, ...]

@@ -28,7 +28,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration.configuration_tost import ToSTConfig
 from .ops.token_blocks import activated_linear, is_plain_linear, keep_freed_memory
-from .ops.token_statistics import token_membership, token_statistics
+from .ops.token_statistics.operators import token_membership, token_statistics
 
 
 def tost_image_processor(config: ToSTConfig) -> BitImageProcessorPil:

@@ -23,7 +23,8 @@ from .configuration.configuration_tost import ToSTTextConfig
 from .generation import RecurrentGenerationMixin
 from .heads import ForCausalLM, ForSequenceClassification, ForTokenClassification
 from .ops.token_blocks import activated_linear, token_wise
-from .ops.token_statistics import TokenStatisticsState, causal_token_membership, causal_token_statistics
+from .ops.token_statistics.formula import TokenStatisticsState
+from .ops.token_statistics.operators import causal_token_membership, causal_token_statistics
 from .sequence import (
     SequenceLayout,
     check_ids,
