@@ -1,0 +1,1 @@
+"""The frame of every model over a sequence: it knows no operator of a family."""
