@@ -1,6 +1,9 @@
-"""Checks of a model's inputs that read values, before an embedding or a loss fails on them deep inside."""
+"""Checks of the values of a model's inputs, so that no embedding or loss fails on them deep inside."""
+
+from collections.abc import Callable
 
 import torch
+from torch import nn
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from transformers import PreTrainedConfig
 from transformers.utils import is_tracing
@@ -41,21 +44,41 @@ def check_ids(name: str, ids: torch.Tensor, size: int, what: str) -> None:
         raise ValueError(f"`{name}` must be in [0, {size}), the {what}, got values from {low} to {high}.")
 
 
+def look_up(embedding: nn.Module, ids: torch.Tensor, name: str, size: int, what: str) -> torch.Tensor:
+    """
+    `embedding(ids)`, without reading the ids first; only where the look-up fails, which it does at once on a CPU.
+
+    Args:
+        embedding (`nn.Module`): the table, or what wraps it.
+        ids (`torch.Tensor` of any shape, integer): the ids.
+        name (`str`): the argument that they came in.
+        size (`int`): the rows of the table.
+        what (`str`): what these rows are.
+
+    Raises:
+        `ValueError`: an id is not in [0, size).
+    """
+    try:
+        return embedding(ids)
+    except IndexError:
+        check_ids(name, ids, size, what)
+        raise
+
+
 def check_labels(
-    labels: torch.Tensor, shape: torch.Size, meaning: str, num_classes: int | None, ignore_index: int = -100
+    labels: torch.Tensor, shape: torch.Size, meaning: str, num_classes: int | None
 ) -> None:
     """
-    Check labels (their values where they can be read, see [`is_concrete`]).
+    Check the shape and the dtype of labels.
 
     Args:
         labels (`torch.Tensor`): the labels.
         shape (`torch.Size`): the shape that they must have.
         meaning (`str`): that shape in letters.
         num_classes (`int`, *optional*): labels are indices of so many classes. `None`: they are any numbers.
-        ignore_index (`int`, defaults to -100): the label that the loss ignores.
 
     Raises:
-        `ValueError`: another shape; or class indices that are not integers, or of a class that does not exist.
+        `ValueError`: another shape; or class indices that are not integers.
     """
     if labels.shape != shape:
         raise ValueError(f"`labels` must have the shape {meaning} = {list(shape)}, got {list(labels.shape)}.")
@@ -66,13 +89,32 @@ def check_labels(
             f"`labels` are indices of {num_classes} classes and must be of an integer dtype, got {labels.dtype}: pass "
             "`labels.long()`, or set `config.problem_type` to what they are."
         )
-    if not is_concrete(labels):
-        return
-    unknown = labels[(labels != ignore_index) & ((labels < 0) | (labels >= num_classes))]
-    if unknown.numel() > 0:
+
+
+def loss_of_classes(
+    loss_function: Callable, labels: torch.Tensor, num_classes: int, ignore_index: int = -100, **kwargs
+) -> torch.Tensor:
+    """
+    `loss_function(labels=labels, **kwargs)`, without reading the labels first; only where the loss fails on them, which
+    it does at once on a CPU.
+
+    Args:
+        loss_function (`Callable`): a loss over classes.
+        labels (`torch.Tensor` of any shape, integer): indices of classes.
+        num_classes (`int`): how many there are.
+        ignore_index (`int`, defaults to -100): the label that the loss ignores.
+        kwargs: the other arguments of the loss.
+
+    Raises:
+        `ValueError`: a label of a class that does not exist.
+    """
+    try:
+        return loss_function(labels=labels, **kwargs)
+    except IndexError:
+        unknown = labels[(labels != ignore_index) & ((labels < 0) | (labels >= num_classes))]
         raise ValueError(
-            f"`labels` must be in [0, {num_classes}), or {ignore_index} to be ignored, got {unknown[0].item()}."
-        )
+            f"`labels` must be in [0, {num_classes}), or {ignore_index} to be ignored, got {unknown.flatten()[:1].tolist()}."
+        ) from None
 
 
 def labels_of_rows(labels: torch.Tensor, logits: torch.Tensor, config: PreTrainedConfig) -> torch.Tensor:

@@ -1,9 +1,9 @@
 """Positions of tokens: the sinusoidal code, and the modulation of embeddings by their positions."""
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
-
-from .checks import check_ids
 
 
 def sinusoidal_positions(position_ids: torch.Tensor, hidden_size: int) -> torch.Tensor:
@@ -23,6 +23,30 @@ def sinusoidal_positions(position_ids: torch.Tensor, hidden_size: int) -> torch.
     channels = torch.arange(0, hidden_size, 2, device=position_ids.device, dtype=dtype)
     angles = position_ids[..., None].to(dtype) * 10000.0 ** (-channels / hidden_size)
     return torch.cat([angles.sin(), angles.cos()], dim=-1).float()
+
+
+def learned_positions(table: Callable, position_ids: torch.Tensor, size: int) -> torch.Tensor:
+    """
+    What `table` has learned for each position, `table(position_ids)`.
+
+    Args:
+        table (`Callable`): an embedding table, or another function of positions.
+        position_ids (`torch.Tensor` of shape `[..., T]`, integer): positions.
+        size (`int`): the rows of the table.
+
+    Raises:
+        `ValueError`: a position beyond the table; the message tells what to do.
+    """
+    try:
+        return table(position_ids)
+    except IndexError:
+        longest = int(position_ids.max()) + 1
+        raise ValueError(
+            f"A document of {longest} tokens is too long for this model, which has learned positions for {size} "
+            f"(`config.max_position_embeddings`). Cut documents there (`truncation=True, max_length={size}` in the call "
+            "of a tokenizer or a pipeline), or train a model without that limit (`position_embedding_type='sinusoidal'` "
+            "or `'none'`)."
+        ) from None
 
 
 class PositionModulation(nn.Module):
@@ -61,8 +85,7 @@ class PositionModulation(nn.Module):
         if self.position_embedding_type == "none":
             return inputs_embeds * self.position_bias
         if self.position_embedding_type == "learned":
-            check_ids("position_ids", position_ids, self.max_position_embeddings, "positions of the table")
-            positions = self.position_embeddings(position_ids)
+            positions = learned_positions(self.position_embeddings, position_ids, self.max_position_embeddings)
         else:
             positions = sinusoidal_positions(position_ids, inputs_embeds.shape[-1])
         # Rounded once, with the product: in half precision P + 2 would keep little of a P around 0.02.

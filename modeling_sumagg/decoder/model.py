@@ -1,0 +1,222 @@
+"""The frame of every decoder: one forward pass, and what `generate` needs to know of it."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from ..compatibility import (
+    BaseModelOutputWithPast,
+    accepts_cache,
+    find_cache,
+    named_cache,
+    warn_of_untested_transformers,
+)
+from .cache import adopt_cache
+from .checks import look_up
+from .layout import SequenceLayout, last_real_hidden_states, sequence_layout
+from .masks import attention_masks
+
+
+class DecoderPreTrainedModel(PreTrainedModel):
+    """
+    Base of the models over a sequence of tokens. A family derives one of its own, with its `config` class, its block in
+    `_no_split_modules`, and in `_can_record_outputs` its block (`"hidden_states"`) and its mixers (`"attentions"`).
+    """
+
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ["cache", "past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    # transformers looks for the call of the attention interface in the file of a model; ours is in `attention.py`.
+    _can_set_attn_implementation_cached_value = True
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__(config)
+        # `from_pretrained(..., num_hidden_layers=...)` sets attributes of a config that was valid before.
+        config.validate()
+        warn_of_untested_transformers()
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True
+
+
+class DecoderModel:
+    """
+    The forward pass of a bare decoder.
+
+    A class that inherits it and its family's [`DecoderPreTrainedModel`] provides the modules `embed_tokens`, `dropout`,
+    `layers` and `norm`. A layer is called as `layer(hidden_states, layout, cache=cache, **shared, **kwargs)`.
+
+    A masked token is transparent: nothing sees it, and its own output repeats that of the last real token before it.
+    """
+
+    def add_positions(self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        """The embeddings `[B, T, d]` with what the family does to them at `position_ids` `[1 or B, T]`."""
+        return inputs_embeds
+
+    def shared_arguments(self, layout: SequenceLayout) -> dict[str, torch.Tensor | None]:
+        """What all layers are given, computed once for a segment."""
+        return {}
+
+    @accepts_cache
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | dict[str, Any] | None = None,
+        position_ids: torch.LongTensor | None = None,
+        cache: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPast:
+        r"""
+        Args:
+            input_ids (`torch.LongTensor` of shape `[B, T]`, *optional*): token ids. Exactly one of `input_ids` and
+                `inputs_embeds` is needed.
+            attention_mask (`torch.Tensor` of shape `[B, past + T]`, *optional*): 1 for real tokens, 0 for padding,
+                which may stand anywhere.
+            position_ids (`torch.LongTensor` of shape `[1, T]` or `[B, T]`, *optional*): the position of each token in
+                its document. Position 0 begins a document: restarting positions pack several into one row. By default
+                the real tokens are counted.
+            cache ([`~transformers.Cache`], *optional*): the decode state of the tokens before these. `past_key_values`
+                is another name of this argument, and of the same output.
+            inputs_embeds (`torch.FloatTensor` of shape `[B, T, d]`, *optional*): embeddings, before positions.
+            use_cache (`bool`, *optional*): whether to return the decode state.
+
+        Raises:
+            `ValueError`: not exactly one of `input_ids` and `inputs_embeds`; an id outside the vocabulary; a position
+                beyond what is learned; a mask or positions of the wrong shape; a cache of another model, under an
+                unknown name, or any in a bidirectional model.
+        """
+        config = self.config
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
+        inputs = input_ids if inputs_embeds is None else inputs_embeds
+        dimensions = "[B, T]" if inputs_embeds is None else "[B, T, d]"
+        if inputs.dim() != dimensions.count(",") + 1:
+            name = "input_ids" if inputs_embeds is None else "inputs_embeds"
+            raise ValueError(f"`{name}` must have the shape {dimensions}, got {list(inputs.shape)}.")
+
+        if not config.is_causal:
+            if cache is not None:
+                raise ValueError("A bidirectional model has no decode state: pass no `cache`.")
+            use_cache = False
+        if cache is None and use_cache and config.num_hidden_layers > 0:
+            cache = DynamicCache(config=config)
+        if cache is not None:
+            adopt_cache(cache, config)
+
+        if isinstance(attention_mask, dict):
+            layout = SequenceLayout.from_masks(attention_mask)
+        else:
+            layout = decoder_layout(config, inputs, attention_mask, position_ids, cache, self.dtype)
+        if inputs_embeds is None:
+            inputs_embeds = look_up(
+                self.embed_tokens, input_ids, "input_ids", config.vocab_size, "the ids of the vocabulary"
+            )
+
+        hidden_states = self.dropout(self.add_positions(inputs_embeds, layout.position_ids))
+        shared = self.shared_arguments(layout)
+        for layer in self.layers[: config.num_hidden_layers]:
+            hidden_states = layer(hidden_states, layout, cache=cache, **shared, **kwargs)
+        hidden_states = last_real_hidden_states(self.norm(hidden_states), layout.attention_mask)
+        return BaseModelOutputWithPast(last_hidden_state=hidden_states, **named_cache(cache))
+
+
+def decoder_layout(
+    config: PreTrainedConfig,
+    inputs: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    cache: Cache | None,
+    dtype: torch.dtype,
+) -> SequenceLayout:
+    """
+    The whole layout of a segment, the masks of the attention layers with it.
+
+    Args:
+        config (`PreTrainedConfig`): the config of the decoder.
+        inputs (`torch.Tensor` of shape `[B, T]`, or `[B, T, ...]`): the ids of the segment, or its embeddings.
+        attention_mask, position_ids, cache: as for `sequence_layout`.
+        dtype (`torch.dtype`): that of the hidden states.
+    """
+    vocab_size = config.vocab_size if inputs.dim() == 2 else None
+    layout, real, earlier_documents = sequence_layout(inputs, attention_mask, position_ids, cache, vocab_size)
+    masks = attention_masks(config, inputs, dtype, layout, real, earlier_documents, cache)
+    return layout._replace(masks=masks)
+
+
+class RecurrentGenerationMixin(GenerationMixin):
+    """[`~transformers.GenerationMixin`] with positions and masks that are exact under any padding."""
+
+    def _prepare_position_ids_for_generation(self, inputs_tensor: torch.Tensor, model_kwargs: dict[str, Any]) -> None:
+        # `forward` counts them itself, of which it can know that they begin no document.
+        return None
+
+    def _prefill(self, input_ids: torch.Tensor, generation_config, model_kwargs: dict[str, Any], *args, **kwargs):
+        attention_mask, chunk_size = model_kwargs.get("attention_mask"), generation_config.prefill_chunk_size
+        if attention_mask is not None and chunk_size is not None:
+            last_chunk = (input_ids.shape[1] - 1) % chunk_size + 1
+            if not attention_mask[:, -last_chunk:].any(dim=1).all():
+                raise ValueError(
+                    f"The last of the prefill chunks of {chunk_size} tokens holds {last_chunk} tokens, which are all "
+                    "padding in some row, so that no token there predicts the next one. Pad on the left, or choose "
+                    "another `prefill_chunk_size`."
+                )
+        if attention_mask is None:
+            # `generate` drops a mask of ones, and may note down its length.
+            length = getattr(generation_config, "_mask_length", input_ids.shape[1])
+        else:
+            length = attention_mask.shape[1]
+        cache = find_cache(model_kwargs)
+        if cache is not None and 0 < length <= cache.get_seq_length():
+            raise ValueError(
+                f"`cache` has seen {int(cache.get_seq_length())} tokens, and there are {length} in the input. Pass all "
+                "the tokens, those in the cache too, or the new tokens with an `attention_mask` for all."
+            )
+        outputs = super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+        if cache is not None and length > 0 and cache.get_seq_length() != length:
+            raise RuntimeError(
+                f"After the prompt of {length} tokens the cache has seen {int(cache.get_seq_length())}: what would be "
+                "generated from it would be other text. This version of transformers hands the cache on in a way that "
+                "this version of the model does not know: install the newest modeling-sumagg, or pass `use_cache=False`."
+            )
+        return outputs
+
+    def _update_model_kwargs_for_generation(self, outputs, model_kwargs: dict[str, Any], *args, **kwargs):
+        cache = find_cache(model_kwargs)
+        if cache is not None and not any(layer.is_initialized for layer in cache.layers):
+            raise RuntimeError(
+                "The cache that `generate` goes on with has seen no token: this version of transformers hands the cache "
+                "on in a way that this version of the model does not know. Install the newest modeling-sumagg, or pass "
+                "`use_cache=False`."
+            )
+        return super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
+
+    @staticmethod
+    def create_masks_for_generate(
+        config: PreTrainedConfig,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None = None,
+        **kwargs,
+    ) -> dict[str, Any]:
+        """The layout of a segment, made outside of a compiled decode step."""
+        cache = find_cache(kwargs)
+        adopt_cache(cache, config)
+        return decoder_layout(
+            config, inputs_embeds, attention_mask, position_ids, cache, inputs_embeds.dtype
+        ).to_masks()
