@@ -4,6 +4,7 @@ Variational Rate Reduction", Wu et al., ICLR 2025, arXiv 2412.17810."""
 import math
 
 from huggingface_hub.dataclasses import strict
+from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig
 
@@ -96,10 +97,17 @@ class ToSTConfig(BackboneConfigMixin, PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def validate_architecture(self):
-        """Part of `@strict`-powered validation: the sizes fit together."""
+        """Part of `@strict`-powered validation: the sizes fit together, and probabilities are probabilities."""
         for name in ("hidden_size", "num_attention_heads", "num_channels"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("num_hidden_layers", "num_class_attention_layers"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}.")
+        if round(self.hidden_size * self.mlp_ratio) < 1:
+            raise ValueError(f"mlp_ratio must leave at least one channel of {self.hidden_size}, got {self.mlp_ratio}.")
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act must be one of {sorted(ACT2FN)}, got {self.hidden_act!r}.")
         if self.patch_size not in (8, 16):
             raise ValueError(
                 f"patch_size must be 8 or 16 (three or four stride-2 convolutions), got {self.patch_size}."
@@ -111,15 +119,12 @@ class ToSTConfig(BackboneConfigMixin, PreTrainedConfig):
                 f"{self.num_attention_heads} heads share it, and the stem of patch size {self.patch_size} starts with "
                 f"hidden_size / {self.patch_size // 2} channels."
             )
-        sizes = (self.image_size,) if isinstance(self.image_size, int) else self.image_size
-        if any(size % self.patch_size for size in sizes):
+        sides = (self.image_size,) * 2 if isinstance(self.image_size, int) else self.image_size
+        if len(sides) != 2 or any(side < 1 or side % self.patch_size for side in sides):
             raise ValueError(
-                f"image_size must be a multiple of patch_size {self.patch_size} in both directions, "
+                f"image_size must be a multiple of patch_size {self.patch_size}, or two (height, width), "
                 f"got {self.image_size}."
             )
-
-    def validate_rates(self):
-        """Part of `@strict`-powered validation: dropout and stochastic depth are probabilities."""
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is the probability of dropping, in [0, 1), got {getattr(self, name)}.")

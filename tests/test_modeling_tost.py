@@ -455,7 +455,7 @@ def test_wrong_images_are_refused_with_the_numbers():
         ({"hidden_size": 30}, "hidden_size must be a multiple of 4, got 30"),
         ({"hidden_size": 36, "patch_size": 16}, "hidden_size must be a multiple of 8, got 36"),
         ({"num_attention_heads": 0}, "num_attention_heads must be at least 1, got 0"),
-        ({"image_size": (32, 20)}, r"image_size must be a multiple of patch_size 8 .*got \(32, 20\)"),
+        ({"image_size": (32, 20)}, r"image_size must be a multiple of patch_size 8, or two .*got \(32, 20\)"),
         ({"drop_path_rate": 1.0}, r"drop_path_rate .*\[0, 1\), got 1.0"),
         ({"hidden_size": 32.5}, "'hidden_size' expected int"),
     ],

@@ -117,7 +117,9 @@ def loss_of_classes(
         ) from None
 
 
-def labels_of_rows(labels: torch.Tensor, logits: torch.Tensor, config: PreTrainedConfig) -> torch.Tensor:
+def labels_of_rows(
+    labels: torch.Tensor, logits: torch.Tensor, config: PreTrainedConfig, ignore_index: int = -100
+) -> torch.Tensor:
     """
     The labels of a head that gives one prediction a row, checked, as the loss takes them.
 
@@ -127,6 +129,7 @@ def labels_of_rows(labels: torch.Tensor, logits: torch.Tensor, config: PreTraine
             one number a row is a class, unless there is only one label.
         logits (`torch.Tensor` of shape `[B, num_labels]`): the predictions.
         config (`PreTrainedConfig`): with `num_labels` and `problem_type`.
+        ignore_index (`int`, defaults to -100): the class that the loss ignores.
 
     Returns:
         `torch.Tensor`: class indices in int64, everything else in the dtype of `logits`, on its device.
@@ -138,7 +141,7 @@ def labels_of_rows(labels: torch.Tensor, logits: torch.Tensor, config: PreTraine
         config.problem_type is None and config.num_labels > 1 and labels.dim() < 2
     )
     if is_class:
-        check_labels(labels, logits.shape[:1], "[B]", config.num_labels)
+        check_labels(labels, logits.shape[:1], "[B]", config.num_labels, ignore_index)
         return labels.to(logits.device, torch.long)
     if config.num_labels == 1 and labels.dim() == 1:
         check_labels(labels, logits.shape[:1], "[B]", None)
