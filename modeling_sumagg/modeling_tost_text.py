@@ -20,7 +20,7 @@ from .decoder.layout import SequenceLayout
 from .decoder.model import DecoderModel, DecoderPreTrainedModel, RecurrentGenerationMixin
 from .decoder.positions import learned_positions, sinusoidal_positions
 from .decoder.recurrence import recur, register_recurrent_layer_type
-from .ops.token_statistics.operator import causal_token_membership, causal_token_statistics
+from .ops.token_statistics.operators import causal_token_membership, causal_token_statistics
 
 
 register_recurrent_layer_type("token_statistics")
