@@ -1,5 +1,6 @@
 """What the configs of all models over tokens share."""
 
+from dataclasses import field
 from typing import ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
@@ -29,8 +30,7 @@ class TextConfig(PreTrainedConfig):
         position_embedding_type (`str`, defaults to `"learned"`): `"learned"` (a table), `"sinusoidal"` (computed, for
             unlimited length) or `"none"`.
         max_position_embeddings (`int`, *optional*, defaults to 1024 where something is learned a position): the longest
-            document in tokens. `None`, which reads as an attribute that is not there, as clients expect it of a model
-            that has no limit.
+            document in tokens. A model that has no limit has no such attribute, which is how clients tell.
         embedding_dropout (`float`, defaults to 0.0): dropout on the embeddings.
         hidden_dropout (`float`, defaults to 0.0): dropout on the output of every mixer and feed-forward layer.
         attention_dropout (`float`, defaults to 0.0): dropout on the attention probabilities.
@@ -61,7 +61,8 @@ class TextConfig(PreTrainedConfig):
     layer_types: list[str] | None = None
     sliding_window: int | None = None
     position_embedding_type: Literal["learned", "sinusoidal", "none"] = "learned"
-    max_position_embeddings: int | None = None
+    # Without a default of the class, an unlimited config has no such attribute.
+    max_position_embeddings: int | None = field(default_factory=lambda: None)
     embedding_dropout: float | int = 0.0
     hidden_dropout: float | int = 0.0
     attention_dropout: float | int = 0.0
@@ -90,16 +91,10 @@ class TextConfig(PreTrainedConfig):
         if self.sliding_window is None and "sliding_attention" in self.layer_types:
             self.sliding_window = 512
         if not self.has_position_limit():
-            self.max_position_embeddings = None
-        elif self.__dict__["max_position_embeddings"] is None:
+            del self.max_position_embeddings
+        elif self.max_position_embeddings is None:
             self.max_position_embeddings = 1024
         super().__post_init__(**kwargs)
-
-    def __getattribute__(self, name):
-        value = super().__getattribute__(name)
-        if name == "max_position_embeddings" and value is None:
-            raise AttributeError(f"This {type(self).__name__} has no `max_position_embeddings`: its context is unlimited.")
-        return value
 
     def default_layer_types(self) -> list[str]:
         """The mixers of a model that names none."""

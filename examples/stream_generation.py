@@ -35,7 +35,7 @@ from transformers import (
 )
 
 import modeling_sumagg  # noqa: F401  (registers the models)
-from modeling_sumagg.cache import cache_from_tensors, cache_to_tensors
+from modeling_sumagg.publishing.saved_states import cache_from_tensors, cache_to_tensors
 
 
 # Tokens enter the state in blocks that are counted from the beginning of the stream, so that every rounding, and with

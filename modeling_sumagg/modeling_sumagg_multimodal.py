@@ -16,10 +16,10 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, is_tracing
 
 from .configuration.configuration_sumagg_multimodal import SumAggMultimodalConfig
-from .heads import check_labels
-from .modeling_sumagg import SumAggPositionModulation
+from .decoder.checks import check_ids, check_labels
+from .decoder.layout import sequence_layout
+from .decoder.positions import PositionModulation
 from .ops.summation import bidirectional_sum
-from .sequence import check_ids, sequence_layout
 
 
 def sum_given(terms: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
@@ -45,11 +45,11 @@ class SumAggTextBranch(nn.Module):
 
     def __init__(self, config: SumAggMultimodalConfig):
         super().__init__()
-        self.modulation = SumAggPositionModulation(config)
+        self.modulation = PositionModulation(config.hidden_size, config.position_embedding_type, config.max_position_embeddings, config.position_bias)
         self.sequence_sum = SumAggSequenceSum(config)
 
     def forward(self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-        layout = sequence_layout(inputs_embeds, attention_mask, None, None)
+        layout = sequence_layout(inputs_embeds, attention_mask, None, None)[0]
         given = layout.attention_mask
         if given is None:
             given = inputs_embeds.new_ones(inputs_embeds.shape[:2], dtype=torch.bool)

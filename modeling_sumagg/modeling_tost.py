@@ -27,7 +27,7 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration.configuration_tost import ToSTConfig
-from .decoder.checks import labels_of_rows
+from .decoder.checks import labels_of_rows, loss_of_classes
 from .ops.token_statistics.operators import token_membership, token_statistics
 
 
@@ -439,8 +439,9 @@ class ToSTForImageClassification(ToSTPreTrainedModel):
         if labels is not None:
             # In half precision a squared error above 256 would be infinite.
             scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            labels = labels_of_rows(labels, scores, self.config, kwargs.get("ignore_index", -100))
-            loss = self.loss_function(labels, scores, self.config, **kwargs)
+            labels = labels_of_rows(labels, scores, self.config)
+            arguments = {"pooled_logits": scores, "config": self.config, **kwargs}
+            loss = loss_of_classes(self.loss_function, labels, self.num_labels, **arguments)
         return ImageClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )

@@ -11,7 +11,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 
 from modeling_sumagg import SumAggForCausalLM
-from modeling_sumagg.cache import SlidingWindowLayer, SummationLayer
+from modeling_sumagg.decoder.cache import SlidingWindowLayer
 from modeling_sumagg.configuration import SumAggConfig
 
 

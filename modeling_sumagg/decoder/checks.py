@@ -91,9 +91,7 @@ def check_labels(
         )
 
 
-def loss_of_classes(
-    loss_function: Callable, labels: torch.Tensor, num_classes: int, ignore_index: int = -100, **kwargs
-) -> torch.Tensor:
+def loss_of_classes(loss_function: Callable, labels: torch.Tensor, num_classes: int, **kwargs) -> torch.Tensor:
     """
     `loss_function(labels=labels, **kwargs)`, without reading the labels first; only where the loss fails on them, which
     it does at once on a CPU.
@@ -102,8 +100,7 @@ def loss_of_classes(
         loss_function (`Callable`): a loss over classes.
         labels (`torch.Tensor` of any shape, integer): indices of classes.
         num_classes (`int`): how many there are.
-        ignore_index (`int`, defaults to -100): the label that the loss ignores.
-        kwargs: the other arguments of the loss.
+        kwargs: the other arguments of the loss, `ignore_index` (by default -100) among them.
 
     Raises:
         `ValueError`: a label of a class that does not exist.
@@ -111,15 +108,16 @@ def loss_of_classes(
     try:
         return loss_function(labels=labels, **kwargs)
     except IndexError:
-        unknown = labels[(labels != ignore_index) & ((labels < 0) | (labels >= num_classes))]
+        ignored = kwargs.get("ignore_index", -100)
+        unknown = labels[(labels != ignored) & ((labels < 0) | (labels >= num_classes))].tolist()
+        if not unknown:
+            raise
         raise ValueError(
-            f"`labels` must be in [0, {num_classes}), or {ignore_index} to be ignored, got {unknown.flatten()[:1].tolist()}."
+            f"`labels` must be in [0, {num_classes}), or {ignored} to be ignored, got {unknown[0]}."
         ) from None
 
 
-def labels_of_rows(
-    labels: torch.Tensor, logits: torch.Tensor, config: PreTrainedConfig, ignore_index: int = -100
-) -> torch.Tensor:
+def labels_of_rows(labels: torch.Tensor, logits: torch.Tensor, config: PreTrainedConfig) -> torch.Tensor:
     """
     The labels of a head that gives one prediction a row, checked, as the loss takes them.
 
@@ -129,7 +127,6 @@ def labels_of_rows(
             one number a row is a class, unless there is only one label.
         logits (`torch.Tensor` of shape `[B, num_labels]`): the predictions.
         config (`PreTrainedConfig`): with `num_labels` and `problem_type`.
-        ignore_index (`int`, defaults to -100): the class that the loss ignores.
 
     Returns:
         `torch.Tensor`: class indices in int64, everything else in the dtype of `logits`, on its device.
@@ -141,7 +138,7 @@ def labels_of_rows(
         config.problem_type is None and config.num_labels > 1 and labels.dim() < 2
     )
     if is_class:
-        check_labels(labels, logits.shape[:1], "[B]", config.num_labels, ignore_index)
+        check_labels(labels, logits.shape[:1], "[B]", config.num_labels)
         return labels.to(logits.device, torch.long)
     if config.num_labels == 1 and labels.dim() == 1:
         check_labels(labels, logits.shape[:1], "[B]", None)
