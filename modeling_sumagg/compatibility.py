@@ -36,16 +36,27 @@ def accepts_cache(forward: Callable) -> Callable:
 
     @functools.wraps(forward)
     def forward_with_cache(self, *args, **kwargs):
-        if "past_key_values" in kwargs:
-            cache = kwargs.pop("past_key_values")
-            if cache is not None and kwargs.get("cache") is not None:
-                raise ValueError("`cache` and `past_key_values` are two names of one argument: pass one of them.")
-            if cache is not None or "cache" not in kwargs:
-                kwargs["cache"] = cache
+        kwargs = with_cache_renamed(kwargs, "cache")
         refuse_unknown_caches(kwargs)
         return forward(self, *args, **kwargs)
 
     return forward_with_cache
+
+
+def with_cache_renamed(arguments: dict[str, Any], name: str) -> dict[str, Any]:
+    """
+    The arguments with the cache, if there is one, as `name`, `"cache"` or `"past_key_values"`.
+
+    Raises:
+        `ValueError`: a cache under both names.
+    """
+    other = "past_key_values" if name == "cache" else "cache"
+    if other not in arguments:
+        return arguments
+    if arguments[other] is not None and arguments.get(name) is not None:
+        raise ValueError("`cache` and `past_key_values` are two names of one argument: pass one of them.")
+    cache = arguments[other] if arguments[other] is not None else arguments.get(name)
+    return {**{key: value for key, value in arguments.items() if key != other}, name: cache}
 
 
 def refuse_unknown_caches(arguments: dict[str, Any]) -> None:

@@ -123,9 +123,9 @@ def test_chunks_and_single_tokens_equal_one_pass(layers, positions):
     for lengths in ([1] * 40, [3, 1, 1, 17, 1, 9, 8]):
         cache, logits = DynamicCache(config=config), []
         for chunk in input_ids.split(lengths, dim=1):
-            logits.append(model(chunk, past_key_values=cache).logits)
+            logits.append(model(chunk, cache=cache).logits)
         assert_close(torch.cat(logits, dim=1), expected.logits)
-        for layer, whole in zip(cache.layers, expected.past_key_values.layers, strict=True):
+        for layer, whole in zip(cache.layers, expected.cache.layers, strict=True):
             for state, final in zip(getattr(layer, "state", ()), getattr(whole, "state", ()), strict=True):
                 assert_close(state, final)
 
@@ -146,8 +146,8 @@ def test_padding_is_transparent(layers):
         padded[row, mask[row].bool()] = input_ids[0]
     cache = DynamicCache(config=model.config)
     whole = model(padded, attention_mask=mask).logits
-    first = model(padded[:, :9], attention_mask=mask[:, :9], past_key_values=cache).logits
-    second = model(padded[:, 9:], attention_mask=mask, past_key_values=cache).logits
+    first = model(padded[:, :9], attention_mask=mask[:, :9], cache=cache).logits
+    second = model(padded[:, 9:], attention_mask=mask, cache=cache).logits
     for row in range(3):
         real = mask[row].bool()
         assert_close(whole[row, real], alone)
@@ -164,7 +164,7 @@ def test_packed_documents_do_not_see_each_other(layers):
     assert_close(model(packed, position_ids=position_ids).logits, expected)
     cache = DynamicCache(config=model.config)
     parts = [
-        model(packed[:, a:b], position_ids=position_ids[:, a:b], past_key_values=cache).logits
+        model(packed[:, a:b], position_ids=position_ids[:, a:b], cache=cache).logits
         for a, b in ((0, 4), (4, 7), (7, 8), (8, 15), (15, 20))
     ]
     assert_close(torch.cat(parts, dim=1), expected)
@@ -210,8 +210,8 @@ def test_memberships_and_hidden_states_are_returned():
     torch.testing.assert_close(first.sum(dim=1), torch.ones(2, 10))
     assert len(outputs.hidden_states) == 4
     cache = DynamicCache(config=model.config)
-    model(input_ids[:, :6], past_key_values=cache)
-    later = model(input_ids[:, 6:], past_key_values=cache, output_attentions=True).attentions[2]
+    model(input_ids[:, :6], cache=cache)
+    later = model(input_ids[:, 6:], cache=cache, output_attentions=True).attentions[2]
     assert_close(later, last[:, :, 6:])
 
 

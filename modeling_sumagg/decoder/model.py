@@ -11,11 +11,13 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from ..compatibility import (
+    CACHE_NAME,
     BaseModelOutputWithPast,
     accepts_cache,
     find_cache,
     named_cache,
     warn_of_untested_transformers,
+    with_cache_renamed,
 )
 from .cache import adopt_cache
 from .checks import look_up
@@ -161,6 +163,10 @@ def decoder_layout(
 
 class RecurrentGenerationMixin(GenerationMixin):
     """[`~transformers.GenerationMixin`] with positions and masks that are exact under any padding."""
+
+    def generate(self, *args, **kwargs):
+        """As in transformers, with the decode state as `cache` or as `past_key_values`, whatever its version calls it."""
+        return super().generate(*args, **with_cache_renamed(kwargs, CACHE_NAME))
 
     def _prepare_position_ids_for_generation(self, inputs_tensor: torch.Tensor, model_kwargs: dict[str, Any]) -> None:
         # `forward` counts them itself, of which it can know that they begin no document.

@@ -125,6 +125,11 @@ class RecurrentLayer(CacheLayerMixin):
         self.record_past = False
         self.recorded = 0
 
+    @property
+    def state(self) -> State:
+        """Every tensor that is held, operator by operator."""
+        return tuple(tensor for state in self.states.values() for tensor in state)
+
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor | None = None) -> None:
         self.device, self.batch_size = key_states.device, key_states.shape[0]
         self.is_initialized = True
@@ -313,7 +318,7 @@ class StaticRecurrentLayer(RecurrentLayer):
 
     def reset(self) -> None:
         # Zero is the state of no tokens, and the addresses stay.
-        for tensor in (t for state in self.states.values() for t in state):
+        for tensor in self.state:
             tensor.zero_()
         if self.is_initialized:
             self.cumulative_length.zero_()

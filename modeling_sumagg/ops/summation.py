@@ -147,6 +147,7 @@ def bidirectional_sum(
     *,
     attention_mask: torch.Tensor | None = None,
     document_ids: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
     Sum over the whole sequence, `s = sum_u x_u`, given to every position: the bidirectional summation aggregator.
@@ -168,10 +169,10 @@ def bidirectional_sum(
     _check_sequence(x, attention_mask, document_ids)
     terms = _masked_terms(x, attention_mask)
     if document_ids is None:
-        return terms.sum(dim=1, keepdim=True).to(x.dtype).expand_as(x)
+        return _scaled(terms.sum(dim=1, keepdim=True).expand_as(terms), scale).to(x.dtype)
     runs = document_runs(document_ids, attention_mask)[..., None].expand_as(terms)
     totals = torch.zeros_like(terms).scatter_add(1, runs, terms)
-    return totals.gather(1, runs).to(x.dtype)
+    return _scaled(totals.gather(1, runs), scale).to(x.dtype)
 
 
 def _check_sequence(x: torch.Tensor, attention_mask: torch.Tensor | None, document_ids: torch.Tensor | None) -> None:
