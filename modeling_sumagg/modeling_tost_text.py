@@ -5,6 +5,7 @@ import math
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers import Cache
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -20,6 +21,7 @@ from .decoder.layout import SequenceLayout
 from .decoder.model import DecoderModel, DecoderPreTrainedModel, RecurrentGenerationMixin
 from .decoder.positions import learned_positions, sinusoidal_positions
 from .decoder.recurrence import recur, register_recurrent_layer_type
+from .ops.token_statistics.formula import TokenStatisticsState
 from .ops.token_statistics.operators import causal_token_membership, causal_token_statistics
 
 
@@ -66,6 +68,7 @@ class ToSTTextTokenStatistics(nn.Module):
             state = None
             if cache is not None:
                 state = cache.layers[self.layer_idx].initial_state(causal_token_statistics, layout.restart)
+                state = None if state is None else TokenStatisticsState(*state)
             membership = causal_token_membership(
                 w,
                 self.temperature,
@@ -90,7 +93,7 @@ class ToSTTextTokenStatistics(nn.Module):
     def _membership_bias_at(self, position_ids: torch.Tensor) -> torch.Tensor:
         """β at the positions `[1 or B, T]` of the tokens, `[1 or B, K, T]`."""
         return learned_positions(
-            lambda ids: self.membership_bias[:, ids, 0].transpose(0, 1), position_ids, self.membership_bias.shape[1]
+            lambda ids: F.embedding(ids, self.membership_bias[..., 0].mT).mT, position_ids, self.membership_bias.shape[1]
         )
 
 

@@ -273,7 +273,8 @@ def fused_language_model_loss(
         raise ValueError(
             "`fuse_linear_cross_entropy` reads the weight of the output layer, which has to be a whole `nn.Linear` "
             f"without hooks, not a {type(lm_head).__module__}.{type(lm_head).__name__} with a "
-            f"{type(lm_head.weight).__name__} of shape {list(lm_head.weight.shape)}: {remedy}."
+            f"{type(lm_head.weight).__name__} of shape {list(lm_head.weight.shape)}"
+            f"{' and hooks' if _has_hooks(lm_head) else ''}: {remedy}."
         )
     if is_causal:
         labels = F.pad(labels[:, 1:], (0, 1), value=ignore_index) if shift_labels is None else shift_labels
@@ -304,11 +305,15 @@ def fused_language_model_loss(
 
 def _is_plain_linear(module: nn.Module) -> bool:
     """Whether it is a whole `nn.Linear` that does nothing else: no adapter, not sharded or quantized, without hooks."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return (
         type(module) is nn.Linear
         and type(module.weight) is nn.Parameter
         and module.weight.shape == (module.out_features, module.in_features)
-        and not any(hooks)
-        and "forward" not in module.__dict__
+        and not _has_hooks(module)
     )
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether hooks or another `forward` act on a call of the module."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return "forward" in module.__dict__ or any(hooks)
