@@ -37,7 +37,9 @@ class SequenceLayout(NamedTuple):
 
     def to_masks(self) -> dict[str, Any]:
         """The same as what `generate` hands to a forward pass for its `attention_mask`."""
-        return {**self._asdict(), **self.masks, "masks": None}
+        values = {**self._asdict(), **self.masks, "masks": None}
+        # A slice has the strides of the whole, for each length of which a compiler would make another graph.
+        return {name: v.contiguous() if isinstance(v, torch.Tensor) else v for name, v in values.items()}
 
     @classmethod
     def from_masks(cls, masks: dict[str, Any]) -> "SequenceLayout":
