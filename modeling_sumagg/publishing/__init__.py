@@ -1,1 +1,1 @@
-"""What never travels with a checkpoint: remote code, cards, checks, conversion, saved states."""
+"""What never travels with a checkpoint: its code written flat, its card, its checks, and conversion to it."""

@@ -19,8 +19,8 @@ from modeling_sumagg import (
     ToSTForCausalLM,
     ToSTForImageClassification,
 )
-from modeling_sumagg.check_checkpoint import check_files
 from modeling_sumagg.hub import check_card, create_model_card, decode_state_size, main
+from modeling_sumagg.publishing.clean_process import check_files
 
 
 RUN = {
