@@ -25,6 +25,12 @@ def sinusoidal_positions(position_ids: torch.Tensor, hidden_size: int) -> torch.
     return torch.cat([angles.sin(), angles.cos()], dim=-1).float()
 
 
+def modulate(inputs_embeds: torch.Tensor, positions: torch.Tensor, position_bias: float) -> torch.Tensor:
+    """`E * (P + b)`, E and P broadcast to `[B, T, d]`, in the dtype of E and rounded once."""
+    positions = positions.to(torch.promote_types(inputs_embeds.dtype, torch.float32))
+    return (inputs_embeds * (positions + position_bias)).to(inputs_embeds.dtype)
+
+
 class PositionModulation(nn.Module):
     """
     Position modulation, `h_t = E[x_t] * (P_t + b)`, elementwise.
@@ -65,6 +71,4 @@ class PositionModulation(nn.Module):
             positions = self.position_embeddings(position_ids)
         else:
             positions = sinusoidal_positions(position_ids, inputs_embeds.shape[-1])
-        # Rounded once, with the product: in half precision P + 2 would keep little of a P around 0.02.
-        positions = positions.to(torch.promote_types(inputs_embeds.dtype, torch.float32))
-        return (inputs_embeds * (positions + self.position_bias)).to(inputs_embeds.dtype)
+        return modulate(inputs_embeds, positions, self.position_bias)
