@@ -93,7 +93,7 @@ class ToSTPatchEmbeddings(nn.Module):
         self.patch_size = config.patch_size
         num_stages = int(math.log2(config.patch_size))
         widths = [config.num_channels] + [config.hidden_size >> stage for stage in reversed(range(num_stages))]
-        stages = []
+        stages: list[nn.Module] = []
         for in_channels, out_channels in itertools.pairwise(widths):
             convolution_class = nn.Conv2d if stages else ToSTInputConvolution
             convolution = convolution_class(in_channels, out_channels, kernel_size=3, stride=2, padding=1, bias=False)
@@ -136,7 +136,9 @@ class ToSTPositionEmbeddings(nn.Module):
         self.projection = ToSTInputConvolution(64, config.hidden_size, kernel_size=1)
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
-        code = fourier_position_code(*patches.shape[-2:], device=patches.device)
+        height, width = patches.shape[-2:]
+        # Of the whole batch, as adapters of some rows see no others.
+        code = fourier_position_code(height, width, patches.device).expand(patches.shape[0], -1, -1, -1)
         return patches + self.projection(code)
 
 

@@ -41,7 +41,7 @@ def check_ids(name: str, ids: torch.Tensor, size: int, what: str) -> None:
         return
     low, high = torch.stack(torch.aminmax(ids)).tolist()
     if low < 0 or high >= size:
-        raise ValueError(f"`{name}` must be in [0, {size}), the {what}, got values from {low} to {high}.")
+        raise ValueError(f"`{name}` must be in [0, {size}), {what}, got values from {low} to {high}.")
 
 
 def look_up(embedding: nn.Module, ids: torch.Tensor, name: str, size: int, what: str) -> torch.Tensor:

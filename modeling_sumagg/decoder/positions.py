@@ -49,6 +49,12 @@ def learned_positions(table: Callable, position_ids: torch.Tensor, size: int) ->
         ) from None
 
 
+def modulate(inputs_embeds: torch.Tensor, positions: torch.Tensor, position_bias: float) -> torch.Tensor:
+    """`E * (P + b)`, E and P broadcast to `[B, T, d]`, in the dtype of E and rounded once."""
+    positions = positions.to(torch.promote_types(inputs_embeds.dtype, torch.float32))
+    return (inputs_embeds * (positions + position_bias)).to(inputs_embeds.dtype)
+
+
 class PositionModulation(nn.Module):
     """
     Position modulation, `h_t = E[x_t] * (P_t + b)`, elementwise.
@@ -88,6 +94,4 @@ class PositionModulation(nn.Module):
             positions = learned_positions(self.position_embeddings, position_ids, self.max_position_embeddings)
         else:
             positions = sinusoidal_positions(position_ids, inputs_embeds.shape[-1])
-        # Rounded once, with the product: in half precision P + 2 would keep little of a P around 0.02.
-        positions = positions.to(torch.promote_types(inputs_embeds.dtype, torch.float32))
-        return (inputs_embeds * (positions + self.position_bias)).to(inputs_embeds.dtype)
+        return modulate(inputs_embeds, positions, self.position_bias)
