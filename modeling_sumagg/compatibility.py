@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import transformers
-from packaging.version import Version
+from torch.torch_version import TorchVersion
 from transformers import Cache, modeling_outputs
 from transformers.masking_utils import create_causal_mask
 from transformers.utils import ModelOutput, logging
@@ -121,7 +121,7 @@ def find_cache(values: dict[str, Any]) -> Cache | None:
 
 def warn_of_untested_transformers() -> None:
     """Warn, once, of a version of transformers that is newer than what the models have been tested with."""
-    if Version(transformers.__version__) > Version(NEWEST_TESTED_TRANSFORMERS):
+    if TorchVersion(transformers.__version__) > NEWEST_TESTED_TRANSFORMERS:
         logger.warning_once(
             f"This is transformers {transformers.__version__}. These models have been tested with versions up to "
             f"{NEWEST_TESTED_TRANSFORMERS}: something may have been renamed since. Compare a generation with "

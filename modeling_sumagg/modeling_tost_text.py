@@ -93,7 +93,9 @@ class ToSTTextTokenStatistics(nn.Module):
     def _membership_bias_at(self, position_ids: torch.Tensor) -> torch.Tensor:
         """β at the positions `[1 or B, T]` of the tokens, `[1 or B, K, T]`."""
         return learned_positions(
-            lambda ids: F.embedding(ids, self.membership_bias[..., 0].mT).mT, position_ids, self.membership_bias.shape[1]
+            lambda ids: F.embedding(ids, self.membership_bias[..., 0].mT).mT,
+            position_ids,
+            self.membership_bias.shape[1],
         )
 
 

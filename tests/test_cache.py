@@ -34,9 +34,7 @@ def next_logits(model, cache, rows=slice(None)):
     """What the model says after one more token, from a copy of the cache; `rows` of `MASK` are in it."""
     mask = torch.cat([MASK[:, : cache.get_seq_length()], torch.ones(3, 1)], dim=1)[rows]
     with torch.no_grad():
-        return model(torch.full((len(mask), 1), 7), attention_mask=mask, cache=copy.deepcopy(cache)).logits[
-            :, 0
-        ]
+        return model(torch.full((len(mask), 1), 7), attention_mask=mask, cache=copy.deepcopy(cache)).logits[:, 0]
 
 
 @pytest.fixture(params=LAYER_TYPES)

@@ -65,9 +65,7 @@ def look_up(embedding: nn.Module, ids: torch.Tensor, name: str, size: int, what:
         raise
 
 
-def check_labels(
-    labels: torch.Tensor, shape: torch.Size, meaning: str, num_classes: int | None
-) -> None:
+def check_labels(labels: torch.Tensor, shape: torch.Size, meaning: str, num_classes: int | None) -> None:
     """
     Check the shape and the dtype of labels.
 

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 from transformers import Cache
-from transformers.utils import is_tracing
 
 from .checks import is_concrete
 
@@ -107,7 +106,9 @@ def sequence_layout(
         begins = (position_ids == 0).expand(batch_size, -1)
         begins = begins if mask is None else begins & mask
         first = (
-            torch.arange(length, device=inputs.device) == 0 if mask is None else mask & (mask.long().cumsum(dim=1) == 1)
+            torch.arange(length, device=inputs.device) == 0
+            if mask is None
+            else mask & (mask.long().cumsum(dim=1) == 1)
         )
         inner = begins & ~first
         document_ids, restart = inner.long().cumsum(dim=1), (begins & first).any(dim=1)
@@ -153,9 +154,7 @@ def sequence_layout(
     return layout, None if read.get("all_real", True) else real, bool(read.get("earlier", False))
 
 
-def _checked_mask(
-    attention_mask: torch.Tensor, inputs: torch.Tensor, past_length: int | torch.Tensor
-) -> torch.Tensor:
+def _checked_mask(attention_mask: torch.Tensor, inputs: torch.Tensor, past_length: int | torch.Tensor) -> torch.Tensor:
     """The mask as bool, if its shape is `[B, past + T]`."""
     batch_size, length = inputs.shape[:2]
     # The length of a static cache is a tensor, which is not read for a check.

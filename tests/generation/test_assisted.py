@@ -117,7 +117,9 @@ def test_nothing_is_recorded_in_ordinary_decoding(kind):
             assert all(t.dtype == torch.float32 for t in layer.state)
 
 
-@pytest.mark.skipif(not getattr(StaticLayer, "is_croppable", False), reason="transformers below 5.24 cannot crop its own")
+@pytest.mark.skipif(
+    not getattr(StaticLayer, "is_croppable", False), reason="transformers below 5.24 cannot crop its own"
+)
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", MAIN_KINDS)
 def test_a_static_cache_goes_back_in_assisted_decoding_and_prompt_lookup(kind, compiled):

@@ -24,6 +24,7 @@ MODULES = {
     "dataclasses",
     "functools",
     "huggingface_hub.dataclasses",
+    "inspect",
     "itertools",
     "logging",
     "math",
