@@ -164,7 +164,7 @@ class SumAggModel(DecoderModel, SumAggPreTrainedModel):
         count = layout.position_ids.float() + 1
         if not self.config.is_causal:
             delimiters = {"attention_mask": layout.attention_mask, "document_ids": layout.document_ids}
-            rows = max(len(tensor) for tensor in (count, *delimiters.values()) if tensor is not None)
+            rows = max(tensor.shape[0] for tensor in (count, *delimiters.values()) if tensor is not None)
             ones = torch.ones_like(count).expand(rows, -1)[..., None]
             count = bidirectional_sum(ones, **delimiters).clamp(min=1)[..., 0]
         return {"sum_scale": count.reciprocal() if self.config.sum_normalization == "mean" else count.rsqrt()}

@@ -60,7 +60,7 @@ class ToSTTextTokenStatistics(nn.Module):
         w = w.unflatten(-1, (w.shape[-1] // self.head_dim, self.head_dim)).transpose(1, 2)
         position_bias = None
         if self.membership_bias is not None:
-            position_bias = self._membership_bias_at(layout.position_ids).expand(len(w), -1, -1)
+            position_bias = self._membership_bias_at(layout.position_ids).expand(w.shape[0], -1, -1)
 
         membership = None
         if kwargs.get("output_attentions", self.config.output_attentions):

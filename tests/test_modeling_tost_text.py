@@ -87,7 +87,7 @@ def test_conversion_lists_what_does_not_fit(golden, tmp_path):
     weights, _, _ = golden
     weights = {name: t for name, t in weights.items() if name != "transformer.h.1.gamma1"}
     torch.save({**weights, "extra.weight": torch.ones(1)}, tmp_path / "ckpt.pt")
-    with pytest.raises(RuntimeError, match=r"(?s)layers.1.layer_scale1.*extra.weight"):
+    with pytest.raises(ValueError, match=r"(?s)layers.1.layer_scale1.*extra.weight"):
         convert_original_checkpoint("tost_text", tmp_path / "ckpt.pt", tmp_path / "converted")
     torch.save({"a": torch.ones(1)}, tmp_path / "ckpt.pt")
     with pytest.raises(ValueError, match="not an original tost_text checkpoint"):

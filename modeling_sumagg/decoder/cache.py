@@ -140,7 +140,7 @@ class SlidingWindowLayer(RecurrentLayer):
                 return None
             attention_mask = torch.ones(inputs.shape[:2], dtype=torch.bool, device=inputs.device)
         if past is None:
-            past = torch.ones(len(inputs), self.num_columns, dtype=torch.bool, device=inputs.device)
+            past = torch.ones(inputs.shape[0], self.num_columns, dtype=torch.bool, device=inputs.device)
         return torch.cat([past.to(inputs.device), attention_mask.to(inputs.device)], dim=1)
 
     def past_real(self, inputs: torch.Tensor) -> torch.Tensor | None:
@@ -169,7 +169,7 @@ class StaticSlidingLayer(SlidingWindowLayer, StaticRecurrentLayer):
     def past_real(self, inputs: torch.Tensor) -> torch.Tensor:
         if self.columns:
             return self.columns[2]
-        return torch.zeros(len(inputs), self.num_columns, dtype=torch.bool, device=inputs.device)
+        return torch.zeros(inputs.shape[0], self.num_columns, dtype=torch.bool, device=inputs.device)
 
 
 # What may stand where an attention layer of a type is, in a dynamic and in a static cache; elsewhere, recurrent layers.

@@ -53,7 +53,7 @@ def attention_masks(
         is_ours = isinstance(sliding, SlidingWindowLayer)
         columns = sliding.real_columns(layout.attention_mask, inputs) if is_ours else real
         return {kind: real if kind == "full_attention" else columns for kind in kinds}
-    positions = layout.position_ids.expand(len(inputs), -1) if earlier_documents else None
+    positions = layout.position_ids.expand(inputs.shape[0], -1) if earlier_documents else None
     return {kind: _attention_mask(config, kind, inputs, dtype, layout, real, positions, cache) for kind in kinds}
 
 

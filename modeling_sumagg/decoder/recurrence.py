@@ -83,14 +83,14 @@ class Call:
         """The same of the first `length` tokens: the others are masked, and so leave no trace."""
         kept = torch.arange(self.length, device=self.inputs[0].device)[None] < length
         mask = self.arguments["attention_mask"]
-        mask = kept.expand(len(self.inputs[0]), -1) if mask is None else mask & kept
+        mask = kept.expand(self.inputs[0].shape[0], -1) if mask is None else mask & kept
         return replace(self, arguments={**self.arguments, "attention_mask": mask})
 
     def map_batch(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Call":
-        batch_size = len(self.inputs[0])
+        batch_size = self.inputs[0].shape[0]
 
         def of_rows(tensor: torch.Tensor | None) -> torch.Tensor | None:
-            return tensor if tensor is None or len(tensor) != batch_size else function(tensor)
+            return tensor if tensor is None or tensor.shape[0] != batch_size else function(tensor)
 
         inputs = tuple(function(tensor) for tensor in self.inputs)
         return replace(self, inputs=inputs, arguments={name: of_rows(t) for name, t in self.arguments.items()})
@@ -251,7 +251,7 @@ class RecurrentLayer(CacheLayerMixin):
             for name, records in self.records.items()
         }
         for state in self.states.values():
-            self.batch_size = len(state[0])
+            self.batch_size = state[0].shape[0]
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self.map_batch(lambda t: t.index_select(0, beam_idx.to(t.device)))
