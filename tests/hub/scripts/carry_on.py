@@ -45,7 +45,7 @@ def train(model, inputs):
             torch.testing.assert_close(smoothed, expected, rtol=1e-5, atol=1e-6)
             trainer.train()
             assert (Path(folder) / "checkpoint-1" / "modeling_sumagg.py").is_file() == name.startswith("SumAgg")
-            assert (Path(folder) / "checkpoint-1" / "cache.py").is_file()
+            assert (Path(folder) / "checkpoint-1" / "registration.py").is_file()
         return model, trainer.save_model
     if name.endswith("TokenClassification"):
         # The default layers of the family.
