@@ -76,8 +76,8 @@ def fourier_position_code(height: int, width: int, device: torch.device | None =
 class ToSTInputConvolution(nn.Conv2d):
     """A convolution that takes any dtype: it works in that of its weight."""
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return super().forward(input.to(self.weight.dtype))
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return super().forward(features.to(self.weight.dtype))
 
 
 class ToSTPatchEmbeddings(nn.Module):
