@@ -35,8 +35,7 @@ HEADER = """\
 # source unchanged but for this header, its imports of modules of this folder, and what it registers at its end, if
 # anything, so that the code is carried on when the model is saved again and its classes are known by their names.
 """
-# The first line of every file written here. The version is that of modeling-sumagg.
-HEADER_PATTERN = re.compile(r"# From the Python package .*modeling-sumagg ([^ )]+).*, module ([\w.]+)\.")
+HEADER_PATTERN = re.compile(r"# From the Python package .*modeling-sumagg ([^ ,]+).*, module ([\w.]+)\.$")
 
 
 def register_family(
@@ -126,7 +125,7 @@ def flat_sources(family: Family) -> dict[str, str]:
                 f"{cls.__name__} was defined in a script or a notebook, whose code no checkpoint can carry. Move it to "
                 "a module of its own (a file such as gated_sum.py), import it from there, and register it again."
             )
-    version = importlib.metadata.version("modeling-sumagg")
+    own = f"modeling-sumagg {package_version()}"
     sources: dict[str, str] = {}
     written: dict[str, str] = {}
     waiting = [*sorted({cls.__module__ for cls in classes}), REGISTRATION]
@@ -139,14 +138,21 @@ def flat_sources(family: Family) -> dict[str, str]:
             continue
         source, imported = flatten_imports(_source(module), module)
         package = module.partition(".")[0]
-        origin = (
-            f"modeling-sumagg {version} (Apache-2.0)"
-            if package == PACKAGE
-            else f"{package}, by modeling-sumagg {version}"
-        )
+        origin = f"{own} (Apache-2.0)" if package == PACKAGE else f"{package}, by {own}"
         sources[name] = HEADER.format(origin=origin, module=module) + source + _registering(module, family)
         waiting += imported
     return sources
+
+
+def package_version() -> str:
+    return importlib.metadata.version("modeling-sumagg")
+
+
+def read_header(path: Path) -> tuple[str, str] | None:
+    """The version of modeling-sumagg that wrote a file and the module that it holds; `None`: it wrote no such file."""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        match = HEADER_PATTERN.match(file.readline())
+    return None if match is None else (match[1], match[2])
 
 
 def _source(module: str) -> str:
