@@ -25,7 +25,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import numpy as np
 import torch
-from peft import TaskType, get_peft_model
+from peft import TaskType
 from torch.nn import functional as F
 from transformers import (
     AutoModelForCausalLM,
@@ -49,11 +49,11 @@ from modeling_sumagg.plots import plot_training
 from modeling_sumagg.scripts import (
     DataArguments,
     TextModelArguments,
+    add_adapters,
     context_length,
     load_config,
     load_model,
     load_splits,
-    lora_config,
     user_errors,
 )
 from modeling_sumagg.training import decay_parameter_names
@@ -196,8 +196,7 @@ def main() -> None:
 
     print(f"{type(model).__name__}, {model.num_parameters():,} parameters; a tokenizer of {len(tokenizer):,} tokens.")
     if model_arguments.lora_rank:
-        model = get_peft_model(model, lora_config(model_arguments, task_type=TaskType.CAUSAL_LM))
-        model.print_trainable_parameters()
+        model = add_adapters(model, model_arguments, task_type=TaskType.CAUSAL_LM)
     collators = {
         "blocks": default_data_collator,
         "flattened": DataCollatorWithFlattening(),

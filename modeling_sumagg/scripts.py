@@ -9,6 +9,7 @@ import contextlib
 import difflib
 import json
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +31,7 @@ from .configuration import preset_path
 try:
     from datasets import DatasetDict, IterableDatasetDict, load_dataset  # type: ignore[import-untyped]
     from datasets.exceptions import DatasetGenerationError  # type: ignore[import-untyped]
-    from peft import LoraConfig
+    from peft import LoraConfig, PeftModel, get_peft_model
 except ImportError as error:
     raise ImportError(f"The scripts need {error.name}: run `pip install 'modeling-sumagg[examples]'`.") from error
 
@@ -164,17 +165,19 @@ def load_config(
         raise ValueError(f'--config_overrides must be a JSON object such as {{"hidden_size": 64}}, got {overrides!r}.')
     if arguments.preset is not None:
         defaults, _ = PreTrainedConfig.get_config_dict(preset_path(arguments.preset))
+    defaults = dict(defaults)
     if checkpoint is not None:
         config_class = type(AutoConfig.from_pretrained(checkpoint))
     else:
-        model_type = overrides.pop("model_type", defaults["model_type"])
+        model_type = defaults.pop("model_type")
+        model_type = overrides.pop("model_type", model_type)
         if model_type not in CONFIG_MAPPING:
-            raise ValueError(f"There is no model type {model_type!r}{_nearest(model_type, CONFIG_MAPPING)}.")
+            raise ValueError(f"There is no model type {model_type!r}.{_nearest(model_type, CONFIG_MAPPING)}")
         config_class = CONFIG_MAPPING[model_type]
     known = {*config_class.__dataclass_fields__, *config_class.attribute_map, "num_labels"}
     for name in overrides:
         if name not in known:
-            raise ValueError(f"{config_class.__name__} has no field {name!r}{_nearest(name, known)}.")
+            raise ValueError(f"{config_class.__name__} has no field {name!r}.{_nearest(name, known)}")
     try:
         if checkpoint is not None:
             return AutoConfig.from_pretrained(checkpoint, **{**values, **overrides})
@@ -189,7 +192,7 @@ def load_config(
 
 def _nearest(name: str, known: Any) -> str:
     matches = difflib.get_close_matches(name, sorted(known), n=1)
-    return f": did you mean {matches[0]!r}?" if matches else ""
+    return f" Did you mean {matches[0]!r}?" if matches else ""
 
 
 def load_model(auto_class: Any, arguments: ModelArguments, config: PreTrainedConfig) -> PreTrainedModel:
@@ -202,15 +205,21 @@ def load_model(auto_class: Any, arguments: ModelArguments, config: PreTrainedCon
     )
 
 
-def lora_config(arguments: ModelArguments, **options) -> LoraConfig:
-    """What the arguments say of LoRA, with `options` of a script, such as `task_type` and `modules_to_save`."""
-    return LoraConfig(
+def add_adapters(model: PreTrainedModel, arguments: ModelArguments, **options) -> PeftModel:
+    """The model with LoRA adapters of the arguments, and with `options` of a script for `LoraConfig`."""
+    config = LoraConfig(
         r=arguments.lora_rank,
         lora_alpha=arguments.lora_alpha,
         lora_dropout=arguments.lora_dropout,
-        target_modules=arguments.target_modules,
-        **options,
+        **{"target_modules": arguments.target_modules, **options},
     )
+    with warnings.catch_warnings():
+        # PEFT asks for activation checkpointing by the name that it had.
+        warnings.filterwarnings("ignore", ".*gradient_checkpointing.*", FutureWarning)
+        adapted = get_peft_model(model, config)
+    trained, total = adapted.get_nb_trainable_parameters()
+    print(f"LoRA trains {trained:,} of {total:,} parameters.")
+    return adapted
 
 
 def context_length(config: PreTrainedConfig) -> int:
@@ -294,6 +303,45 @@ def load_splits(
     return splits
 
 
+def encode_labels(splits: DatasetDict) -> tuple[DatasetDict, list[str]]:
+    """
+    Number the classes.
+
+    Args:
+        splits (`DatasetDict`): with a column `label`: a `ClassLabel`, or any text or number.
+
+    Returns:
+        `tuple[DatasetDict, list[str]]`: the splits with the index of the class, `labels`, in its place; and the names
+        of the classes: those of the data set, or every value of the column, in order.
+
+    Raises:
+        `ValueError`: a row without a label, or fewer than two classes.
+    """
+    feature = splits["train"].features["label"]
+    columns = {name: split["label"][:] for name, split in splits.items()}
+    for name, labels in columns.items():
+        missing = [
+            row for row, label in enumerate(labels) if label in (None, "") or (hasattr(feature, "names") and label < 0)
+        ]
+        if missing:
+            raise ValueError(f"Row {missing[0]} of the {name} split has no label.")
+    if hasattr(feature, "names"):
+        names = feature.names
+        indices = {index: index for index in range(len(names))}
+    else:
+        values = set().union(*columns.values())
+        numbers = all(isinstance(value, (bool, int, float)) for value in values)
+        names = [str(value) for value in (sorted(values) if numbers else sorted(values, key=str))]
+        indices = {value: names.index(str(value)) for value in values}
+    if len(names) < 2:
+        raise ValueError(f"A classifier needs at least two classes, the data has {names}.")
+    encoded = {
+        name: split.remove_columns("label").add_column("labels", [indices[label] for label in columns[name]])
+        for name, split in splits.items()
+    }
+    return DatasetDict(encoded), names
+
+
 def _load_file(path: str, streaming: bool):
     if Path(path).suffix not in LOADERS:
         if not Path(path).exists():
@@ -307,14 +355,15 @@ def _load_file(path: str, streaming: bool):
 
 
 __all__ = [
+    "add_adapters",
     "DataArguments",
     "LabelledDataArguments",
     "ModelArguments",
     "TextModelArguments",
     "context_length",
+    "encode_labels",
     "load_config",
     "load_model",
     "load_splits",
-    "lora_config",
     "user_errors",
 ]
