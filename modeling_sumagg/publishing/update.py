@@ -27,7 +27,8 @@ def update_folder(folder: str | os.PathLike) -> list[str]:
     family, config = _read_config(folder)
     headers = {path.name: read_header(path) for path in folder.glob("*.py")}
     sources = flat_sources(family)
-    for name in sorted(sources.keys() | {f"{_module(reference)}.py" for reference in config["auto_map"].values()}):
+    references = config["auto_map"]
+    for name in sorted({*sources, f"{_module(references.get('AutoConfig'))}.py"}):
         if name in headers and headers[name] is None:
             raise ValueError(f"{folder / name} was not written by modeling-sumagg: there is nothing to update.")
     removed = sorted(name for name, header in headers.items() if header is not None and name not in sources)
@@ -36,10 +37,10 @@ def update_folder(folder: str | os.PathLike) -> list[str]:
         for name, source in sources.items()
         if name not in headers or (folder / name).read_text(encoding="utf-8") != source
     }
-    stale = {name.removesuffix(".py") for name in removed}
-    kept = {key: value for key, value in config["auto_map"].items() if _module(value) not in stale}
-    if config["auto_map"] != (references := {**kept, **auto_map(family)}):
-        config["auto_map"] = references
+    # The user's own code may have entries too.
+    kept = {key: value for key, value in references.items() if headers.get(f"{_module(value)}.py", "") is None}
+    if references != kept | auto_map(family):
+        config["auto_map"] = kept | auto_map(family)
         written[CONFIG_NAME] = json.dumps(config, indent=2, sort_keys=True) + "\n"
     if not written and not removed:
         return [f"{folder} has the code of the installed version already."]
