@@ -191,6 +191,7 @@ def main() -> None:
     folder = Path(arguments.output_dir)
     baselines = {"unigram frequencies": unigram}
     plot_training(trainer.state.log_history, folder / "training.png", baselines=baselines, loss_unit="nats a token")
+    print(f"\nThe check of {folder}, where this package is not installed:")
     save_model_card(
         trainer.accelerator.unwrap_model(trainer.model),
         folder,
@@ -201,11 +202,10 @@ def main() -> None:
             name: getattr(arguments, name) for name in ("learning_rate", "batch_size", "context_length", "seed")
         },
         steps=arguments.steps,
-        units={"perplexity": "a token"},
         sample=tokenizer.decode(generated, skip_special_tokens=True),
     )
     print(
-        f"Saved to {folder}: the model with its tokenizer and its card (README.md), and the losses by step "
+        f"\nSaved to {folder}: the model with its tokenizer and its card (README.md), and the losses by step "
         f"({folder / 'training.png'}).\nNext: python -m modeling_sumagg.hub {folder}"
     )
 

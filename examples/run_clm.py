@@ -44,16 +44,17 @@ from transformers import (
 from transformers.integrations import unset_hf_deepspeed_config
 
 from modeling_sumagg.embedded_data import standard_library_sources
+from modeling_sumagg.families import FAMILIES
 from modeling_sumagg.hub import save_model_card
 from modeling_sumagg.plots import plot_training
 from modeling_sumagg.scripts import (
     DataArguments,
     TextModelArguments,
     add_adapters,
-    context_length,
     load_config,
     load_model,
     load_splits,
+    model_max_length,
     user_errors,
 )
 from modeling_sumagg.training import decay_parameter_names
@@ -203,7 +204,7 @@ def main() -> None:
         # A copy: to train, models with absolute positions need their padding on the right.
         "padded": DataCollatorForSeq2Seq(copy.deepcopy(tokenizer)),
     }
-    tokenizer.padding_side, tokenizer.model_max_length = "left", context_length(config)
+    tokenizer.padding_side, tokenizer.model_max_length = "left", model_max_length(config)
     trainer = DecayTrainer(
         model=model,
         args=training_arguments,
@@ -246,14 +247,17 @@ def main() -> None:
         "baselines": {name: {"perplexity": value} for name, value in baselines.items()},
         "hyperparameters": {name: getattr(training_arguments, name) for name in names},
         "steps": trainer.state.global_step,
-        "units": {"perplexity": "a token"},
     }
-    save_model_card(model, folder, **card)
+    saved = {folder: model}
     if model_arguments.lora_rank:
-        merged = model.merge_and_unload()
-        merged.save_pretrained(folder / "merged")
+        # One model without adapters, which any Auto class loads.
+        saved[folder / "merged"] = copy.deepcopy(model).merge_and_unload()
+        saved[folder / "merged"].save_pretrained(folder / "merged")
         tokenizer.save_pretrained(folder / "merged")
-        save_model_card(merged, folder / "merged", **card)
+    # A baseline of another library has no card of ours.
+    for place, each in saved.items() if config.model_type in FAMILIES else ():
+        print(f"\nThe check of {place}, where this package is not installed:")
+        save_model_card(each, place, **card)
     plot_training(
         trainer.state.log_history,
         folder / "training.png",
@@ -263,12 +267,11 @@ def main() -> None:
         loss_unit="nats a token",
         logarithmic=True,
     )
+
     print(f"\nPerplexity on held-out text: {metrics['eval_perplexity']:.4g}")
     for name, value in baselines.items():
         print(f"  {name}: {value:.4g}{' (the model is no better)' if metrics['eval_perplexity'] >= value else ''}")
-    print(
-        f"Saved to {folder}; its card: {folder / 'README.md'}; loss and perplexity by step: {folder / 'training.png'}"
-    )
+    print(f"Saved to {folder}; training.png shows loss and perplexity by step.")
 
 
 if __name__ == "__main__":

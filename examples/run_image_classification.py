@@ -9,6 +9,7 @@ Without arguments: a small ToST on the handwritten digits of scikit-learn, which
     python run_image_classification.py --train_dir photos/train --model_name_or_path runs/photos --lora_rank 8
 """
 
+import copy
 import io
 import os
 from dataclasses import dataclass, field
@@ -41,6 +42,7 @@ from transformers.integrations import unset_hf_deepspeed_config
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from modeling_sumagg.embedded_data import handwritten_digits
+from modeling_sumagg.families import FAMILIES
 from modeling_sumagg.hub import save_model_card
 from modeling_sumagg.modeling_tost import tost_image_processor
 from modeling_sumagg.plots import plot_training
@@ -221,7 +223,16 @@ def main() -> None:
         "hyperparameters": {name: getattr(training_arguments, name) for name in fields},
         "steps": trainer.state.global_step,
     }
-    save_model_card(model, folder, **card)
+    saved = {folder: model}
+    if model_arguments.lora_rank:
+        # One model without adapters, which any Auto class loads.
+        saved[folder / "merged"] = copy.deepcopy(model).merge_and_unload()
+        saved[folder / "merged"].save_pretrained(folder / "merged")
+        image_processor.save_pretrained(folder / "merged")
+    # A baseline of another library has no card of ours.
+    for place, each in saved.items() if config.model_type in FAMILIES else ():
+        print(f"\nThe check of {place}, where this package is not installed:")
+        save_model_card(each, place, **card)
     plot_training(
         trainer.state.log_history,
         folder / "training.png",
@@ -229,11 +240,6 @@ def main() -> None:
         baselines={name: by_split["validation"] for name, by_split in baselines.items()},
         model_name=type(model).__name__,
     )
-    if model_arguments.lora_rank:
-        merged = model.merge_and_unload()
-        merged.save_pretrained(folder / "merged")
-        image_processor.save_pretrained(folder / "merged")
-        save_model_card(merged, folder / "merged", **card)
 
     print(f"\nAccuracy {''.join(f'{split:>12}' for split in held_out)}")
     for name, by_split in {"this model": accuracies, **baselines}.items():
@@ -241,7 +247,7 @@ def main() -> None:
     better = [name for name, by_split in baselines.items() if by_split[held_out[-1]] >= accuracies[held_out[-1]]]
     if better:
         print(f"The model is no better than: {', '.join(better)}.")
-    print(f"Saved to {folder}; its card: {folder / 'README.md'}; loss and accuracy by step: {folder / 'training.png'}")
+    print(f"Saved to {folder}; training.png shows loss and accuracy by step.")
 
 
 if __name__ == "__main__":

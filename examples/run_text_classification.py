@@ -50,11 +50,11 @@ from modeling_sumagg.scripts import (
     LabelledDataArguments,
     TextModelArguments,
     add_adapters,
-    context_length,
     encode_labels,
     load_config,
     load_model,
     load_splits,
+    model_max_length,
     user_errors,
 )
 from modeling_sumagg.training import decay_parameter_names
@@ -164,7 +164,7 @@ def main() -> None:
         labels = {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
         config = load_config(model_arguments, SMALL_CLASSIFIER, tokenizer, **labels)
         model = load_model(AutoModelForSequenceClassification, model_arguments, config)
-        max_length = min(data_arguments.max_length, context_length(config))
+        max_length = min(data_arguments.max_length, model_max_length(config))
         documents = splits.map(
             lambda batch: to_tokens(batch["text"], tokenizer, max_length), batched=True, remove_columns=["text"]
         )
@@ -180,7 +180,7 @@ def main() -> None:
         model = add_adapters(model, model_arguments, **options)
     # A copy: to train, models with absolute positions need their padding on the right.
     collator = DataCollatorWithPadding(copy.deepcopy(tokenizer))
-    tokenizer.padding_side, tokenizer.model_max_length = "left", context_length(config)
+    tokenizer.padding_side, tokenizer.model_max_length = "left", model_max_length(config)
     trainer = DecayTrainer(
         model=model,
         args=training_arguments,
@@ -226,7 +226,16 @@ def main() -> None:
         "hyperparameters": {name: getattr(training_arguments, name) for name in fields} | {"max_length": max_length},
         "steps": trainer.state.global_step,
     }
-    save_model_card(model, folder, **card)
+    saved = {folder: model}
+    if model_arguments.lora_rank:
+        # One model without adapters, which any Auto class loads.
+        saved[folder / "merged"] = copy.deepcopy(model).merge_and_unload()
+        saved[folder / "merged"].save_pretrained(folder / "merged")
+        tokenizer.save_pretrained(folder / "merged")
+    # A baseline of another library has no card of ours.
+    for place, each in saved.items() if config.model_type in FAMILIES else ():
+        print(f"\nThe check of {place}, where this package is not installed:")
+        save_model_card(each, place, **card)
     plot_training(
         trainer.state.log_history,
         folder / "training.png",
@@ -234,11 +243,6 @@ def main() -> None:
         baselines={name: by_split["validation"] for name, by_split in baselines.items()},
         model_name=type(model).__name__,
     )
-    if model_arguments.lora_rank:
-        merged = model.merge_and_unload()
-        merged.save_pretrained(folder / "merged")
-        tokenizer.save_pretrained(folder / "merged")
-        save_model_card(merged, folder / "merged", **card)
 
     print(f"\nAccuracy {''.join(f'{split:>12}' for split in held_out)}")
     for name, by_split in {"this model": accuracies, **baselines}.items():
@@ -246,7 +250,7 @@ def main() -> None:
     better = [name for name, by_split in baselines.items() if by_split[held_out[-1]] >= accuracies[held_out[-1]]]
     if better:
         print(f"The model is no better than: {', '.join(better)}.")
-    print(f"Saved to {folder}; its card: {folder / 'README.md'}; loss and accuracy by step: {folder / 'training.png'}")
+    print(f"Saved to {folder}; training.png shows loss and accuracy by step.")
 
 
 if __name__ == "__main__":

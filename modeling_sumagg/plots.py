@@ -17,6 +17,12 @@ except ImportError as error:
     raise ImportError(f"The plots need {error.name}: run `pip install 'modeling-sumagg[examples]'`.") from error
 
 
+# What a metric is called on an axis, and its unit.
+METRICS = {
+    "accuracy": ("Accuracy", "share of right answers"),
+    "perplexity": ("Perplexity", "per token"),
+    "r2": ("R²", "1: perfect, 0: the mean"),
+}
 # Of a name at the end of a line, as a share of the height of the axes.
 NAME_HEIGHT = 0.055
 
@@ -58,7 +64,8 @@ def plot_training(
         if logarithmic:
             panels[1].set_yscale("log")
         _draw(panels[1], log_history, [(f"eval_{metric}", model_name, "C0", "-")], baselines or {}, steps)
-        panels[1].set(title=f"{metric.capitalize()} on the validation split", ylabel=metric)
+        name, unit = METRICS.get(metric, (metric, ""))
+        panels[1].set(title=f"{name} on the validation split", ylabel=f"{name} ({unit})" if unit else name)
     figure.savefig(path, dpi=120)
 
 

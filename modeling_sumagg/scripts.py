@@ -71,6 +71,8 @@ class ModelArguments:
     def __post_init__(self):
         if self.model_name_or_path is not None and self.preset is not None:
             raise ValueError("Give --model_name_or_path or --preset, not both.")
+        if self.lora_rank and self.model_name_or_path is None:
+            raise ValueError("--lora_rank adapts a trained model: name it with --model_name_or_path.")
 
 
 @dataclass
@@ -222,12 +224,11 @@ def add_adapters(model: PreTrainedModel, arguments: ModelArguments, **options) -
     return adapted
 
 
-def context_length(config: PreTrainedConfig) -> int:
-    """The most tokens that the model takes; where there is no limit, what a tokenizer says of none (10³⁰)."""
-    if getattr(config, "position_embedding_type", None) in ("sinusoidal", "none"):
-        # Token statistics may have a table of positions beside.
-        if not getattr(config, "use_membership_bias", False):
-            return VERY_LARGE_INTEGER
+def model_max_length(config: PreTrainedConfig) -> int:
+    """What a tokenizer calls so: the most tokens that the model takes, or the number that stands for no limit."""
+    endless = getattr(config, "position_embedding_type", None) in ("sinusoidal", "none")
+    if endless and not getattr(config, "use_membership_bias", False):
+        return VERY_LARGE_INTEGER
     return getattr(config, "max_position_embeddings", VERY_LARGE_INTEGER)
 
 
@@ -360,10 +361,10 @@ __all__ = [
     "LabelledDataArguments",
     "ModelArguments",
     "TextModelArguments",
-    "context_length",
     "encode_labels",
     "load_config",
     "load_model",
     "load_splits",
+    "model_max_length",
     "user_errors",
 ]
