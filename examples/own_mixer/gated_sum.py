@@ -1,6 +1,6 @@
-"""A language model with a mixer of your own: a sum with a decay `a` learned for each head, and a gate on its output,
+"""A language model with a mixer of its own: a sum with a decay `a`, learned for each head, and a gate on its output.
 
-s_t = a s_{t-1} + (1 - a) z_t,  z_t = W h_t,  output W_o (silu(W_g h_t) * s_t).
+s_t = a s_{t-1} + (1 - a) z_t  with  z_t = W h_t,  output W_o (silu(W_g h_t) * s_t)
 """
 
 import torch
@@ -25,10 +25,11 @@ class GatedSumConfig(TextConfig):
     recurrent_layer_types = ("gated_sum",)
 
 
-def decayed_sum(z, *, initial_state, attention_mask, document_ids, decay):
-    """The sums `[B, T, K, p]` of `z` `[B, T, K, p]` with the `decay` `[K]`, and the last of them, in float32."""
-    decays = decay.float()[:, None].expand(*z.shape[:3], 1)
-    sums = (1 - decays) * z.float()
+def decayed_sum(z, *, initial_state, attention_mask, document_ids, decay_logit):
+    """The sums of `z` `[B, T, K, p]`, of the same shape, with a decay `sigmoid(decay_logit)` `[K]`, and the last one."""
+    dtype = torch.promote_types(z.dtype, torch.float32)
+    decays = decay_logit.to(dtype).sigmoid()[:, None].expand(*z.shape[:3], 1)
+    sums = (1 - decays) * z
     if attention_mask is not None:
         padding = ~attention_mask[:, :, None, None]
         decays, sums = decays.masked_fill(padding, 1), sums.masked_fill(padding, 0)
@@ -58,7 +59,7 @@ class GatedSum(nn.Module):
 
     def forward(self, hidden_states, layout, cache=None, **kwargs):
         z = self.in_proj(hidden_states).unflatten(-1, (self.num_heads, -1))
-        sums = recur(decayed_sum, z, layout, cache, self.layer_idx, decay=self.decay_logit.sigmoid())
+        sums = recur(decayed_sum, z, layout, cache, self.layer_idx, decay_logit=self.decay_logit)
         return self.out_proj(F.silu(self.gate_proj(hidden_states)) * sums.flatten(-2)), None
 
 
@@ -78,7 +79,7 @@ class GatedSumPreTrainedModel(DecoderPreTrainedModel):
 
 
 class GatedSumModel(GatedSumPreTrainedModel, DecoderModel):
-    pass
+    """Embeddings, blocks, a norm."""
 
 
 class GatedSumForCausalLM(GatedSumPreTrainedModel, ForCausalLM):
