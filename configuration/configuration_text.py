@@ -38,6 +38,7 @@ class TextConfig(PreTrainedConfig):
         layer_norm_eps (`float`, defaults to 1e-5): epsilon of the layer norms.
         initializer_range (`float`, defaults to 0.02): standard deviation of the initial weights.
         tie_word_embeddings (`bool`, defaults to `True`): whether the output projection is the embedding table.
+        lm_head_bias (`bool`, defaults to `False`): whether the output projection has a bias.
         fuse_linear_cross_entropy (`bool`, defaults to `False`): whether a language model in training computes its loss
             without ever holding the logits of all tokens, and returns none. Needs PyTorch's `linear_cross_entropy`.
         use_cache (`bool`, defaults to `True`): whether the model returns its decode state.
@@ -70,6 +71,7 @@ class TextConfig(PreTrainedConfig):
     layer_norm_eps: float = 1e-5
     initializer_range: float = 0.02
     tie_word_embeddings: bool = True
+    lm_head_bias: bool = False
     fuse_linear_cross_entropy: bool = False
     use_cache: bool = True
     bos_token_id: int | None = None

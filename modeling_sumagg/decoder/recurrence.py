@@ -4,8 +4,15 @@ A recurrence is a function of a segment and of the state before it, which return
 
     operator(x, *, initial_state, attention_mask, document_ids, **parameters) -> (y, state)
 
-with `x` `[B, ...]`, and as state a tensor `[B, ...]` or a tuple of several. A masked token is transparent, and the state
-of no tokens is zero (or `None`).
+- `x` `[B, ...]` holds `T` tokens in any layout, and `y` one output for each. Where a sequence is cut into segments makes
+  no difference: this one contract is prefill, decoding, packed training, streams, and going back over tokens.
+- A state is a tensor `[B, ...]` whose size does not depend on `T`, or a tuple of several; those of sums are in float32 at
+  least. The state of no tokens is zero, for which `initial_state` may also be `None`.
+- `attention_mask` `[B, T]`, bool, or `None` where all tokens are real. A masked token is transparent: it leaves no trace
+  in the state and in the outputs of real tokens, whatever its values, and its own output is read by nobody.
+- `document_ids` `[B, T]`, int64, or `None`. It counts up at each real token that begins another document, and nothing of
+  the documents before reaches that one. The state before belongs to the first id, the state after to the last.
+- It is a function of a module, so that it is found again by its name when a cache is copied or pickled.
 """
 
 from collections.abc import Callable
