@@ -179,7 +179,9 @@ _ATTENTION_LAYERS: dict[str, tuple[type[CacheLayerMixin], ...]] = {
 }
 
 
-def _own_layer(layer: CacheLayerMixin, layer_type: str, config: PreTrainedConfig) -> CacheLayerMixin:
+def _own_layer(
+    layer: CacheLayerMixin, layer_type: str, config: PreTrainedConfig, record_past: bool
+) -> CacheLayerMixin:
     """The layer, or, in place of an empty one that another copy of this code or transformers made, one of ours."""
     if layer.is_initialized or layer_type == "full_attention":
         return layer
@@ -198,7 +200,7 @@ def _own_layer(layer: CacheLayerMixin, layer_type: str, config: PreTrainedConfig
     if is_ours or not is_recurrent:
         return layer
     own = cls(**arguments)
-    own.record_past = getattr(layer, "record_past", False)
+    own.record_past = record_past
     return own
 
 
@@ -227,8 +229,10 @@ def adopt_cache(cache: Cache, config: PreTrainedConfig) -> None:
             f"`cache` has {len(cache.layers)} layers and the model {len(config.layer_types)}. Make the cache with "
             "`DynamicCache(config=model.config)`."
         )
+    # Of the cache as a whole: transformers' static sliding layers have no record that could be switched on.
+    record_past = any(getattr(layer, "record_past", False) for layer in cache.layers)
     for i, layer_type in enumerate(config.layer_types):
-        layer = cache.layers[i] = _own_layer(cache.layers[i], layer_type, config)
+        layer = cache.layers[i] = _own_layer(cache.layers[i], layer_type, config, record_past)
         if layer_type in _ATTENTION_LAYERS:
             fits = isinstance(layer, _ATTENTION_LAYERS[layer_type])
         else:
