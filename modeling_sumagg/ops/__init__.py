@@ -5,7 +5,7 @@ import os
 from .documents import document_runs
 from .kernels.kernel_dispatch import set_kernels
 from .sliding_attention import sliding_window_attention
-from .summation import bidirectional_sum, causal_sum, causal_sum_reference
+from .summation import bidirectional_sum, causal_mean, causal_sum, causal_sum_reference
 from .token_blocks import activated_linear, token_wise
 from .token_statistics.formula import TokenStatisticsState
 from .token_statistics.operators import (
@@ -22,6 +22,7 @@ __all__ = [
     "TokenStatisticsState",
     "activated_linear",
     "bidirectional_sum",
+    "causal_mean",
     "causal_sum",
     "causal_sum_reference",
     "causal_token_membership",

@@ -1,9 +1,10 @@
-"""Which tensors the operators hand to the Triton kernels."""
+"""Which of its paths an operator takes: what it is called under, and which tensors go to the Triton kernels."""
 
 import functools
 import logging
 
 import torch
+from torch.autograd import forward_ad
 
 
 logger = logging.getLogger(__name__)
@@ -43,9 +44,24 @@ def takes_kernels(x: torch.Tensor) -> bool:
         `ImportError`: the mode is `"triton"` and Triton cannot be imported.
         `ValueError`: the mode is `"triton"`, and `x` is neither on a CUDA device nor in Triton's interpreter.
     """
-    if _mode == "torch" or x.numel() == 0 or torch.compiler.is_exporting() or torch.jit.is_tracing():
+    if _mode == "torch" or x.numel() == 0 or is_exported() or is_transformed():
         return False
     return _has_kernels(_mode, x.device.type)
+
+
+def is_exported() -> bool:
+    """Whether a graph is recorded that leaves this process: by `torch.export`, `torch.jit.trace` or for ONNX."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
+def is_recorded() -> bool:
+    """Whether the operations are recorded as a graph, exported or compiled, that serves every length."""
+    return torch.compiler.is_compiling() or is_exported()
+
+
+def is_transformed() -> bool:
+    """Whether a transform of `torch.func` or forward-mode differentiation acts on the operations, which must be plain."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 # A compiler takes the answer as a constant, and does not follow the imports.
