@@ -93,7 +93,7 @@ class ToSTTextTokenStatistics(nn.Module):
     def _membership_bias_at(self, position_ids: torch.Tensor) -> torch.Tensor:
         """β at the positions `[1 or B, T]` of the tokens, `[1 or B, K, T]`."""
         return learned_positions(
-            lambda ids: F.embedding(ids, self.membership_bias[..., 0].mT).mT,
+            lambda ids: F.embedding(ids, self.membership_bias[..., 0].transpose(0, 1)).transpose(1, 2),
             position_ids,
             self.membership_bias.shape[1],
         )
@@ -186,10 +186,12 @@ class ToSTTextModel(DecoderModel, ToSTTextPreTrainedModel):
 
     def add_positions(self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         if self.position_embeddings is not None:
+            position_ids = position_ids.expand(inputs_embeds.shape[0], -1)
             size = self.config.max_position_embeddings
             return inputs_embeds + learned_positions(self.position_embeddings, position_ids, size)
         if self.config.position_embedding_type == "sinusoidal":
-            return inputs_embeds + sinusoidal_positions(position_ids, inputs_embeds.shape[-1]).to(inputs_embeds.dtype)
+            positions = sinusoidal_positions(position_ids, inputs_embeds.shape[-1])
+            return (inputs_embeds + positions).to(inputs_embeds.dtype)
         return inputs_embeds
 
 

@@ -18,10 +18,11 @@ from ..compatibility import (
     warn_of_untested_transformers,
     with_cache_renamed,
 )
-from .cache import adopt_cache
+from .cache import adopt_cache, start_over
 from .checks import look_up
 from .layout import SequenceLayout, last_real_hidden_states, sequence_layout
 from .masks import attention_masks
+from .recurrence import RecurrentLayer
 
 
 class DecoderPreTrainedModel(PreTrainedModel):
@@ -165,7 +166,35 @@ class RecurrentGenerationMixin(GenerationMixin):
 
     def generate(self, *args, **kwargs):
         """As in transformers, with the decode state as `cache` or as `past_key_values`, whatever its version calls it."""
-        return super().generate(*args, **with_cache_renamed(kwargs, CACHE_NAME))
+        num_hidden_layers = self.config.num_hidden_layers
+        try:
+            return super().generate(*args, **with_cache_renamed(kwargs, CACHE_NAME))
+        finally:
+            # An early exit lowers it, and does not restore it where something fails.
+            self.config.num_hidden_layers = num_hidden_layers
+
+    def _get_candidate_generator(self, generation_config, *args, **kwargs):
+        early_exit = generation_config.assistant_early_exit
+        if early_exit is not None and not 1 <= early_exit <= self.config.num_hidden_layers:
+            raise ValueError(
+                f"`assistant_early_exit` must be in [1, {self.config.num_hidden_layers}], the layers after which the "
+                f"model may exit, got {early_exit}."
+            )
+        return super()._get_candidate_generator(generation_config, *args, **kwargs)
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs: dict[str, Any], *args, **kwargs):
+        if generation_config.cache_implementation == "quantized" and set(self.config.layer_types) != {"full_attention"}:
+            raise ValueError(
+                "`cache_implementation='quantized'` is for models of full attention alone: a recurrent state is small, "
+                "and is kept in float32. Leave it out, or choose 'static'."
+            )
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        cache = find_cache(model_kwargs)
+        if cache is not None and generation_config.is_assistant:
+            start_over(cache)
+            adopt_cache(cache, self.config)
+            for layer in cache.layers:
+                layer.starts_over = isinstance(layer, RecurrentLayer)
 
     def _prepare_position_ids_for_generation(self, inputs_tensor: torch.Tensor, model_kwargs: dict[str, Any]) -> None:
         # `forward` counts them itself, of which it can know that they begin no document.
