@@ -81,6 +81,8 @@ class SumAggPreTrainedModel(DecoderPreTrainedModel):
             # Each of the 2 L residual branches adds to the same stream, so each starts smaller.
             std = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
             init.normal_(module.weight, std=std)
+        elif getattr(module, "starts_as_identity", False):
+            init.eye_(module.weight)
 
 
 class SumAggModel(SumAggPreTrainedModel, DecoderModel):
@@ -153,6 +155,8 @@ class SumAggPooler(nn.Module):
         self.pooling = config.pooling
         if config.pooling != "last":
             self.proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+            # A language model's checkpoint lacks it, and PEFT saves with an adapter only the `score` after it.
+            self.proj.starts_as_identity = True
 
     def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
         if self.pooling == "last":

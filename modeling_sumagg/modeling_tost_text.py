@@ -90,7 +90,7 @@ class ToSTTextTokenStatistics(nn.Module):
     def _membership_bias_at(self, position_ids: torch.Tensor) -> torch.Tensor:
         """β at the positions `[1 or B, T]` of the tokens, `[1 or B, K, T]`."""
         return learned_positions(
-            lambda ids: F.embedding(ids, self.membership_bias[..., 0].mT).mT,
+            lambda ids: F.embedding(ids, self.membership_bias[..., 0].transpose(0, 1)).transpose(1, 2),
             position_ids,
             self.membership_bias.shape[1],
         )

@@ -204,6 +204,24 @@ def _own_layer(
     return own
 
 
+def layer_types_in_use(config: PreTrainedConfig) -> list[str]:
+    """The types of the layers that a forward pass runs: an early exit of `generate` lowers `num_hidden_layers`."""
+    return config.layer_types[: config.num_hidden_layers]
+
+
+def start_over(cache: Cache) -> None:
+    """
+    Empty the layers of an assistant's cache if one of them had to forget everything ([`~RecurrentLayer.crop`]).
+
+    An assistant with another tokenizer goes back further than the tokens since the last `crop`, where what it said is
+    read as other tokens. `generate` hands it all tokens again.
+    """
+    lengths = [int(layer.get_seq_length()) for layer in cache.layers]
+    if 0 in lengths:
+        for layer, length in zip(cache.layers, lengths, strict=True):
+            layer.crop(-length)
+
+
 def adopt_cache(cache: Cache, config: PreTrainedConfig) -> None:
     """
     Make `cache` fit a model with recurrent layers, in place; a cache that already fits is left as it is.
@@ -224,14 +242,15 @@ def adopt_cache(cache: Cache, config: PreTrainedConfig) -> None:
     if cache.layer_class_to_replicate is not None and not cache.layers:
         cache.layers = DynamicCache(config=config).layers
         cache.layer_class_to_replicate = None
-    if len(cache.layers) != len(config.layer_types):
+    layer_types = layer_types_in_use(config)
+    if len(cache.layers) != len(layer_types):
         raise ValueError(
-            f"`cache` has {len(cache.layers)} layers and the model {len(config.layer_types)}. Make the cache with "
+            f"`cache` has {len(cache.layers)} layers and the model {len(layer_types)}. Make the cache with "
             "`DynamicCache(config=model.config)`."
         )
     # Of the cache as a whole: transformers' static sliding layers have no record that could be switched on.
     record_past = any(getattr(layer, "record_past", False) for layer in cache.layers)
-    for i, layer_type in enumerate(config.layer_types):
+    for i, layer_type in enumerate(layer_types):
         layer = cache.layers[i] = _own_layer(cache.layers[i], layer_type, config, record_past)
         if layer_type in _ATTENTION_LAYERS:
             fits = isinstance(layer, _ATTENTION_LAYERS[layer_type])
@@ -245,7 +264,7 @@ def adopt_cache(cache: Cache, config: PreTrainedConfig) -> None:
             )
     if not cache.is_compileable and not is_tracing():
         # `crop` goes from layer to layer, and attention layers go back further than recurrent ones can.
-        lengths = [layer.get_seq_length() for layer in cache.layers[: config.num_hidden_layers]]
+        lengths = [layer.get_seq_length() for layer in cache.layers]
         if len({length for length in lengths if not isinstance(length, torch.Tensor)}) > 1:
             raise ValueError(
                 f"The layers of `cache` have seen different numbers of tokens, {lengths}: a forward pass or a `crop` has "

@@ -10,6 +10,7 @@ Everything is derived from `attention_mask` and `position_ids`:
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from transformers import Cache
 
 from .checks import is_concrete
@@ -180,6 +181,8 @@ def last_real_hidden_states(hidden_states: torch.Tensor, attention_mask: torch.T
         return hidden_states
     mask = attention_mask.to(hidden_states.device)
     index = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
-    last_real = torch.where(mask, index, -1).cummax(dim=1)[0]
-    last_real = torch.where(last_real < 0, index, last_real)
+    count = mask.long().cumsum(dim=1)
+    # Where the n-th real token stands, for n from 1; what padding writes at 0 is not read. ONNX has no running maximum.
+    places = F.pad(torch.zeros_like(index), (1, 0)).scatter(1, count * mask, index)
+    last_real = torch.where(count == 0, index, places.gather(1, count))
     return hidden_states.gather(1, last_real[..., None].expand_as(hidden_states))

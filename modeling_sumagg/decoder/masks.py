@@ -11,7 +11,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, and_masks, 
 from transformers.utils.generic import is_flash_attention_requested
 
 from .attention import attends_in_blocks
-from .cache import SlidingWindowLayer
+from .cache import SlidingWindowLayer, layer_types_in_use
 from .layout import SequenceLayout
 
 
@@ -40,7 +40,7 @@ def attention_masks(
     Raises:
         `ValueError`: the attention implementation cannot express the mask.
     """
-    kinds = sorted({"full_attention", "sliding_attention"} & set(config.layer_types))
+    kinds = sorted({"full_attention", "sliding_attention"} & set(layer_types_in_use(config)))
     if not kinds:
         return {}
     if is_flash_attention_requested(config):

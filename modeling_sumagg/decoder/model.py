@@ -20,12 +20,12 @@ from ..compatibility import (
     with_cache_renamed,
 )
 from .attention import Attention
-from .cache import adopt_cache
+from .cache import adopt_cache, start_over
 from .checks import look_up
 from .layout import SequenceLayout, last_real_hidden_states, sequence_layout
 from .masks import attention_masks
 from .positions import learned_positions, sinusoidal_positions
-from .recurrence import register_recurrent_layer_type
+from .recurrence import RecurrentLayer, register_recurrent_layer_type
 
 
 class DecoderPreTrainedModel(PreTrainedModel):
@@ -99,10 +99,13 @@ class DecoderModel(DecoderPreTrainedModel):
     def add_positions(self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         """The embeddings `[B, T, d]` with those of their `position_ids` `[1 or B, T]`, of `position_embedding_type`."""
         if self.position_embeddings is not None:
+            # A row of positions for each row of tokens, as adapters of single rows take them.
+            position_ids = position_ids.expand(inputs_embeds.shape[0], -1)
             size = self.config.max_position_embeddings
             return inputs_embeds + learned_positions(self.position_embeddings, position_ids, size)
         if self.config.position_embedding_type == "sinusoidal":
-            return inputs_embeds + sinusoidal_positions(position_ids, inputs_embeds.shape[-1]).to(inputs_embeds.dtype)
+            positions = sinusoidal_positions(position_ids, inputs_embeds.shape[-1])
+            return (inputs_embeds + positions).to(inputs_embeds.dtype)
         return inputs_embeds
 
     def shared_arguments(self, layout: SequenceLayout) -> dict[str, torch.Tensor | None]:
@@ -210,7 +213,35 @@ class RecurrentGenerationMixin(GenerationMixin):
 
     def generate(self, *args, **kwargs):
         """As in transformers, with the decode state as `cache` or as `past_key_values`, whatever its version calls it."""
-        return super().generate(*args, **with_cache_renamed(kwargs, CACHE_NAME))
+        num_hidden_layers = self.config.num_hidden_layers
+        try:
+            return super().generate(*args, **with_cache_renamed(kwargs, CACHE_NAME))
+        finally:
+            # An early exit lowers it, and does not restore it where something fails.
+            self.config.num_hidden_layers = num_hidden_layers
+
+    def _get_candidate_generator(self, generation_config, *args, **kwargs):
+        early_exit = generation_config.assistant_early_exit
+        if early_exit is not None and not 1 <= early_exit <= self.config.num_hidden_layers:
+            raise ValueError(
+                f"`assistant_early_exit` must be in [1, {self.config.num_hidden_layers}], the layers after which the "
+                f"model may exit, got {early_exit}."
+            )
+        return super()._get_candidate_generator(generation_config, *args, **kwargs)
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs: dict[str, Any], *args, **kwargs):
+        if generation_config.cache_implementation == "quantized" and set(self.config.layer_types) != {"full_attention"}:
+            raise ValueError(
+                "`cache_implementation='quantized'` is for models of full attention alone: a recurrent state is small, "
+                "and is kept in float32. Leave it out, or choose 'static'."
+            )
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        cache = find_cache(model_kwargs)
+        if cache is not None and generation_config.is_assistant:
+            start_over(cache)
+            adopt_cache(cache, self.config)
+            for layer in cache.layers:
+                layer.starts_over = isinstance(layer, RecurrentLayer)
 
     def _prepare_position_ids_for_generation(self, inputs_tensor: torch.Tensor, model_kwargs: dict[str, Any]) -> None:
         # `forward` counts them itself, of which it can know that they begin no document.

@@ -29,6 +29,8 @@ def learned_positions(table: Callable, position_ids: torch.Tensor, size: int) ->
     """
     What `table` has learned for each position, `table(position_ids)`.
 
+    Hand it `[B, T]`, one row for each sequence, where it is a module: adapters may differ from row to row.
+
     Args:
         table (`Callable`): an embedding table, or another function of positions.
         position_ids (`torch.Tensor` of shape `[..., T]`, integer): positions.
@@ -91,6 +93,7 @@ class PositionModulation(nn.Module):
         if self.position_embedding_type == "none":
             return inputs_embeds * self.position_bias
         if self.position_embedding_type == "learned":
+            position_ids = position_ids.expand(inputs_embeds.shape[0], -1)
             positions = learned_positions(self.position_embeddings, position_ids, self.max_position_embeddings)
         else:
             positions = sinusoidal_positions(position_ids, inputs_embeds.shape[-1])

@@ -118,6 +118,7 @@ class RecurrentLayer(CacheLayerMixin):
         states (`dict[str, tuple[torch.Tensor, ...]]`): by the name of an operator, its state after the last token.
         cumulative_length (`int`, or a 0-d tensor in a static cache): the tokens seen, padding included.
         record_past (`bool`): whether what `crop` needs is kept from one `crop` to the next.
+        starts_over (`bool`): whether a `crop` beyond that forgets everything, because all tokens will be read again.
         recorded (`int`): the tokens seen since the last `crop`, as far as they were recorded.
     """
 
@@ -130,6 +131,7 @@ class RecurrentLayer(CacheLayerMixin):
         self.records: dict[str, list[Record]] = {}
         self.cumulative_length = 0
         self.record_past = False
+        self.starts_over = False
         self.recorded = 0
 
     @property
@@ -204,7 +206,8 @@ class RecurrentLayer(CacheLayerMixin):
         Go back by `-tokens_to_remove` tokens, and forget what was recorded.
 
         Raises:
-            `ValueError`: the argument is positive, or more tokens would be removed than were recorded.
+            `ValueError`: the argument is positive, or more tokens would be removed than were recorded (unless
+                `starts_over`).
         """
         # transformers 5.17 counts in tensors, which must not become the length.
         length = -int(tokens_to_remove)
@@ -212,6 +215,8 @@ class RecurrentLayer(CacheLayerMixin):
             raise ValueError(f"`crop` takes the tokens to remove as a negative number, got {-length}.")
         if not self.is_initialized:
             return
+        if length > self.recorded and self.starts_over:
+            return self.reset()
         if length > self.recorded:
             raise ValueError(
                 f"Cannot remove {length} tokens: {self.recorded} were recorded since the last `crop`. Call "
