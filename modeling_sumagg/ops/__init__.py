@@ -2,12 +2,13 @@
 
 import os
 
+from .documents import document_runs
 from .kernels.kernel_dispatch import set_kernels
 from .sliding_attention import sliding_window_attention
-from .summation import bidirectional_sum, causal_sum, causal_sum_reference, document_runs
+from .summation import bidirectional_sum, causal_sum, causal_sum_reference
 from .token_blocks import activated_linear, token_wise
-from .token_statistics import (
-    TokenStatisticsState,
+from .token_statistics.formula import TokenStatisticsState
+from .token_statistics.operators import (
     causal_token_membership,
     causal_token_statistics,
     causal_token_statistics_reference,

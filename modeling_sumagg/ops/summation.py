@@ -9,6 +9,7 @@ import re
 import torch
 import torch.nn.functional as F
 
+from .documents import check_tokens, document_runs
 from .kernels.kernel_dispatch import takes_kernels
 from .token_blocks import token_wise
 
@@ -113,7 +114,7 @@ def causal_sum(
     if takes_kernels(x) and not (length == 1 and torch.compiler.is_compiling()):
         mask = None if attention_mask is None else attention_mask.bool()
         runs = None if document_ids is None or length == 1 else document_runs(document_ids, mask)
-        return _running_sum(x, None, scale, initial_state, mask, runs, relu, False)
+        return _kernel_sum(x, None, scale, initial_state, mask, runs, relu, False)
 
     terms = _masked_terms(x, attention_mask)
     if length == 0:
@@ -146,6 +147,7 @@ def bidirectional_sum(
     *,
     attention_mask: torch.Tensor | None = None,
     document_ids: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
     Sum over the whole sequence, `s = sum_u x_u`, given to every position: the bidirectional summation aggregator.
@@ -167,36 +169,10 @@ def bidirectional_sum(
     _check_sequence(x, attention_mask, document_ids)
     terms = _masked_terms(x, attention_mask)
     if document_ids is None:
-        return terms.sum(dim=1, keepdim=True).to(x.dtype).expand_as(x)
+        return _scaled(terms.sum(dim=1, keepdim=True).expand_as(terms), scale).to(x.dtype)
     runs = document_runs(document_ids, attention_mask)[..., None].expand_as(terms)
     totals = torch.zeros_like(terms).scatter_add(1, runs, terms)
-    return totals.gather(1, runs).to(x.dtype)
-
-
-def document_runs(document_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-    """
-    Number the documents of each row 0, 1, 2, … in the order of the sequence.
-
-    Args:
-        document_ids (`torch.Tensor` of shape `[B, T]`, integer): a change from one real token to the next begins
-            another document.
-        attention_mask (`torch.Tensor` of shape `[B, T]`, bool or 0/1, *optional*): True where a token is real. The
-            ids of masked positions are ignored: they belong to the document before them.
-
-    Returns:
-        `torch.Tensor` of shape `[B, T]`, int64, never decreasing along a row.
-    """
-    if document_ids.shape[1] == 0:
-        return document_ids.long()
-    if attention_mask is not None:
-        real = attention_mask.bool()
-        index = torch.arange(real.shape[1], device=real.device).expand_as(real)
-        last_real = torch.where(real, index, -1).cummax(dim=1)[0]
-        first_real = real.int().argmax(dim=1, keepdim=True)
-        document_ids = document_ids.gather(1, torch.where(last_real < 0, first_real, last_real))
-    # With one difference for each token an exported graph holds for T = 2 as well.
-    changes = document_ids.diff(dim=1, prepend=document_ids[:, :1]) != 0
-    return changes.long().cumsum(dim=1)
+    return _scaled(totals.gather(1, runs), scale).to(x.dtype)
 
 
 def _check_sequence(x: torch.Tensor, attention_mask: torch.Tensor | None, document_ids: torch.Tensor | None) -> None:
@@ -204,13 +180,7 @@ def _check_sequence(x: torch.Tensor, attention_mask: torch.Tensor | None, docume
         raise ValueError(f"`x` must have the shape [B, T, D], got {list(x.shape)}.")
     if not x.is_floating_point():
         raise TypeError(f"`x` must be of a floating dtype, got {x.dtype}.")
-    for name, tensor in (("attention_mask", attention_mask), ("document_ids", document_ids)):
-        if tensor is not None and tensor.shape != x.shape[:2]:
-            raise ValueError(
-                f"`{name}` must have the shape [B, T] = {list(x.shape[:2])} of `x`, got {list(tensor.shape)}."
-            )
-    if document_ids is not None and (document_ids.is_floating_point() or document_ids.dtype == torch.bool):
-        raise TypeError(f"`document_ids` must be of an integer dtype, got {document_ids.dtype}.")
+    check_tokens("x", *x.shape[:2], attention_mask, document_ids)
 
 
 def _masked_terms(x: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
@@ -286,7 +256,7 @@ def _segmented_sum(
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::running_sum", mutates_args=())
-def _running_sum(
+def _kernel_sum(
     x: torch.Tensor,
     gate: torch.Tensor | None,
     scale: torch.Tensor | None,
@@ -302,22 +272,22 @@ def _running_sum(
     return running_sum(x, gate, scale, initial, mask, runs, relu=relu, reverse=reverse)
 
 
-@_running_sum.register_fake
-def _running_sum_fake(x, gate, scale, initial, mask, runs, relu, reverse):
+@_kernel_sum.register_fake
+def _kernel_sum_fake(x, gate, scale, initial, mask, runs, relu, reverse):
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     return y, torch.empty_like(initial, memory_format=torch.contiguous_format)
 
 
-def _running_sum_setup_context(ctx, inputs, output):
+def _kernel_sum_setup_context(ctx, inputs, output):
     x, gate, scale, _, mask, runs, relu, ctx.reverse = inputs
     ctx.save_for_backward(x if relu else gate, scale, mask, runs)
 
 
-def _running_sum_vjp(ctx, grad_y, grad_final):
+def _kernel_sum_vjp(ctx, grad_y, grad_final):
     # Linear but for the sign of the terms, so that the adjoint has derivatives of every order in turn.
     gate, scale, mask, runs = ctx.saved_tensors
-    grad_x, grad_initial = _running_sum(grad_y, gate, scale, grad_final, mask, runs, False, not ctx.reverse)
+    grad_x, grad_initial = _kernel_sum(grad_y, gate, scale, grad_final, mask, runs, False, not ctx.reverse)
     return grad_x, None, None, grad_initial, None, None, None, None
 
 
-_running_sum.register_autograd(_running_sum_vjp, setup_context=_running_sum_setup_context)
+_kernel_sum.register_autograd(_kernel_sum_vjp, setup_context=_kernel_sum_setup_context)

@@ -25,6 +25,7 @@ MODULES = {
     "dataclasses",
     "functools",
     "huggingface_hub.dataclasses",
+    "inspect",
     "itertools",
     "logging",
     "math",

@@ -148,7 +148,7 @@ def test_versions_side_by_side(tmp_path, model_class, config, reference):
             )
         # Layer types are registered for the whole process: these layers are those of whichever code came last.
         cache = DynamicCache(config=model.config)
-        step = [model(INPUT_IDS[:, :5], past_key_values=cache), model(INPUT_IDS[:, 5:], past_key_values=cache)]
+        step = [model(INPUT_IDS[:, :5], cache=cache), model(INPUT_IDS[:, 5:], cache=cache)]
         logits = torch.cat([output.logits for output in step], dim=1)
         assert_close(logits, -expected if name == "second" else expected)
     assert torch.equal(tokens["first", "dynamic"], tokens["installed", "dynamic"])

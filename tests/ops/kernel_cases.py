@@ -19,6 +19,7 @@ from modeling_sumagg.ops import (
     token_statistics,
 )
 from modeling_sumagg.ops.kernels import running_sum_kernels
+from modeling_sumagg.ops.token_statistics import operators
 
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -32,7 +33,7 @@ def kernels(monkeypatch):
         # Short sequences then have many tiles.
         monkeypatch.setattr(running_sum_kernels, "BLOCK_T", 16)
         monkeypatch.setattr(running_sum_kernels, "BLOCK_BYTES", 64)
-        monkeypatch.setattr(test_token_statistics.module, "KERNEL_BLOCK_SIZE", 16)
+        monkeypatch.setattr(operators, "KERNEL_BLOCK_SIZE", 16)
     yield
     set_kernels("auto")
 
@@ -312,6 +313,6 @@ def test_the_state_for_backward_of_the_statistics_is_small():
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         causal_token_statistics(w, torch.ones(2, device=DEVICE), None)
     # Of each sequence the sums at the borders of the tiles, and once more those before the first.
-    borders = 128 // test_token_statistics.module.KERNEL_BLOCK_SIZE + 2
+    borders = 128 // operators.KERNEL_BLOCK_SIZE + 2
     size, sums = w.untyped_storage().nbytes(), 2 * borders * 2 * (2 * 64 + 1) * 4
     assert size <= sum(storages.values()) <= size + sums + 100

@@ -5,8 +5,13 @@ import torch
 from kernel_cases import *  # noqa: F403
 from testing import assert_close
 
-from modeling_sumagg.ops import causal_sum, causal_token_statistics, token_statistics
-from modeling_sumagg.ops.token_statistics import causal_token_statistics_reference, token_statistics_reference
+from modeling_sumagg.ops import (
+    causal_sum,
+    causal_token_statistics,
+    causal_token_statistics_reference,
+    token_statistics,
+    token_statistics_reference,
+)
 
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from testing import assert_close
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from modeling_sumagg.ops.token_statistics import (
-    TokenStatisticsState,
+from modeling_sumagg.ops.token_statistics import blocks, formula
+from modeling_sumagg.ops.token_statistics.formula import TokenStatisticsState
+from modeling_sumagg.ops.token_statistics.operators import (
     causal_token_membership,
     causal_token_statistics,
     causal_token_statistics_reference,
@@ -25,16 +26,13 @@ from modeling_sumagg.ops.token_statistics import (
 )
 
 
-# The module by name: the package's attribute of this name is the function.
-module = importlib.import_module("modeling_sumagg.ops.token_statistics")
-
 CAUSAL = [causal_token_statistics, causal_token_statistics_reference]
 BIDIRECTIONAL = [token_statistics, token_statistics_reference]
 # Small blocks, so that short sequences have many; and those of the operators.
 BLOCKS = [
     {"CHUNK_SIZE": 2, "BLOCK_SIZE": 4, "CPU_BLOCK_ELEMENTS": 1},
     {"CHUNK_SIZE": 4, "BLOCK_SIZE": 8, "CPU_BLOCK_ELEMENTS": 50},
-    {"CHUNK_SIZE": module.CHUNK_SIZE, "BLOCK_SIZE": module.BLOCK_SIZE, "CPU_BLOCK_ELEMENTS": 2**19},
+    {"CHUNK_SIZE": blocks.CHUNK_SIZE, "BLOCK_SIZE": blocks.BLOCK_SIZE, "CPU_BLOCK_ELEMENTS": 2**19},
 ]
 # For outputs and for gradients, relative to the largest element. The statistics are float32 at least; a gradient may be
 # the small difference of large parts.
@@ -194,9 +192,9 @@ common = {
     case=st.fixed_dictionaries(
         {**common, "biased": st.booleans(), "stateful": st.booleans(), "packed": st.booleans()}
     ),
-    blocks=st.sampled_from(BLOCKS),
+    sizes=st.sampled_from(BLOCKS),
 )
-def test_causal_is_the_loop(case, blocks):
+def test_causal_is_the_loop(case, sizes):
     inputs, arguments = draw(**case)
     mask = arguments["attention_mask"]
     (w, temperature, bias, state), expected_leaves = requiring_grad(inputs, torch.float64)
@@ -205,7 +203,7 @@ def test_causal_is_the_loop(case, blocks):
     for function in CAUSAL:
         (w, temperature, bias, state), leaves = requiring_grad(inputs)
         arguments["initial_state"] = None if state is None else TokenStatisticsState(*state)
-        with mock.patch.multiple(module, **blocks):
+        with mock.patch.multiple(blocks, **sizes):
             actual, actual_final = function(w, temperature, bias, **arguments)
             assert actual.dtype == w.dtype
             assert {x.dtype for x in actual_final} == {torch.promote_types(w.dtype, torch.float32)}
@@ -219,8 +217,8 @@ def test_causal_is_the_loop(case, blocks):
 
 
 @settings(max_examples=250, derandomize=True, deadline=None)
-@given(case=st.fixed_dictionaries(common), blocks=st.sampled_from(BLOCKS))
-def test_bidirectional_is_the_loop(case, blocks):
+@given(case=st.fixed_dictionaries(common), sizes=st.sampled_from(BLOCKS))
+def test_bidirectional_is_the_loop(case, sizes):
     inputs, arguments = draw(**case, biased=False, stateful=False, packed=False)
     mask = arguments["attention_mask"]
     (w, temperature, _, _), expected_leaves = requiring_grad(inputs, torch.float64)
@@ -228,7 +226,7 @@ def test_bidirectional_is_the_loop(case, blocks):
 
     for function in BIDIRECTIONAL:
         (w, temperature, _, _), leaves = requiring_grad(inputs)
-        with mock.patch.multiple(module, **blocks):
+        with mock.patch.multiple(blocks, **sizes):
             actual = function(w, temperature, attention_mask=mask)
             assert actual.dtype == w.dtype
             assert mask is None or not actual.transpose(1, 2)[~mask].any()
@@ -239,7 +237,7 @@ def test_bidirectional_is_the_loop(case, blocks):
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
 def test_derivatives_of_both_orders(masked, packed):
-    blocks = {"CHUNK_SIZE": 2, "BLOCK_SIZE": 4, "CPU_BLOCK_ELEMENTS": 1}
+    sizes = {"CHUNK_SIZE": 2, "BLOCK_SIZE": 4, "CPU_BLOCK_ELEMENTS": 1}
     (w, temperature, bias, state), arguments = draw(1, 2, 6, 2, masked=masked, packed=packed, seed=5)
     mask = arguments["attention_mask"]
     # Differences of 1e-6 need finite values, and no channel at the floor of its moments.
@@ -256,7 +254,7 @@ def test_derivatives_of_both_orders(masked, packed):
     def bidirectional(w, temperature):
         return token_statistics(w, temperature, attention_mask=mask)
 
-    with mock.patch.multiple(module, **blocks):
+    with mock.patch.multiple(blocks, **sizes):
         for function, inputs in ((causal, leaves), (bidirectional, leaves[:2])):
             assert torch.autograd.gradcheck(function, inputs)
             assert torch.autograd.gradgradcheck(function, inputs)
@@ -447,12 +445,12 @@ def test_another_version_of_the_file_leaves_the_operators_alone(tmp_path, monkey
     (expected_grad,) = torch.autograd.grad(expected.square().sum(), w)
 
     package = tmp_path / "checkpoint"
-    source = Path(module.__file__)
-    shutil.copytree(source.parent, package)
+    source = Path(formula.__file__)
+    shutil.copytree(source.parents[1], package)
     other = source.read_text().replace("MIN_MEMBERSHIP = 1e-8", "MIN_MEMBERSHIP = 1.0")
-    (package / source.name).write_text(other)
+    (package / source.parent.name / source.name).write_text(other)
     monkeypatch.syspath_prepend(tmp_path)
-    copy = importlib.import_module("checkpoint.token_statistics")
+    copy = importlib.import_module("checkpoint.token_statistics.operators")
     for name in [name for name in sys.modules if name.partition(".")[0] == "checkpoint"]:
         monkeypatch.delitem(sys.modules, name)
 

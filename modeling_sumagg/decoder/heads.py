@@ -1,34 +1,52 @@
-"""The heads that the text models share: the forward passes, as in `transformers.modeling_layers`.
+"""The models with a head, as in `transformers.modeling_layers`.
 
-A class that inherits one provides `model` and the modules that the head names.
+A family's model inherits from its `DecoderPreTrainedModel` and a head, and names its bare model as `model_class`.
 """
+
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import Cache, PreTrainedModel
-from transformers.modeling_outputs import (
+from transformers import Cache, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import MaskedLMOutput, TokenClassifierOutput
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
+
+from ..compatibility import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
     SequenceClassifierOutputWithPast,
-    TokenClassifierOutput,
+    accepts_cache,
+    named_cache,
 )
-from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple, is_tracing
-
-from .ops.token_blocks import is_intercepted, is_plain_linear
+from .checks import check_labels, labels_of_rows, loss_of_classes
+from .model import DecoderModel, DecoderPreTrainedModel, RecurrentGenerationMixin
 
 
-class ForCausalLM:
+class _LanguageModel(DecoderPreTrainedModel):
+    model_class: type[DecoderModel]
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__(config)
+        self.model = self.model_class(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
+        self.post_init()
+
+
+class ForCausalLM(_LanguageModel, RecurrentGenerationMixin):
     """Language modelling head: `lm_head` on every token."""
 
+    @accepts_cache
     @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | dict[str, torch.Tensor | None] | None = None,
+        attention_mask: torch.Tensor | dict[str, Any] | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
@@ -52,7 +70,7 @@ class ForCausalLM:
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
@@ -62,25 +80,87 @@ class ForCausalLM:
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **named_cache(outputs.cache),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
 
 
-class ForSequenceClassification:
-    """Sequence classification or regression head: `score` on what `pooler` makes of the real tokens."""
+class ForMaskedLM(_LanguageModel):
+    """Masked language modelling head: `lm_head` on every token of a bidirectional model."""
 
-    # The loss is a mean over the batch: `Trainer` has to divide by the accumulation steps.
-    accepts_loss_kwargs = False
-
+    @accepts_cache
     @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MaskedLMOutput:
+        r"""
+        Args:
+            labels (`torch.LongTensor` of shape `[B, T]`, *optional*): the token ids to predict; -100 is ignored.
+
+        With `labels`, in training and with `config.fuse_linear_cross_entropy`, there is a loss but no `logits`.
+
+        The other arguments and the errors are those of the bare model's `forward`. Also raised:
+            `ValueError`: `labels` of another shape than the logits, or outside the vocabulary; an output layer that
+                the fused loss does not know.
+        """
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        loss, logits = language_model_loss(self, outputs.last_hidden_state, labels, is_causal=False, **kwargs)
+        return MaskedLMOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class LastTokenPooler(nn.Module):
+    """The hidden state of the last real token, which [`DecoderModel`] repeats over the padding after it."""
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__()
+
+    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        return hidden_states[:, -1]
+
+
+class ForSequenceClassification(DecoderPreTrainedModel):
+    """
+    Sequence classification or regression head: `score` on the vector `[B, d]` that `pooler(hidden_states,
+    attention_mask)`, a `pooler_class(config)`, makes of the real tokens.
+    """
+
+    model_class: type[DecoderModel]
+    pooler_class: type[nn.Module] = LastTokenPooler
+    # The loss is a mean over the batch: `Trainer` has to divide by the accumulation steps.
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = self.model_class(config)
+        self.pooler = self.pooler_class(config)
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @accepts_cache
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
@@ -100,7 +180,7 @@ class ForSequenceClassification:
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
@@ -111,35 +191,40 @@ class ForSequenceClassification:
         logits = self.score(self.dropout(self.pooler(hidden_states, attention_mask)))
         loss = None
         if labels is not None:
-            problem_type = self.config.problem_type
-            if problem_type is None and self.num_labels > 1 and not labels.is_floating_point():
-                problem_type = "single_label_classification"
-            if problem_type == "single_label_classification":
-                check_labels(labels, logits.shape[:1], "[B]", self.num_labels)
-            elif self.num_labels == 1 and labels.dim() == 1:
-                check_labels(labels, logits.shape[:1], "[B]", None)
-            else:
-                check_labels(labels, logits.shape, "[B, num_labels]", None)
-            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
+            labels = labels_of_rows(labels, logits, self.config)
+            loss = loss_of_classes(
+                self.loss_function, labels, self.num_labels, pooled_logits=logits, config=self.config
+            )
         return SequenceClassifierOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **named_cache(outputs.cache),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
 
 
-class ForTokenClassification:
+class ForTokenClassification(DecoderPreTrainedModel):
     """Token classification head: `score` on every token."""
 
+    model_class: type[DecoderModel]
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = self.model_class(config)
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @accepts_cache
     @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
@@ -156,7 +241,7 @@ class ForTokenClassification:
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
@@ -165,32 +250,12 @@ class ForTokenClassification:
         loss = None
         if labels is not None:
             check_labels(labels, logits.shape[:2], "[B, T]", self.num_labels)
-            loss = self.loss_function(logits=logits, labels=labels, config=self.config, **kwargs)
+            loss = loss_of_classes(
+                self.loss_function, labels, self.num_labels, logits=logits, config=self.config, **kwargs
+            )
         return TokenClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
-
-
-def check_labels(labels: torch.Tensor, shape: torch.Size, meaning: str, num_classes: int | None) -> None:
-    """
-    Check labels before a loss fails on them deep inside.
-
-    Args:
-        labels (`torch.Tensor`): the labels.
-        shape (`torch.Size`): the shape they must have.
-        meaning (`str`): that shape in letters.
-        num_classes (`int`, *optional*): labels must be below it, or -100, which a loss ignores. `None`: not checked.
-
-    Raises:
-        `ValueError`: another shape, or (unless a graph is traced) another value.
-    """
-    if labels.shape != shape:
-        raise ValueError(f"`labels` must have the shape {meaning} = {list(shape)}, got {list(labels.shape)}.")
-    if num_classes is None or is_tracing(labels) or labels.device.type == "meta":
-        return
-    unknown = labels[(labels != -100) & ((labels < 0) | (labels >= num_classes))]
-    if unknown.numel() > 0:
-        raise ValueError(f"`labels` must be in [0, {num_classes}), or -100 to be ignored, got {unknown[0].item()}.")
 
 
 def language_model_loss(
@@ -204,11 +269,14 @@ def language_model_loss(
     """The loss, if there are `labels`, and the logits, unless the loss is fused with the output layer."""
     if labels is None:
         return None, model.lm_head(hidden_states)
-    check_labels(labels, hidden_states.shape[:2], "[B, T]", model.config.vocab_size)
+    vocab_size = model.config.vocab_size
+    check_labels(labels, hidden_states.shape[:2], "[B, T]", vocab_size)
     if model.training and model.config.fuse_linear_cross_entropy:
-        return fused_language_model_loss(hidden_states, model.lm_head, labels, is_causal=is_causal, **kwargs), None
+        arguments = {"hidden_states": hidden_states, "lm_head": model.lm_head, "is_causal": is_causal, **kwargs}
+        return loss_of_classes(fused_language_model_loss, labels, vocab_size, **arguments), None
     logits = model.lm_head(hidden_states)
-    return model.loss_function(logits=logits, labels=labels, vocab_size=model.config.vocab_size, **kwargs), logits
+    arguments = {"logits": logits, "vocab_size": vocab_size, **kwargs}
+    return loss_of_classes(model.loss_function, labels, vocab_size, **arguments), logits
 
 
 def fused_language_model_loss(
@@ -248,12 +316,12 @@ def fused_language_model_loss(
             f"`fuse_linear_cross_entropy` needs `torch.nn.functional.linear_cross_entropy`, which PyTorch "
             f"{torch.__version__} lacks and 2.13 has: update PyTorch, or {remedy}."
         )
-    if not is_plain_linear(lm_head):
+    if not _is_plain_linear(lm_head):
         raise ValueError(
             "`fuse_linear_cross_entropy` reads the weight of the output layer, which has to be a whole `nn.Linear` "
             f"without hooks, not a {type(lm_head).__module__}.{type(lm_head).__name__} with a "
             f"{type(lm_head.weight).__name__} of shape {list(lm_head.weight.shape)}"
-            f"{' and hooks' if is_intercepted(lm_head) else ''}: {remedy}."
+            f"{' and hooks' if _has_hooks(lm_head) else ''}: {remedy}."
         )
     if is_causal:
         labels = F.pad(labels[:, 1:], (0, 1), value=ignore_index) if shift_labels is None else shift_labels
@@ -280,3 +348,19 @@ def fused_language_model_loss(
     )
     count = (labels != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
     return loss.to(dtype).sum() / (count.to(loss.device) if torch.is_tensor(count) else count)
+
+
+def _is_plain_linear(module: nn.Module) -> bool:
+    """Whether it is a whole `nn.Linear` that does nothing else: no adapter, not sharded or quantized, without hooks."""
+    return (
+        type(module) is nn.Linear
+        and type(module.weight) is nn.Parameter
+        and module.weight.shape == (module.out_features, module.in_features)
+        and not _has_hooks(module)
+    )
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether hooks or another `forward` act on a call of the module."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return "forward" in module.__dict__ or any(hooks)

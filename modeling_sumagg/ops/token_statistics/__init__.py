@@ -1,0 +1,1 @@
+"""Token statistics: `formula` is the paper, `operators` the contract, `blocks` the path of long sequences."""

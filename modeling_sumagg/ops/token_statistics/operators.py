@@ -1,0 +1,287 @@
+"""Token statistics: the operators of the Token Statistics Transformer, causal and bidirectional.
+
+Each comes twice: the paper's formula in plain tensor operations (`*_reference`), and the same in blocks of tokens or as
+Triton kernels, with an analytic backward.
+"""
+
+import torch
+
+from ..documents import check_tokens, document_runs
+from ..kernels.kernel_dispatch import takes_kernels
+from .blocks import CAUSAL_FLOORS, bidirectional_forward, causal_forward, pack, unpack
+from .formula import (
+    TokenStatisticsState,
+    bidirectional_formula,
+    bidirectional_membership,
+    causal_formula,
+    causal_membership,
+    causal_step,
+    cumulative_sums,
+    real_tokens,
+    squares,
+    statistics_dtype,
+)
+
+
+KERNEL_BLOCK_SIZE = 64  # tokens of a tile of the Triton kernels, if a head's part of it fits into their registers
+FORMULA_LENGTH = 64  # without gradients, up to here the blocks cost more than they save
+
+
+def token_statistics(
+    w: torch.Tensor,
+    temperature: torch.Tensor,
+    *,
+    attention_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> torch.Tensor:
+    r"""
+    Token statistics self-attention in both directions, every sum over all N tokens:
+
+        ŵ      = w / max(‖w‖₂ over the tokens, 1e-12)
+        Π      = softmax over heads of temp_k · Σ_c ŵ²[k, n, c]
+        m[k,c] = Σ_n Π[k, n] w²[k, n, c] / (Σ_n Π[k, n] + 1e-8)
+        out    = -w · Π / (1 + m)
+
+    Args:
+        w (`torch.Tensor` of shape `[B, K, N, p]`, any floating dtype):
+            The projected tokens; fastest as the transposed view of a contiguous `[B, N, K, p]`.
+        temperature (`torch.Tensor` of shape `[K]` or `[K, 1]`, floating): temp.
+        attention_mask (`torch.Tensor` of shape `[B, N]`, bool or 0/1, *optional*):
+            True where a token is real. A masked one is in no sum, whatever its values (NaN included).
+        dropout_p (`float`, *optional*, defaults to 0.0):
+            The probability of dropping an entry of `1 / (1 + m)`. Not 0 only in training.
+
+    Returns:
+        `torch.Tensor` of shape `[B, K, N, p]` in the dtype of `w`, zero where masked; the transposed view of a
+        contiguous `[B, N, K, p]`. The statistics are float32 whatever the dtype of `w` (float64 for float64).
+
+    Raises:
+        `TypeError`: an argument is not floating.
+        `ValueError`: a shape does not fit `w`, or `dropout_p` is not in [0, 1).
+    """
+    mask = _check_arguments(w, temperature, attention_mask, dropout_p)
+    keep = _dropout(w, dropout_p, length=1)
+    kernels = takes_kernels(w)
+    if not kernels and _takes_formula(w):
+        return bidirectional_formula(w, temperature, mask, keep, dropout_p)
+    temperature = temperature.flatten().to(statistics_dtype(w))
+    kernel_block = _kernel_block(w.shape[3], temperature.dtype) if kernels else 0
+    return bidirectional_forward(w.transpose(1, 2), temperature, mask, keep, dropout_p, kernel_block).transpose(1, 2)
+
+
+def causal_token_statistics(
+    w: torch.Tensor,
+    temperature: torch.Tensor,
+    position_bias: torch.Tensor | None,
+    *,
+    initial_state: TokenStatisticsState | None = None,
+    attention_mask: torch.Tensor | None = None,
+    document_ids: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> tuple[torch.Tensor, TokenStatisticsState]:
+    r"""
+    Causal token statistics self-attention, every sum over the tokens u ≤ t:
+
+        D_t   = max(Σ_u w_u², 1e-12)
+        Π_t   = softmax over heads of temp_k · Σ_c (w_t² / D_t + β[k, t])
+        m_t   = Σ_u Π_u w_u² / (Σ_u Π_u + 1e-8)
+        out_t = -w_t · Π_t / (1 + m_t)
+
+    Prefill, decoding, packed training and streaming are this one call: pass the state that the previous call
+    returned, and the sums go on as if the segments had been one.
+
+    Args:
+        w (`torch.Tensor` of shape `[B, K, T, p]`, any floating dtype):
+            The projected tokens; fastest as the transposed view of a contiguous `[B, T, K, p]`.
+        temperature (`torch.Tensor` of shape `[K]` or `[K, 1]`, floating): temp.
+        position_bias (`torch.Tensor` of shape `[K, T]` or `[B, K, T]`, floating, or `None`):
+            β at the position of each token.
+        initial_state (`TokenStatisticsState`, *optional*):
+            The sums before the first token. They belong to the document of the first real token. Zero if not given.
+        attention_mask (`torch.Tensor` of shape `[B, T]`, bool or 0/1, *optional*):
+            True where a token is real. A masked one is in no sum, whatever its values (NaN included).
+        document_ids (`torch.Tensor` of shape `[B, T]`, integer, *optional*):
+            A change of id from one real token to the next restarts every sum, and no rounding of an earlier document
+            reaches a later one.
+        dropout_p (`float`, *optional*, defaults to 0.0):
+            The probability of dropping an entry of `1 / (1 + m)`. Not 0 only in training.
+
+    Returns:
+        `tuple[torch.Tensor, TokenStatisticsState]`: the output `[B, K, T, p]` in the dtype of `w`, zero where masked,
+        the transposed view of a contiguous `[B, T, K, p]`; and the sums after the last real token.
+
+    Raises:
+        `TypeError`: an argument has the wrong kind of dtype.
+        `ValueError`: a shape does not fit `w`, or `dropout_p` is not in [0, 1).
+    """
+    mask = _check_causal_arguments(
+        w, temperature, position_bias, initial_state, attention_mask, document_ids, dropout_p
+    )
+    batch_size, num_heads, length, head_dim = w.shape
+    keep = _dropout(w, dropout_p, length)
+    kernels = takes_kernels(w)
+    if length == 1:
+        # A compiler fuses a single step with what is around it.
+        if kernels and keep is None and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return _causal_step_kernel(w, temperature, position_bias, initial_state, mask)
+        return causal_step(w, temperature, position_bias, initial_state, mask, keep, dropout_p)
+    runs = None if document_ids is None else document_runs(document_ids, mask)
+    if not kernels and _takes_formula(w):
+        return causal_formula(w, temperature, position_bias, initial_state, mask, runs, keep, dropout_p)
+    dtype = statistics_dtype(w)
+    if position_bias is not None:
+        position_bias = position_bias.to(dtype).mT.expand(batch_size, length, num_heads)
+    if initial_state is None:
+        initial_sums = w.new_zeros(batch_size, num_heads * (2 * head_dim + 1), dtype=dtype)
+    else:
+        initial_sums = pack(initial_state).to(dtype)
+    w, temperature = w.transpose(1, 2), temperature.flatten().to(dtype)
+    kernel_block = _kernel_block(head_dim, dtype) if kernels else 0
+    out, sums = causal_forward(w, temperature, position_bias, initial_sums, mask, runs, keep, dropout_p, kernel_block)
+    # A slice would keep the sums before every block alive for as long as the state.
+    return out.transpose(1, 2), unpack(sums[:, -1].clone(), num_heads, head_dim)
+
+
+def token_membership(
+    w: torch.Tensor, temperature: torch.Tensor, *, attention_mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """
+    Π of [`token_statistics`], which documents the arguments and the errors.
+
+    Returns:
+        `torch.Tensor` of shape `[B, K, N]` in float32 (float64 for float64 `w`), zero where masked.
+    """
+    mask = _check_arguments(w, temperature, attention_mask)
+    w2, temperature = squares(real_tokens(w, mask), temperature)
+    return bidirectional_membership(w2, temperature, mask)
+
+
+def causal_token_membership(
+    w: torch.Tensor,
+    temperature: torch.Tensor,
+    position_bias: torch.Tensor | None,
+    *,
+    initial_state: TokenStatisticsState | None = None,
+    attention_mask: torch.Tensor | None = None,
+    document_ids: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """
+    Π of [`causal_token_statistics`], which documents the arguments and the errors.
+
+    Returns:
+        `torch.Tensor` of shape `[B, K, T]` in float32 (float64 for float64 `w`), zero where masked.
+    """
+    mask = _check_causal_arguments(w, temperature, position_bias, initial_state, attention_mask, document_ids)
+    runs = None if document_ids is None else document_runs(document_ids, mask)
+    initial = None if initial_state is None else initial_state.second_moment
+    w2, temperature = squares(real_tokens(w, mask), temperature)
+    return causal_membership(w2, cumulative_sums(w2, initial, runs), temperature, position_bias, mask)
+
+
+def token_statistics_reference(
+    w: torch.Tensor,
+    temperature: torch.Tensor,
+    *,
+    attention_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> torch.Tensor:
+    """[`token_statistics`] as the paper writes it; autograd keeps every intermediate."""
+    mask = _check_arguments(w, temperature, attention_mask, dropout_p)
+    return bidirectional_formula(w, temperature, mask, _dropout(w, dropout_p, length=1), dropout_p)
+
+
+def causal_token_statistics_reference(
+    w: torch.Tensor,
+    temperature: torch.Tensor,
+    position_bias: torch.Tensor | None,
+    *,
+    initial_state: TokenStatisticsState | None = None,
+    attention_mask: torch.Tensor | None = None,
+    document_ids: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> tuple[torch.Tensor, TokenStatisticsState]:
+    """[`causal_token_statistics`] as the paper writes it; autograd keeps every intermediate, documents cost T²."""
+    mask = _check_causal_arguments(
+        w, temperature, position_bias, initial_state, attention_mask, document_ids, dropout_p
+    )
+    runs = None if document_ids is None else document_runs(document_ids, mask)
+    keep = _dropout(w, dropout_p, w.shape[2])
+    return causal_formula(w, temperature, position_bias, initial_state, mask, runs, keep, dropout_p)
+
+
+def _takes_formula(w: torch.Tensor) -> bool:
+    """A few tokens are cheapest in plain operations, and an exported graph may hold no others."""
+    length = w.shape[2]
+    if length <= 1 or torch.compiler.is_exporting() or torch.jit.is_tracing():
+        return True
+    # A compiled graph takes one path for every length; in training the formula would keep every intermediate.
+    return not torch.compiler.is_compiling() and length <= FORMULA_LENGTH and not torch.is_grad_enabled()
+
+
+def _causal_step_kernel(w, temperature, position_bias, initial_state, mask):
+    """[`causal_step`] as one kernel, without gradients."""
+    from ..kernels.token_statistics_kernels import causal_step
+
+    temperature = temperature.flatten().to(statistics_dtype(w))
+    bias = None if position_bias is None else position_bias.squeeze(-1)
+    mask = None if mask is None else mask.squeeze(-1)
+    out, state = causal_step(w.squeeze(2), temperature, bias, initial_state, mask, CAUSAL_FLOORS)
+    return out.unsqueeze(2), TokenStatisticsState(*state)
+
+
+def _dropout(w, dropout_p, length):
+    """Which entries of `1 / (1 + m)` dropout keeps, bool `[B, length, K, p]`; `None` if all."""
+    if dropout_p == 0.0:
+        return None
+    batch_size, num_heads, _, head_dim = w.shape
+    keep = torch.empty(batch_size, length, num_heads, head_dim, dtype=torch.bool, device=w.device)
+    return keep.bernoulli_(1 - dropout_p)
+
+
+def _kernel_block(head_dim, dtype):
+    """The tokens of a tile of the Triton kernels: a power of 2, and at least 16, as a factor of a matrix product."""
+    largest = 16 if dtype == torch.float64 else KERNEL_BLOCK_SIZE
+    return largest if head_dim <= 64 else max(16, largest // 2 if head_dim <= 128 else 16)
+
+
+def _check_arguments(w, temperature, attention_mask, dropout_p=0.0, document_ids=None):
+    """Raise for what does not fit; return the mask as bool."""
+    if w.ndim != 4:
+        raise ValueError(f"`w` must have the shape [B, K, T, p], got {list(w.shape)}.")
+    batch_size, num_heads, length, _ = w.shape
+    for name, tensor in (("w", w), ("temperature", temperature)):
+        if not tensor.is_floating_point():
+            raise TypeError(f"`{name}` must be of a floating dtype, got {tensor.dtype}.")
+    if temperature.shape not in ((num_heads,), (num_heads, 1)):
+        raise ValueError(
+            f"`temperature` must have the shape [K] = [{num_heads}] or [{num_heads}, 1] for the heads of `w`, got "
+            f"{list(temperature.shape)}."
+        )
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"`dropout_p` must be in [0, 1), got {dropout_p}.")
+    check_tokens("w", batch_size, length, attention_mask, document_ids)
+    return None if attention_mask is None else attention_mask.bool()
+
+
+def _check_causal_arguments(w, temperature, position_bias, initial_state, attention_mask, document_ids, dropout_p=0.0):
+    mask = _check_arguments(w, temperature, attention_mask, dropout_p, document_ids)
+    batch_size, num_heads, length, head_dim = w.shape
+    if position_bias is not None:
+        if not position_bias.is_floating_point():
+            raise TypeError(f"`position_bias` must be of a floating dtype, got {position_bias.dtype}.")
+        # By parts: comparing shapes of two lengths would tie the batch to the number of heads in an exported graph.
+        if position_bias.shape[-2:] != (num_heads, length) or position_bias.shape[:-2] not in ((), (batch_size,)):
+            raise ValueError(
+                f"`position_bias` must be None or have the shape [K, T] = [{num_heads}, {length}] or [B, K, T] = "
+                f"[{batch_size}, {num_heads}, {length}] of `w`, got {list(position_bias.shape)}."
+            )
+    if initial_state is not None:
+        moments = (batch_size, num_heads, head_dim)
+        for name, sums, shape in zip(
+            TokenStatisticsState._fields, initial_state, (moments, moments, moments[:2]), strict=True
+        ):
+            if sums.shape != shape:
+                raise ValueError(
+                    f"`initial_state.{name}` must have the shape {list(shape)} for `w`, got {list(sums.shape)}."
+                )
+    return mask
