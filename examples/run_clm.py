@@ -174,9 +174,9 @@ def main() -> None:
         )
         name = model_arguments.tokenizer_name or model_arguments.model_name_or_path
         if name is not None:
-            tokenizer = AutoTokenizer.from_pretrained(name)
+            tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
         else:
-            tokenizer = GPT2Tokenizer(pad_token="<|endoftext|>").train_new_from_iterator(
+            tokenizer = GPT2Tokenizer(pad_token="<|endoftext|>", padding_side="left").train_new_from_iterator(
                 (row["text"] or "" for row in splits["train"]), model_arguments.vocab_size
             )
         config = load_config(model_arguments, SMALL_MODEL, tokenizer)
@@ -198,13 +198,15 @@ def main() -> None:
     print(f"{type(model).__name__}, {model.num_parameters():,} parameters; a tokenizer of {len(tokenizer):,} tokens.")
     if model_arguments.lora_rank:
         model = add_adapters(model, model_arguments, task_type=TaskType.CAUSAL_LM)
+    # Models with absolute positions are trained with padding on the right.
+    padding = copy.deepcopy(tokenizer)
+    padding.padding_side = "right"
     collators = {
         "blocks": default_data_collator,
         "flattened": DataCollatorWithFlattening(),
-        # A copy: to train, models with absolute positions need their padding on the right.
-        "padded": DataCollatorForSeq2Seq(copy.deepcopy(tokenizer)),
+        "padded": DataCollatorForSeq2Seq(padding),
     }
-    tokenizer.padding_side, tokenizer.model_max_length = "left", model_max_length(config)
+    tokenizer.model_max_length = model_max_length(config)
     trainer = DecayTrainer(
         model=model,
         args=training_arguments,

@@ -226,16 +226,16 @@ def main() -> None:
         )
         name = model_arguments.tokenizer_name or model_arguments.model_name_or_path
         if name is not None:
-            tokenizer = AutoTokenizer.from_pretrained(name)
+            tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
         else:
-            tokenizer = GPT2Tokenizer(pad_token="<|endoftext|>").train_new_from_iterator(
+            tokenizer = GPT2Tokenizer(pad_token="<|endoftext|>", padding_side="left").train_new_from_iterator(
                 splits["train"]["text"], model_arguments.vocab_size, length=len(splits["train"])
             )
         facts = {"num_numeric_features": len(numeric), **statistics(splits["train"])}
         config = load_config(model_arguments, SMALL_MODEL, tokenizer, **facts)
         model = load_model(AutoModelForSequenceClassification, model_arguments, config)
 
-    tokenizer.padding_side, tokenizer.model_max_length = "left", model_max_length(config)
+    tokenizer.model_max_length = model_max_length(config)
     # An empty text has no tokens at all, special ones neither.
     splits = splits.map(
         lambda row: {"input_ids": tokenizer(row["text"], truncation=True)["input_ids"] if row["text"] else []},

@@ -151,14 +151,12 @@ def main() -> None:
         set_seed(training_arguments.seed)
         columns = {"text": data_arguments.text_column_name, "label": data_arguments.label_column_name}
         splits = load_splits(data_arguments, standard_library_packages, columns, seed=training_arguments.seed)
-        splits, names = encode_labels(
-            DatasetDict({name: splits[name] for name in ("train", "validation", "test") if name in splits})
-        )
+        splits, names = encode_labels(splits)
         name = model_arguments.tokenizer_name or model_arguments.model_name_or_path
         if name is not None:
-            tokenizer = AutoTokenizer.from_pretrained(name)
+            tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
         else:
-            tokenizer = GPT2Tokenizer(pad_token="<|endoftext|>").train_new_from_iterator(
+            tokenizer = GPT2Tokenizer(pad_token="<|endoftext|>", padding_side="left").train_new_from_iterator(
                 map(as_text, splits["train"]["text"]), model_arguments.vocab_size, length=len(splits["train"])
             )
         labels = {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
@@ -178,16 +176,17 @@ def main() -> None:
             # Which words there are tells most about a document.
             options["target_modules"] = [*FAMILIES[config.model_type].lora_target_modules, "embed_tokens"]
         model = add_adapters(model, model_arguments, **options)
-    # A copy: to train, models with absolute positions need their padding on the right.
-    collator = DataCollatorWithPadding(copy.deepcopy(tokenizer))
-    tokenizer.padding_side, tokenizer.model_max_length = "left", model_max_length(config)
+    # Models with absolute positions are trained with padding on the right.
+    padding = copy.deepcopy(tokenizer)
+    padding.padding_side = "right"
+    tokenizer.model_max_length = model_max_length(config)
     trainer = DecayTrainer(
         model=model,
         args=training_arguments,
         train_dataset=documents["train"],
         eval_dataset=documents["validation"],
         processing_class=tokenizer,
-        data_collator=collator,
+        data_collator=DataCollatorWithPadding(padding),
         compute_metrics=accuracy,
     )
     held_out = [split for split in documents if split != "train"]

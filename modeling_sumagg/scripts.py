@@ -215,10 +215,11 @@ def add_adapters(model: PreTrainedModel, arguments: ModelArguments, **options) -
         lora_dropout=arguments.lora_dropout,
         **{"target_modules": arguments.target_modules, **options},
     )
-    with warnings.catch_warnings():
-        # PEFT asks for activation checkpointing by the name that it had.
-        warnings.filterwarnings("ignore", ".*gradient_checkpointing.*", FutureWarning)
-        adapted = get_peft_model(model, config)
+    # What PEFT warns of, now and when it saves: a name of transformers' that it still uses, that adapted embeddings are
+    # saved, as they should be, and tied ones in a model that ties none.
+    for message in (".*gradient_checkpointing", "Setting `save_embedding_layers`", "Model with `tie_word_embeddings"):
+        warnings.filterwarnings("ignore", message)
+    adapted = get_peft_model(model, config)
     trained, total = adapted.get_nb_trainable_parameters()
     print(f"LoRA trains {trained:,} of {total:,} parameters.")
     return adapted
@@ -253,7 +254,7 @@ def load_splits(
         held_out_rows (`int`, defaults to 100): of a stream, the number of rows that become `validation`.
 
     Returns:
-        `DatasetDict` or, if they are streamed, `IterableDatasetDict`: `train`, `validation`, and more if there are.
+        `DatasetDict` or, if they are streamed, `IterableDatasetDict`: `train`, `validation`, and `test` if there is one.
 
     Raises:
         `ValueError`: an ending without a loader, a broken file, a missing column, or too few rows to hold some out.
@@ -273,8 +274,10 @@ def load_splits(
     else:
         # One at a time: they may differ in columns that are not used.
         splits = {split: _load_file(path, streaming) for split, path in paths.items()}
-    splits = (IterableDatasetDict if streaming else DatasetDict)(splits)
     source = arguments.dataset_name or arguments.train_file
+    if "train" not in splits:
+        raise ValueError(f"{source} has no train split, only {sorted(splits)}.")
+    splits = {name: splits[name] for name in ("train", "validation", "test") if name in splits}
     for name, split in splits.items():
         found = split.column_names or list(next(iter(split)))
         for given in columns.values():
@@ -285,23 +288,18 @@ def load_splits(
                 )
         renamed = {old: new for new, old in columns.items() if old != new}
         splits[name] = split.select_columns(list(columns.values())).rename_columns(renamed)
-    if "train" not in splits:
-        raise ValueError(f"{source} has no train split, only {sorted(splits)}.")
-    if "validation" in splits:
-        return splits
-    if streaming:
-        splits["validation"], splits["train"] = (
-            splits["train"].take(held_out_rows),
-            splits["train"].skip(held_out_rows),
-        )
-    elif len(splits["train"]) < 2:
-        raise ValueError(
-            f"{source} has {len(splits['train'])} rows: too few to hold some out. Give a --validation_file."
-        )
-    else:
+    if "validation" not in splits and streaming:
+        splits["validation"] = splits["train"].take(held_out_rows)
+        splits["train"] = splits["train"].skip(held_out_rows)
+    elif "validation" not in splits:
+        if len(splits["train"]) < 2:
+            raise ValueError(
+                f"{source} has {len(splits['train'])} rows: too few to hold some out. Give a --validation_file."
+            )
         parts = splits["train"].train_test_split(arguments.held_out_share, seed=seed)
-        splits["train"], splits["validation"] = parts["train"], parts["test"]
-    return splits
+        splits |= {"train": parts["train"], "validation": parts["test"]}
+    ordered = {name: splits[name] for name in ("train", "validation", "test") if name in splits}
+    return (IterableDatasetDict if streaming else DatasetDict)(ordered)
 
 
 def encode_labels(splits: DatasetDict) -> tuple[DatasetDict, list[str]]:
