@@ -31,9 +31,7 @@ PACKAGE = __name__.partition(".")[0]
 REGISTRATION = register_class_names.__module__
 HEADER = """\
 # From the Python package {origin}, module {module}.
-# Written beside the checkpoint so that it loads with `trust_remote_code=True` where the package is not installed: the
-# source unchanged but for this header, its imports of modules of this folder, and what it registers at its end, if
-# anything, so that the code is carried on when the model is saved again and its classes are known by their names.
+# The source but for its imports of modules of this folder, and what it registers at its end (`trust_remote_code=True`).
 """
 HEADER_PATTERN = re.compile(r"# From the Python package .*modeling-sumagg ([^ ,]+).*, module ([\w.]+)\.$")
 
