@@ -1,9 +1,10 @@
 """What the configs of all models over tokens share."""
 
-from dataclasses import field
-from typing import ClassVar, Literal
+from dataclasses import field, fields
+from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, configuration_utils
 
 
@@ -97,6 +98,22 @@ class TextConfig(PreTrainedConfig):
         elif self.max_position_embeddings is None:
             self.max_position_embeddings = 1024
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """
+        As in transformers, with what `from_pretrained(..., name=value)` changes derived and validated anew.
+
+        Raises:
+            `ValueError`: a changed value is not allowed, or does not fit the others.
+        """
+        changed = {f.name: kwargs.pop(f.name) for f in fields(cls) if f.name in kwargs and f.name != "dtype"}
+        try:
+            return super().from_dict({**config_dict, **changed}, **kwargs)
+        except StrictDataclassError as error:
+            if not changed:
+                raise
+            raise ValueError(f"Changed in the config of the checkpoint: {changed}. {error}") from error
 
     def default_layer_types(self) -> list[str]:
         """The mixers of a model that names none."""

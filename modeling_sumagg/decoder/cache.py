@@ -219,7 +219,8 @@ def start_over(cache: Cache) -> None:
     lengths = [int(layer.get_seq_length()) for layer in cache.layers]
     if 0 in lengths:
         for layer, length in zip(cache.layers, lengths, strict=True):
-            layer.crop(-length)
+            if length > 0:
+                layer.crop(-length)
 
 
 def adopt_cache(cache: Cache, config: PreTrainedConfig) -> None:

@@ -230,7 +230,9 @@ class RecurrentGenerationMixin(GenerationMixin):
         return super()._get_candidate_generator(generation_config, *args, **kwargs)
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs: dict[str, Any], *args, **kwargs):
-        if generation_config.cache_implementation == "quantized" and set(self.config.layer_types) != {"full_attention"}:
+        if generation_config.cache_implementation == "quantized" and set(self.config.layer_types) != {
+            "full_attention"
+        }:
             raise ValueError(
                 "`cache_implementation='quantized'` is for models of full attention alone: a recurrent state is small, "
                 "and is kept in float32. Leave it out, or choose 'static'."
