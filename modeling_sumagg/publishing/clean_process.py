@@ -118,9 +118,11 @@ def check_adapter(folder: Path) -> None:
     if not base:
         raise ValueError(f"The adapter_config.json in {folder} names no base model.")
     config = AutoConfig.from_pretrained(base, trust_remote_code=True)
-    adapted_class = (adapter.get("auto_mapping") or {}).get("base_model_class", config.architectures[0])
-    classes = {reference.rpartition(".")[2]: name for name, reference in config.auto_map.items()}
-    auto_name = ADAPTED_TASKS.get(adapter.get("task_type")) or classes[adapted_class]
+    adapted_class = (adapter.get("auto_mapping") or {}).get("base_model_class")
+    classes = {reference.rpartition(".")[2]: name for name, reference in getattr(config, "auto_map", {}).items()}
+    auto_name = ADAPTED_TASKS.get(adapter.get("task_type")) or classes.get(adapted_class)
+    if auto_name is None:
+        raise ValueError(f"The adapter_config.json in {folder} names neither a task nor a class of {base}.")
     arguments = {}
     heads = [shape[0] for name, shape in shapes.items() if re.search(r"model\.(score|classifier)\.weight$", name)]
     if heads:

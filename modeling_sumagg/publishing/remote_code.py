@@ -210,6 +210,7 @@ def flatten_imports(source: str, module: str) -> tuple[str, list[str]]:
     """
     tree = ast.parse(source)
     lines = source.splitlines(keepends=True)
+    package = module if _is_package(module) else module.rpartition(".")[0]
     calls = [node for node in tree.body if _calls_register_family(node)]
     for call in calls:
         _replace(call, "", lines)
@@ -226,7 +227,7 @@ def flatten_imports(source: str, module: str) -> tuple[str, list[str]]:
                 )
             _replace(node, "", lines)
         elif isinstance(node, ast.ImportFrom):
-            target = importlib.util.resolve_name("." * node.level + (node.module or ""), module.rpartition(".")[0])
+            target = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
             if node.level == 0 and not _is_carried(target, module):
                 continue
             if _is_package(target):
@@ -268,7 +269,7 @@ def _replace(node: ast.AST, text: str, lines: list[str]) -> None:
 
 
 def _is_package(module: str) -> bool:
-    return importlib.util.find_spec(module).submodule_search_locations is not None
+    return getattr(importlib.util.find_spec(module), "submodule_search_locations", None) is not None
 
 
 def _is_carried(target: str, module: str) -> bool:

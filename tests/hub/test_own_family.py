@@ -152,3 +152,8 @@ def test_a_module_of_a_package_takes_its_relative_imports_along(tmp_path, monkey
     flat, modules = flatten_imports((package / "own_model.py").read_text(), "own_package.own_model")
     assert flat == "import json\n\nfrom .inner_gate import inner\n\nfrom .inner_gate import inner as twice\n"
     assert set(modules) == {"own_package.parts.inner_gate"}
+    (package / "__init__.py").write_text("from .own_model import inner\n")
+    assert flatten_imports("from .own_model import inner\n", "own_package") == (
+        "from .own_model import inner\n",
+        ["own_package.own_model"],
+    )
