@@ -118,7 +118,7 @@ def sequence_layout(
     if length <= 1 or (real is None and not has_positions) or not is_concrete(inputs):
         return SequenceLayout(position_ids, mask, document_ids, restart, {}), real, has_positions
 
-    facts = {}
+    facts: dict[str, torch.Tensor] = {}
     if real is not None:
         facts |= {"all_real": real.all(), "segment_real": mask.all()}
     if has_positions:

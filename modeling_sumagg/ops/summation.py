@@ -9,7 +9,7 @@ import re
 import torch
 
 from .documents import check_tokens, document_runs, document_starts
-from .kernels.kernel_dispatch import is_recorded, is_transformed, takes_kernels
+from .kernels.kernel_dispatch import is_recorded, is_transformed, kernel, takes_kernels
 from .scan import scan, state_dtype
 
 
@@ -334,9 +334,7 @@ def _kernel_sum(
     reverse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The Triton kernel of `causal_sum`, or with `reverse` of its adjoint. The kernel documents the arguments."""
-    from .kernels.running_sum_kernels import running_sum
-
-    return running_sum(x, gate, scale, initial, mask, runs, relu=relu, reverse=reverse)
+    return kernel("running_sum")(x, gate, scale, initial, mask, runs, relu=relu, reverse=reverse)
 
 
 @_kernel_sum.register_fake
