@@ -99,10 +99,12 @@ class DecoderModel(DecoderPreTrainedModel):
     def add_positions(self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         """The embeddings `[B, T, d]` with those of their `position_ids` `[1 or B, T]`, of `position_embedding_type`."""
         if self.position_embeddings is not None:
+            position_ids = position_ids.expand(inputs_embeds.shape[0], -1)
             size = self.config.max_position_embeddings
             return inputs_embeds + learned_positions(self.position_embeddings, position_ids, size)
         if self.config.position_embedding_type == "sinusoidal":
-            return inputs_embeds + sinusoidal_positions(position_ids, inputs_embeds.shape[-1]).to(inputs_embeds.dtype)
+            positions = sinusoidal_positions(position_ids, inputs_embeds.shape[-1])
+            return (inputs_embeds + positions).to(inputs_embeds.dtype)
         return inputs_embeds
 
     def shared_arguments(self, layout: SequenceLayout) -> dict[str, torch.Tensor | None]:
