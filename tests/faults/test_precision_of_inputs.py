@@ -38,7 +38,12 @@ def test_sums_over_many_tokens(is_causal, normalization, dtype):
 @torch.no_grad()
 def test_the_mean_over_a_long_document_has_no_overflow(how):
     config = sumagg_config(
-        "pure", is_causal=False, pooling="mean", num_labels=3, position_embedding_type="sinusoidal", initializer_range=0.5
+        "pure",
+        is_causal=False,
+        pooling="mean",
+        num_labels=3,
+        position_embedding_type="sinusoidal",
+        initializer_range=0.5,
     )
     model = SumAggForSequenceClassification(config).eval()
     # A sum of 8192 terms of about 12 overflows float16.
