@@ -194,7 +194,7 @@ def causal_mean(
     """
     _check_sequence(x, attention_mask, document_ids)
     decays = _per_token("log_decay", log_decay, x, attention_mask)
-    batch_size, length, heads = x.shape[0], *decays.shape[1:]
+    batch_size, length, heads = x.shape[0], decays.shape[1], decays.shape[2]
     if weight is not None and weight.shape[-1] != heads:
         raise ValueError(
             f"`weight` must be given for the {heads} heads of `log_decay`, got the shape {list(weight.shape)}."
@@ -261,7 +261,7 @@ def _check_sequence(x: torch.Tensor, attention_mask: torch.Tensor | None, docume
         raise ValueError(f"`x` must have the shape [B, T, D], got {list(x.shape)}.")
     if not x.is_floating_point():
         raise TypeError(f"`x` must be of a floating dtype, got {x.dtype}.")
-    check_tokens("x", *x.shape[:2], attention_mask, document_ids)
+    check_tokens("x", x.shape[0], x.shape[1], attention_mask, document_ids)
 
 
 def _check_scale(x: torch.Tensor, scale: torch.Tensor | None, log_decay: torch.Tensor | None) -> None:
