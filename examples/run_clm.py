@@ -228,7 +228,6 @@ def main() -> None:
     trainer.save_state()
     metrics = trainer.evaluate()
     for split, values in (("train", training.metrics), ("eval", metrics)):
-        trainer.log_metrics(split, values)
         trainer.save_metrics(split, values)
     if not trainer.is_world_process_zero():
         return

@@ -204,7 +204,6 @@ def main() -> None:
         metrics[prefix] = trainer.evaluate(images[split], metric_key_prefix=prefix)
         accuracies[split] = metrics[prefix][f"{prefix}_accuracy"]
     for prefix, values in metrics.items():
-        trainer.log_metrics(prefix, values)
         trainer.save_metrics(prefix, values)
     if not trainer.is_world_process_zero():
         return

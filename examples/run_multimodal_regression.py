@@ -16,7 +16,6 @@ An empty cell in a numeric column, and an empty text, are "not given".
 import copy
 import math
 import os
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -261,10 +260,10 @@ def main() -> None:
 
     held_out = [split for split in ("validation", "test") if split in splits]
     trainer = make_trainer(model, training_arguments)
-    predictions, sizes = {}, {}
+    predictions = {}
     if model_arguments.lora_rank:
         trainer.evaluate()
-        predictions["before training"], sizes["before training"] = predictions_of(trainer), (0, 0.0)
+        predictions["before training"] = predictions_of(trainer)
     resume = training_arguments.resume_from_checkpoint
     metrics = {"train": trainer.train(resume_from_checkpoint=True if resume == "last" else resume).metrics}
     trainer.save_model()
@@ -273,28 +272,22 @@ def main() -> None:
         prefix = "eval" if split == "validation" else split
         metrics[prefix] = trainer.evaluate(splits[split], metric_key_prefix=prefix)
     for prefix, values in metrics.items():
-        trainer.log_metrics(prefix, values)
         trainer.save_metrics(prefix, values)
     name = type(model).__name__
     predictions = {name: predictions_of(trainer), **predictions}
-    sizes[name] = (sum(p.numel() for p in model.parameters() if p.requires_grad), metrics["train"]["train_runtime"])
 
     # The same data, steps and random numbers; only the first model is kept.
     baseline_arguments = copy.copy(training_arguments)
     baseline_arguments.save_strategy = "no"
     set_seed(training_arguments.seed)
-    baseline = ConcatenationBaseline(config)
     print("\nThe baseline of the paper, attention and concatenation, trains on the same:")
-    baseline_trainer = make_trainer(baseline, baseline_arguments)
-    seconds = baseline_trainer.train().metrics["train_runtime"]
+    baseline_trainer = make_trainer(ConcatenationBaseline(config), baseline_arguments)
+    baseline_trainer.train()
     predictions["attention and concatenation"] = predictions_of(baseline_trainer)
-    sizes["attention and concatenation"] = (sum(p.numel() for p in baseline.parameters()), seconds)
     if not trainer.is_world_process_zero():
         return
 
-    start = time.perf_counter()
     predictions["ridge on the numbers"] = ridge_predictions(splits, config)
-    sizes["ridge on the numbers"] = (config.num_numeric_features + 1, time.perf_counter() - start)
     labels = {split: np.array(splits[split]["labels"]) for split in held_out}
     results = {
         key: {split: scores(EvalPrediction(values[split], labels[split])) for split in held_out}
@@ -338,12 +331,9 @@ def main() -> None:
         )
 
     print(f"\nOn the {last} split ({len(labels[last])} rows), RMSE in the unit of {label_name}:")
-    print(f"  {'R²':>7}  {'RMSE':>9}  {'trained':>10}  {'in':>9}")
+    print(f"  {'R²':>7}  {'RMSE':>9}")
     for key, by_split in results.items():
-        parameters, seconds = sizes[key]
-        print(
-            f"  {by_split[last]['r2']:7.4f}  {by_split[last]['rmse']:9.4g}  {parameters:10,}  {seconds:7.2f} s  {key}"
-        )
+        print(f"  {by_split[last]['r2']:7.4f}  {by_split[last]['rmse']:9.4g}  {key}")
     better = [key for key, by_split in baselines.items() if by_split[last]["r2"] >= results[name][last]["r2"]]
     if better:
         print(f"{name} is no better than: {', '.join(better)}.")

@@ -1,9 +1,17 @@
 """Fine-tune the quickstart's model with TRL to name a function from its docstring. About two minutes on two cores.
 
-pip install trl
-python quickstart.py
-python sft_trl.py
+Beside what the other scripts need it needs TRL, and a model:
+
+    pip install trl
+    python quickstart.py
+    python sft_trl.py
 """
+
+import os
+
+
+# Threads that wait for each other sleep, and leave the processor to others: read when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 from transformers import HfArgumentParser

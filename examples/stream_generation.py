@@ -24,6 +24,10 @@ import sys
 import time
 from pathlib import Path
 
+
+# Threads that wait for each other sleep, and leave the processor to others: read when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
