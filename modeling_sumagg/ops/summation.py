@@ -143,20 +143,21 @@ def _causal_sum(x, decays, state, attention_mask, starts, relu, scale):
         return x, state
     terms = _masked_terms(x, attention_mask)
     if length == 1:
-        terms = terms[:, 0].relu() if relu else terms[:, 0]
-        if decays is not None:
-            decay = decays[:, 0].to(state.dtype).exp()
-            state = (state.unflatten(1, (decay.shape[1], -1)) * decay[..., None]).flatten(1)
-        state = state + terms
+        decay = None if decays is None else decays[:, 0].to(state.dtype).exp()
+        state = _step(terms[:, 0].relu() if relu else terms[:, 0], decay, state)
         return _scaled(state[:, None], scale).to(x.dtype), state
     y, state = scan(terms, decays, state, starts, relu=relu)
     # With decays the sums are kept for backward.
-    in_place = decays is None or not torch.is_grad_enabled()
-    if scale is not None and scale.dim() == 2 and in_place and not is_recorded() and not is_transformed():
-        y *= scale.detach()[..., None]
-    else:
-        y = _scaled(y, scale)
-    return y.to(x.dtype), state
+    in_place = (decays is None or not torch.is_grad_enabled()) and not is_recorded() and not is_transformed()
+    return _scaled(y, scale, in_place).to(x.dtype), state
+
+
+def _step(terms: torch.Tensor, decay: torch.Tensor | None, state: torch.Tensor) -> torch.Tensor:
+    """The sum after one token of terms `[B, D]`, in as few operations as there can be: launching them is the cost."""
+    if decay is None:
+        return state + terms
+    heads = state.view(state.shape[0], decay.shape[1], -1)
+    return (heads * decay.unsqueeze(-1)).flatten(1) + terms
 
 
 def causal_mean(
@@ -203,16 +204,23 @@ def causal_mean(
     sums, total = (None, None) if initial_state is None else initial_state
     sums = _state("initial_state[0]", sums, (batch_size, x.shape[2]), x)
     total = _state("initial_state[1]", total, (batch_size, heads), x)
-    starts = None
-    if document_ids is not None and length > 1:
-        starts = document_starts(document_ids, attention_mask)
-
-    totals, total = _causal_sum(weights.expand(batch_size, -1, -1), decays, total, None, starts, False, None)
-    scale = totals.masked_fill(totals == 0, 1).reciprocal()
     terms, mask = x, attention_mask
     if weight is not None:
         terms, mask = _masked_terms(x, mask), None
         terms = ((terms.relu() if relu else terms).unflatten(2, (heads, -1)) * weights[..., None]).flatten(2)
+    weights = weights.expand(batch_size, length, heads)
+
+    if length == 1:
+        terms = _masked_terms(terms, mask)[:, 0]
+        decay = decays[:, 0].to(total.dtype).exp()
+        total = _step(weights[:, 0], decay, total)
+        sums = _step(terms.relu() if relu else terms, decay, sums)
+        # Where nothing has a weight yet the sum is zero.
+        means = sums.view(batch_size, heads, -1) / total.masked_fill(total == 0, 1).unsqueeze(-1)
+        return means.view(x.shape).to(x.dtype), (sums, total)
+    starts = None if document_ids is None else document_starts(document_ids, attention_mask)
+    totals, total = _causal_sum(weights, decays, total, None, starts, False, None)
+    scale = totals.masked_fill(totals == 0, 1).reciprocal()
     means, sums = _causal_sum(terms, decays, sums, mask, starts, relu, scale)
     return means.to(x.dtype), (sums, total)
 
@@ -314,12 +322,16 @@ def _masked_terms(x: torch.Tensor, attention_mask: torch.Tensor | None) -> torch
     return terms
 
 
-def _scaled(y: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+def _scaled(y: torch.Tensor, scale: torch.Tensor | None, in_place: bool = False) -> torch.Tensor:
     if scale is None:
         return y
+    heads = y
     if scale.dim() == 2:
-        return y * scale.detach()[..., None]
-    return (y.unflatten(2, (scale.shape[2], -1)) * scale[..., None]).flatten(2)
+        scale = scale.detach()
+    else:
+        heads = y.reshape(*y.shape[:2], scale.shape[2], -1)
+    scale = scale.unsqueeze(-1)
+    return (heads.mul_(scale) if in_place else heads * scale).view(y.shape)
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::running_sum", mutates_args=())
