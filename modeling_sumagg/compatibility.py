@@ -21,9 +21,7 @@ logger = logging.get_logger(__name__)
 NEWEST_TESTED_TRANSFORMERS = "5.24.0"
 
 # The decode state is called `cache` from transformers 5.24 on, and `past_key_values` before.
-CACHE_NAME = next(
-    name for name in ("cache", "past_key_values") if name in inspect.signature(create_causal_mask).parameters
-)
+CACHE_NAME = "past_key_values" if "past_key_values" in inspect.signature(create_causal_mask).parameters else "cache"
 
 
 def accepts_cache(forward: Callable) -> Callable:
@@ -79,29 +77,23 @@ def refuse_unknown_caches(arguments: dict[str, Any]) -> None:
 
 
 def _with_both_cache_names(output_class: type[ModelOutput]) -> type[ModelOutput]:
-    """The output class, with `cache` beside `past_key_values` where transformers does not have both."""
+    """The output class, with `cache` as another name of `past_key_values` where transformers does not have both."""
     if CACHE_NAME == "cache":
         return output_class
 
-    def key(name: Any) -> Any:
+    def own(name: Any) -> Any:
         return CACHE_NAME if name == "cache" else name
 
-    class Output(output_class):
-        cache = property(lambda self: getattr(self, CACHE_NAME))
+    def with_own_name(method: str) -> Callable:
+        function = getattr(output_class, method)
+        return lambda self, name, *args: function(self, own(name), *args)
 
-        def __getitem__(self, name):
-            return super().__getitem__(key(name))
-
-        def __contains__(self, name):
-            return super().__contains__(key(name))
-
-        def get(self, name, default=None):
-            return super().get(key(name), default)
-
-    # Found under its name when it is pickled, as `DataParallel` and `multiprocessing` do.
-    Output.__name__ = Output.__qualname__ = output_class.__name__
-    Output.__module__ = __name__
-    return Output
+    members = {
+        name: with_own_name(name) for name in ("__contains__", "__getitem__", "__setitem__", "__setattr__", "get")
+    }
+    members |= {"cache": property(lambda self: getattr(self, CACHE_NAME)), "__module__": __name__}
+    # Under the name of its base, by which pickle and the pytrees of PyTorch find it in this module.
+    return type(output_class.__name__, (output_class,), members)
 
 
 BaseModelOutputWithPast = _with_both_cache_names(modeling_outputs.BaseModelOutputWithPast)

@@ -72,6 +72,10 @@ def _attention_mask(
     window = config.sliding_window if kind == "sliding_attention" else None
     layer = None if cache is None else cache.layers[config.layer_types.index(kind)]
     kv_length, kv_offset = (length, 0) if layer is None else layer.get_mask_sizes(length)
+    past_length = 0 if layer is None else layer.get_seq_length()
+    if isinstance(past_length, torch.Tensor):
+        # Flex attention asks the mask function again when the cache has counted on, in place.
+        past_length = past_length.clone()
     if isinstance(layer, SlidingWindowLayer):
         real = layer.real_columns(layout.attention_mask, inputs)
     if real is None and positions is None and window is not None and attends_in_blocks(config, length):
@@ -86,7 +90,6 @@ def _attention_mask(
         if real is None:
             real = torch.ones(batch_size, kv_length, dtype=torch.bool, device=inputs.device)
         real = F.pad(real, (0, kv_length - real.shape[1]))
-        past_length = 0 if layer is None else layer.get_seq_length()
         function = and_masks(causal_mask_function, _visible(real, kv_offset, past_length, positions, window))
     elif window is not None and kv_length > window:
         function = and_masks(causal_mask_function, lambda batch, head, q, kv: kv > q - window)
@@ -97,7 +100,7 @@ def _attention_mask(
         batch_size=batch_size,
         q_length=length,
         kv_length=kv_length,
-        q_offset=0 if layer is None else layer.get_seq_length(),
+        q_offset=past_length,
         kv_offset=kv_offset,
         mask_function=function,
         attention_mask=None,
