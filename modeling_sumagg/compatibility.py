@@ -76,29 +76,43 @@ def refuse_unknown_caches(arguments: dict[str, Any]) -> None:
             )
 
 
-def _with_both_cache_names(output_class: type[ModelOutput]) -> type[ModelOutput]:
-    """The output class, with `cache` as another name of `past_key_values` where transformers does not have both."""
-    if CACHE_NAME == "cache":
-        return output_class
-
-    def own(name: Any) -> Any:
-        return CACHE_NAME if name == "cache" else name
-
-    def with_own_name(method: str) -> Callable:
-        function = getattr(output_class, method)
-        return lambda self, name, *args: function(self, own(name), *args)
-
-    members = {
-        name: with_own_name(name) for name in ("__contains__", "__getitem__", "__setitem__", "__setattr__", "get")
-    }
-    members |= {"cache": property(lambda self: getattr(self, CACHE_NAME)), "__module__": __name__}
-    # Under the name of its base, by which pickle and the pytrees of PyTorch find it in this module.
-    return type(output_class.__name__, (output_class,), members)
+def _own_name(name: Any) -> Any:
+    """The key of an output, in which transformers calls the cache `CACHE_NAME`."""
+    return CACHE_NAME if name == "cache" else name
 
 
-BaseModelOutputWithPast = _with_both_cache_names(modeling_outputs.BaseModelOutputWithPast)
-CausalLMOutputWithPast = _with_both_cache_names(modeling_outputs.CausalLMOutputWithPast)
-SequenceClassifierOutputWithPast = _with_both_cache_names(modeling_outputs.SequenceClassifierOutputWithPast)
+class _CacheUnderBothNames(ModelOutput):
+    """An output whose `cache` is its `past_key_values`; transformers 5.24 does the same."""
+
+    if CACHE_NAME != "cache":
+        cache = property(lambda self: getattr(self, CACHE_NAME))
+
+        def __contains__(self, name):
+            return super().__contains__(_own_name(name))
+
+        def __getitem__(self, name):
+            return super().__getitem__(_own_name(name))
+
+        def __setitem__(self, name, value):
+            super().__setitem__(_own_name(name), value)
+
+        def __setattr__(self, name, value):
+            super().__setattr__(_own_name(name), value)
+
+        def get(self, name, default=None):
+            return super().get(_own_name(name), default)
+
+
+class BaseModelOutputWithPast(_CacheUnderBothNames, modeling_outputs.BaseModelOutputWithPast):
+    """transformers' output, with the cache under both names."""
+
+
+class CausalLMOutputWithPast(_CacheUnderBothNames, modeling_outputs.CausalLMOutputWithPast):
+    """transformers' output, with the cache under both names."""
+
+
+class SequenceClassifierOutputWithPast(_CacheUnderBothNames, modeling_outputs.SequenceClassifierOutputWithPast):
+    """transformers' output, with the cache under both names."""
 
 
 def named_cache(cache: Cache | None) -> dict[str, Cache | None]:
