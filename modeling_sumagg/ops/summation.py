@@ -331,7 +331,7 @@ def _scaled(y: torch.Tensor, scale: torch.Tensor | None, in_place: bool = False)
     else:
         heads = y.reshape(*y.shape[:2], scale.shape[2], -1)
     scale = scale.unsqueeze(-1)
-    return (heads.mul_(scale) if in_place else heads * scale).view(y.shape)
+    return (heads.mul_(scale) if in_place else heads * scale).flatten(2)
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::running_sum", mutates_args=())
