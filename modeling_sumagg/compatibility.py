@@ -7,7 +7,7 @@ version numbers.
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import transformers
 from torch.torch_version import TorchVersion
@@ -104,9 +104,14 @@ def _with_both_cache_names(output_class: type[ModelOutput]) -> type[ModelOutput]
     return Output
 
 
-BaseModelOutputWithPast = _with_both_cache_names(modeling_outputs.BaseModelOutputWithPast)
-CausalLMOutputWithPast = _with_both_cache_names(modeling_outputs.CausalLMOutputWithPast)
-SequenceClassifierOutputWithPast = _with_both_cache_names(modeling_outputs.SequenceClassifierOutputWithPast)
+if TYPE_CHECKING:
+    BaseModelOutputWithPast = modeling_outputs.BaseModelOutputWithPast
+    CausalLMOutputWithPast = modeling_outputs.CausalLMOutputWithPast
+    SequenceClassifierOutputWithPast = modeling_outputs.SequenceClassifierOutputWithPast
+else:
+    BaseModelOutputWithPast = _with_both_cache_names(modeling_outputs.BaseModelOutputWithPast)
+    CausalLMOutputWithPast = _with_both_cache_names(modeling_outputs.CausalLMOutputWithPast)
+    SequenceClassifierOutputWithPast = _with_both_cache_names(modeling_outputs.SequenceClassifierOutputWithPast)
 
 
 def named_cache(cache: Cache | None) -> dict[str, Cache | None]:

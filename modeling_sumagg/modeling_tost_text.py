@@ -57,7 +57,9 @@ class ToSTTextTokenStatistics(nn.Module):
         w = w.unflatten(-1, (w.shape[-1] // self.head_dim, self.head_dim)).transpose(1, 2)
         position_bias = None
         if self.membership_bias is not None:
-            position_bias = self._membership_bias_at(layout.position_ids).expand(w.shape[0], -1, -1)
+            position_bias = self._membership_bias_at(self.membership_bias, layout.position_ids).expand(
+                w.shape[0], -1, -1
+            )
 
         membership = None
         if kwargs.get("output_attentions", self.config.output_attentions):
@@ -87,12 +89,13 @@ class ToSTTextTokenStatistics(nn.Module):
         )
         return self.o_proj(output.transpose(1, 2).flatten(2)), membership
 
-    def _membership_bias_at(self, position_ids: torch.Tensor) -> torch.Tensor:
-        """β at the positions `[1 or B, T]` of the tokens, `[1 or B, K, T]`."""
+    @staticmethod
+    def _membership_bias_at(membership_bias: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        """β `[K, max positions, 1]` at the positions `[1 or B, T]` of the tokens, `[1 or B, K, T]`."""
         return learned_positions(
-            lambda ids: F.embedding(ids, self.membership_bias[..., 0].transpose(0, 1)).transpose(1, 2),
+            lambda ids: F.embedding(ids, membership_bias[..., 0].transpose(0, 1)).transpose(1, 2),
             position_ids,
-            self.membership_bias.shape[1],
+            membership_bias.shape[1],
         )
 
 

@@ -46,6 +46,34 @@ def assert_near(actual: torch.Tensor, expected: torch.Tensor, error: float) -> N
     assert (actual.float() - expected.float()).norm() < error * expected.float().norm()
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("model_class", MODELS)
+def test_modules_are_called_with_the_whole_batch(model_class, training):
+    """Every layer with weights is called once a pass, and what it takes and returns has all rows first."""
+    # Large enough that work in blocks would pay.
+    model = build(model_class, tiny_config(model_class, hidden_size=256, image_size=128)).train(training)
+    inputs = {**tiny_inputs(model, batch_size=5, length=400), "pixel_values": torch.randn(5, 3, 128, 128)}
+    calls: dict[str, int] = {}
+
+    def record(name):
+        def hook(module, args, output):
+            calls[name] = calls.get(name, 0) + 1
+            assert len(args[0]) == len(output) == 5, name
+
+        return hook
+
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if list(module.parameters()) and not list(module.children())
+    }
+    for name, module in layers.items():
+        module.register_forward_hook(record(name))
+    with torch.set_grad_enabled(training):
+        prediction(model, inputs)
+    assert calls == dict.fromkeys(layers, 1)
+
+
 @pytest.mark.parametrize("model_class", MODELS)
 def test_dynamic_quantization(model_class):
     model, inputs = wide_model(model_class)
@@ -76,7 +104,7 @@ def dequantized(quantized: nn.Module, model: nn.Module) -> nn.Module:
     return plain
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("bits", ["torchao 8", "torchao 4", "bitsandbytes 8", "bitsandbytes 4"])
 @pytest.mark.parametrize("model_class", MODELS)
 def test_quantized_weights(model_class, bits, dtype, tmp_path):
@@ -105,7 +133,7 @@ ADAPTED = {
         "convolution": r".*convolution",
         "positions": r".*position_embeddings\.projection",
     },
-    ToSTBackbone: {"linear": "all-linear", "convolution": r".*(convolution|position_embeddings\.projection)"},
+    ToSTBackbone: {"linear": "all-linear"},
     SumAggForMultimodalRegression: {
         "linear": "all-linear",
         "convolution": r".*patch_embeddings",

@@ -326,6 +326,16 @@ def test_save_and_load(num_labels, tmp_path):
     assert reloaded(**batch).logits.shape == (5, num_labels)
 
 
+def test_a_checkpoint_carries_no_language_model(tmp_path):
+    config().save_pretrained(tmp_path)
+    assert {path.stem for path in tmp_path.glob("*.py")} == {
+        "checks",
+        "configuration_sumagg_multimodal",
+        "modeling_sumagg_multimodal",
+        "positions",
+    }
+
+
 def test_initial_scale():
     """Standardised numbers and short texts reach the latent neither vanishing nor exploding, whatever the width."""
     for hidden_size in (32, 512):

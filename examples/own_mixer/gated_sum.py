@@ -44,7 +44,8 @@ def decayed_sum(z, *, initial_state, attention_mask, document_ids, decay_logit):
         reach *= 2
     if initial_state is not None:
         sums = sums + decays * initial_state[:, None]
-    return sums.to(z.dtype), sums[:, -1]
+    # A copy: a slice would keep the sums of all tokens in memory as long as the state.
+    return sums.to(z.dtype), sums[:, -1].clone()
 
 
 class GatedSum(nn.Module):

@@ -61,12 +61,11 @@ def append_columns(
         order = recency.topk(real.shape[1], dim=1).indices.flip(1)
     order = order[:, first:]
     columns = order[:, None, :, None]
-    state = (
+    return (keys, values), (
         keys.gather(2, columns.expand(-1, keys.shape[1], -1, keys.shape[3])),
         values.gather(2, columns.expand(-1, values.shape[1], -1, values.shape[3])),
         real.gather(1, order),
     )
-    return (keys, values), state
 
 
 @dataclass

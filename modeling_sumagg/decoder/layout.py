@@ -79,7 +79,7 @@ def sequence_layout(
         `ValueError`: a shape does not fit, a position is negative, or an id is outside the vocabulary.
     """
     batch_size, length = inputs.shape[:2]
-    past_length = 0 if cache is None else cache.get_seq_length()
+    past_length = 0 if cache is None else on_device(cache.get_seq_length(), inputs.device)
     real = None
     if attention_mask is not None:
         real = _checked_mask(attention_mask, inputs, past_length)
@@ -118,7 +118,7 @@ def sequence_layout(
     if length <= 1 or (real is None and not has_positions) or not is_concrete(inputs):
         return SequenceLayout(position_ids, mask, document_ids, restart, {}), real, has_positions
 
-    facts = {}
+    facts: dict[str, torch.Tensor] = {}
     if real is not None:
         facts |= {"all_real": real.all(), "segment_real": mask.all()}
     if has_positions:
@@ -153,6 +153,11 @@ def sequence_layout(
         {},
     )
     return layout, None if read.get("all_real", True) else real, bool(read.get("earlier", False))
+
+
+def on_device(length: int | torch.Tensor, device: torch.device) -> int | torch.Tensor:
+    """A length that a cache gives, which in a static cache is a tensor beside the states of a layer."""
+    return length.to(device) if isinstance(length, torch.Tensor) else length
 
 
 def _checked_mask(attention_mask: torch.Tensor, inputs: torch.Tensor, past_length: int | torch.Tensor) -> torch.Tensor:

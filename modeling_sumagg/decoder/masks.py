@@ -12,7 +12,7 @@ from transformers.utils.generic import is_flash_attention_requested
 
 from .attention import attends_in_blocks
 from .cache import SlidingWindowLayer, layer_types_in_use
-from .layout import SequenceLayout
+from .layout import SequenceLayout, on_device
 
 
 def attention_masks(
@@ -71,7 +71,9 @@ def _attention_mask(
     batch_size, length = inputs.shape[:2]
     window = config.sliding_window if kind == "sliding_attention" else None
     layer = None if cache is None else cache.layers[config.layer_types.index(kind)]
+    past_length = 0 if layer is None else on_device(cache.get_seq_length(), inputs.device)
     kv_length, kv_offset = (length, 0) if layer is None else layer.get_mask_sizes(length)
+    kv_offset = on_device(kv_offset, inputs.device)
     if isinstance(layer, SlidingWindowLayer):
         real = layer.real_columns(layout.attention_mask, inputs)
     if real is None and positions is None and window is not None and attends_in_blocks(config, length):
@@ -86,7 +88,6 @@ def _attention_mask(
         if real is None:
             real = torch.ones(batch_size, kv_length, dtype=torch.bool, device=inputs.device)
         real = F.pad(real, (0, kv_length - real.shape[1]))
-        past_length = 0 if layer is None else layer.get_seq_length()
         function = and_masks(causal_mask_function, _visible(real, kv_offset, past_length, positions, window))
     elif window is not None and kv_length > window:
         function = and_masks(causal_mask_function, lambda batch, head, q, kv: kv > q - window)
@@ -97,7 +98,7 @@ def _attention_mask(
         batch_size=batch_size,
         q_length=length,
         kv_length=kv_length,
-        q_offset=0 if layer is None else layer.get_seq_length(),
+        q_offset=past_length,
         kv_offset=kv_offset,
         mask_function=function,
         attention_mask=None,

@@ -229,22 +229,6 @@ class RecurrentGenerationMixin(GenerationMixin):
             )
         return super()._get_candidate_generator(generation_config, *args, **kwargs)
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs: dict[str, Any], *args, **kwargs):
-        if generation_config.cache_implementation == "quantized" and set(self.config.layer_types) != {
-            "full_attention"
-        }:
-            raise ValueError(
-                "`cache_implementation='quantized'` is for models of full attention alone: a recurrent state is small, "
-                "and is kept in float32. Leave it out, or choose 'static'."
-            )
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        cache = find_cache(model_kwargs)
-        if cache is not None and generation_config.is_assistant:
-            start_over(cache)
-            adopt_cache(cache, self.config)
-            for layer in cache.layers:
-                layer.starts_over = isinstance(layer, RecurrentLayer)
-
     def _prepare_position_ids_for_generation(self, inputs_tensor: torch.Tensor, model_kwargs: dict[str, Any]) -> None:
         # `forward` counts them itself, of which it can know that they begin no document.
         return None
@@ -252,15 +236,26 @@ class RecurrentGenerationMixin(GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs: dict[str, Any], generation_mode, batch_size: int, max_cache_length: int
     ) -> None:
+        if generation_config.cache_implementation == "quantized" and {*self.config.layer_types} != {"full_attention"}:
+            raise ValueError(
+                "`cache_implementation='quantized'` is for models of full attention alone: a recurrent state is small, "
+                "and is kept as it is. Leave it out, or choose 'static'."
+            )
         # The candidates of prompt lookup may go beyond the last token that is to be generated.
         max_cache_length += generation_config.prompt_lookup_num_tokens or 0
         super()._prepare_cache_for_generation(
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
         cache = find_cache(model_kwargs)
-        if cache is not None:
-            # Before `generate` asks its layers to record.
-            adopt_cache(cache, self.config)
+        if cache is None:
+            return
+        if generation_config.is_assistant:
+            start_over(cache)
+        # Before `generate` asks its layers to record.
+        adopt_cache(cache, self.config)
+        if generation_config.is_assistant:
+            for layer in cache.layers:
+                layer.starts_over = isinstance(layer, RecurrentLayer)
 
     def _prefill(self, input_ids: torch.Tensor, generation_config, model_kwargs: dict[str, Any], *args, **kwargs):
         attention_mask, chunk_size = model_kwargs.get("attention_mask"), generation_config.prefill_chunk_size

@@ -69,7 +69,7 @@ class PositionModulation(nn.Module):
     """
 
     def __init__(
-        self, hidden_size: int, position_embedding_type: str, max_position_embeddings: int, position_bias: float
+        self, hidden_size: int, position_embedding_type: str, max_position_embeddings: int | None, position_bias: float
     ):
         super().__init__()
         self.position_embedding_type = position_embedding_type

@@ -254,7 +254,7 @@ class RecurrentLayer(CacheLayerMixin):
     def map_batch(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Replace every tensor held, whose first dimension is the batch, by `function` of it."""
 
-        def of_state(state: State | None) -> State | None:
+        def of_state(state):
             return None if state is None else tuple(function(tensor) for tensor in state)
 
         self.states = {name: of_state(state) for name, state in self.states.items()}

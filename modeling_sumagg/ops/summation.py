@@ -9,7 +9,7 @@ import re
 import torch
 
 from .documents import check_tokens, document_runs, document_starts
-from .kernels.kernel_dispatch import is_recorded, is_transformed, takes_kernels
+from .kernels.kernel_dispatch import is_recorded, is_transformed, kernel, takes_kernels
 from .scan import scan, state_dtype
 
 
@@ -143,20 +143,21 @@ def _causal_sum(x, decays, state, attention_mask, starts, relu, scale):
         return x, state
     terms = _masked_terms(x, attention_mask)
     if length == 1:
-        terms = terms[:, 0].relu() if relu else terms[:, 0]
-        if decays is not None:
-            decay = decays[:, 0].to(state.dtype).exp()
-            state = (state.unflatten(1, (decay.shape[1], -1)) * decay[..., None]).flatten(1)
-        state = state + terms
+        decay = None if decays is None else decays[:, 0].to(state.dtype).exp()
+        state = _step(terms[:, 0].relu() if relu else terms[:, 0], decay, state)
         return _scaled(state[:, None], scale).to(x.dtype), state
     y, state = scan(terms, decays, state, starts, relu=relu)
     # With decays the sums are kept for backward.
-    in_place = decays is None or not torch.is_grad_enabled()
-    if scale is not None and scale.dim() == 2 and in_place and not is_recorded() and not is_transformed():
-        y *= scale.detach()[..., None]
-    else:
-        y = _scaled(y, scale)
-    return y.to(x.dtype), state
+    in_place = (decays is None or not torch.is_grad_enabled()) and not is_recorded() and not is_transformed()
+    return _scaled(y, scale, in_place).to(x.dtype), state
+
+
+def _step(terms: torch.Tensor, decay: torch.Tensor | None, state: torch.Tensor) -> torch.Tensor:
+    """The sum after one token of terms `[B, D]`, in as few operations as there can be: launching them is the cost."""
+    if decay is None:
+        return state + terms
+    heads = state.view(state.shape[0], decay.shape[1], -1)
+    return (heads * decay.unsqueeze(-1)).flatten(1) + terms
 
 
 def causal_mean(
@@ -194,7 +195,7 @@ def causal_mean(
     """
     _check_sequence(x, attention_mask, document_ids)
     decays = _per_token("log_decay", log_decay, x, attention_mask)
-    batch_size, length, heads = x.shape[0], *decays.shape[1:]
+    batch_size, length, heads = x.shape[0], decays.shape[1], decays.shape[2]
     if weight is not None and weight.shape[-1] != heads:
         raise ValueError(
             f"`weight` must be given for the {heads} heads of `log_decay`, got the shape {list(weight.shape)}."
@@ -203,16 +204,23 @@ def causal_mean(
     sums, total = (None, None) if initial_state is None else initial_state
     sums = _state("initial_state[0]", sums, (batch_size, x.shape[2]), x)
     total = _state("initial_state[1]", total, (batch_size, heads), x)
-    starts = None
-    if document_ids is not None and length > 1:
-        starts = document_starts(document_ids, attention_mask)
-
-    totals, total = _causal_sum(weights.expand(batch_size, -1, -1), decays, total, None, starts, False, None)
-    scale = totals.masked_fill(totals == 0, 1).reciprocal()
     terms, mask = x, attention_mask
     if weight is not None:
         terms, mask = _masked_terms(x, mask), None
         terms = ((terms.relu() if relu else terms).unflatten(2, (heads, -1)) * weights[..., None]).flatten(2)
+    weights = weights.expand(batch_size, length, heads)
+
+    if length == 1:
+        terms = _masked_terms(terms, mask)[:, 0]
+        decay = decays[:, 0].to(total.dtype).exp()
+        total = _step(weights[:, 0], decay, total)
+        sums = _step(terms.relu() if relu else terms, decay, sums)
+        # Where nothing has a weight yet the sum is zero.
+        means = sums.view(batch_size, heads, -1) / total.masked_fill(total == 0, 1).unsqueeze(-1)
+        return means.view(x.shape).to(x.dtype), (sums, total)
+    starts = None if document_ids is None else document_starts(document_ids, attention_mask)
+    totals, total = _causal_sum(weights, decays, total, None, starts, False, None)
+    scale = totals.masked_fill(totals == 0, 1).reciprocal()
     means, sums = _causal_sum(terms, decays, sums, mask, starts, relu, scale)
     return means.to(x.dtype), (sums, total)
 
@@ -261,7 +269,7 @@ def _check_sequence(x: torch.Tensor, attention_mask: torch.Tensor | None, docume
         raise ValueError(f"`x` must have the shape [B, T, D], got {list(x.shape)}.")
     if not x.is_floating_point():
         raise TypeError(f"`x` must be of a floating dtype, got {x.dtype}.")
-    check_tokens("x", *x.shape[:2], attention_mask, document_ids)
+    check_tokens("x", x.shape[0], x.shape[1], attention_mask, document_ids)
 
 
 def _check_scale(x: torch.Tensor, scale: torch.Tensor | None, log_decay: torch.Tensor | None) -> None:
@@ -314,12 +322,16 @@ def _masked_terms(x: torch.Tensor, attention_mask: torch.Tensor | None) -> torch
     return terms
 
 
-def _scaled(y: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+def _scaled(y: torch.Tensor, scale: torch.Tensor | None, in_place: bool = False) -> torch.Tensor:
     if scale is None:
         return y
+    heads = y
     if scale.dim() == 2:
-        return y * scale.detach()[..., None]
-    return (y.unflatten(2, (scale.shape[2], -1)) * scale[..., None]).flatten(2)
+        scale = scale.detach()
+    else:
+        heads = y.reshape(*y.shape[:2], scale.shape[2], -1)
+    scale = scale.unsqueeze(-1)
+    return (heads.mul_(scale) if in_place else heads * scale).view(y.shape)
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::running_sum", mutates_args=())
@@ -334,9 +346,7 @@ def _kernel_sum(
     reverse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The Triton kernel of `causal_sum`, or with `reverse` of its adjoint. The kernel documents the arguments."""
-    from .kernels.running_sum_kernels import running_sum
-
-    return running_sum(x, gate, scale, initial, mask, runs, relu=relu, reverse=reverse)
+    return kernel("running_sum")(x, gate, scale, initial, mask, runs, relu=relu, reverse=reverse)
 
 
 @_kernel_sum.register_fake

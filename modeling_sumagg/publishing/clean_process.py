@@ -76,8 +76,22 @@ def run(model: torch.nn.Module) -> list[torch.Tensor]:
         raise ValueError("The forward pass gives values that are not finite.")
     print(f"forward: {', '.join(str(list(tensor.shape)) for tensor in tensors)}, finite")
     if model.can_generate():
-        generated = model.generate(**inputs, max_new_tokens=4, min_new_tokens=4, do_sample=False)
-        print(f"generate: {generated[0, -4:].tolist()}")
+        generate = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+        # A padding token among the ids would be masked by `generate`, and not by the pass over all tokens.
+        mask = torch.ones_like(inputs["input_ids"])
+        made = model.generate(
+            **inputs, attention_mask=mask, **generate, output_logits=True, return_dict_in_generate=True
+        )
+        with torch.no_grad():
+            expected = model(made.sequences[:, :-1]).logits[:, -4:]
+        difference = (torch.stack(made.logits, dim=1) - expected).abs().max() / expected.abs().max()
+        if difference > torch.finfo(model.dtype).eps ** 0.5:
+            raise ValueError(
+                f"`generate` is wrong: its logits are off by {difference:.1e} of what a pass over all tokens gives. The code "
+                f"in the folder does not fit transformers {transformers.__version__}: `python -m modeling_sumagg.hub "
+                "--update FOLDER` brings it to the installed version of modeling-sumagg."
+            )
+        print(f"generate: {made.sequences[0, -4:].tolist()}")
     return tensors
 
 

@@ -276,6 +276,21 @@ def test_an_adapter_that_lacks_what_is_new_in_its_model_fails_the_check(tmp_path
 
 
 @pytest.mark.slow
+def test_code_that_decodes_something_else_fails_the_check(tmp_path, monkeypatch):
+    build(SumAggForCausalLM, text_config()).save_pretrained(tmp_path)
+    with (tmp_path / "modeling_sumagg.py").open("a") as file:
+        file.write(
+            "import functools\n\nknowing = SumAggForCausalLM.forward\n\n\n@functools.wraps(knowing)\n"
+            "def forward(self, input_ids=None, **kwargs):\n"
+            "    if input_ids.shape[1] == 1:\n        input_ids = (input_ids + 1) % 61\n"
+            "    return knowing(self, input_ids=input_ids, **kwargs)\n\n\n"
+            "SumAggForCausalLM.forward = forward\n"
+        )
+    with pytest.raises(SystemExit, match="`generate` is wrong: .* does not fit transformers .*--update"):
+        run_main(tmp_path, monkeypatch)
+
+
+@pytest.mark.slow
 def test_weights_that_do_not_fit_and_missing_code_fail_the_check(tmp_path, monkeypatch):
     folder = tmp_path / "model"
     save_with_outputs(build(SumAggForCausalLM, text_config()), folder)
