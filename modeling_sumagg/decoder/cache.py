@@ -182,7 +182,12 @@ def _own_layer(
     layer: CacheLayerMixin, layer_type: str, config: PreTrainedConfig, record_past: bool
 ) -> CacheLayerMixin:
     """The layer, or, in place of an empty one that another copy of this code or transformers made, one of ours."""
-    if layer.is_initialized or layer_type == "full_attention":
+    initialized_early = isinstance(layer, StaticSlidingWindowLayer) and layer.is_initialized
+    if (
+        layer_type == "full_attention"
+        or (layer.is_initialized and not initialized_early)
+        or layer.get_seq_length() > 0
+    ):
         return layer
     is_static = isinstance(layer, StaticSlidingWindowLayer) or type(layer).__name__.startswith("Static")
     arguments = {"max_cache_len": layer.max_cache_len} if is_static else {}
@@ -200,6 +205,8 @@ def _own_layer(
         return layer
     own = cls(**arguments)
     own.record_past = record_past
+    if initialized_early:
+        own.lazy_initialization(layer.keys[:, :, :0])
     return own
 
 

@@ -188,6 +188,10 @@ class ForSequenceClassification(DecoderPreTrainedModel):
         hidden_states = outputs.last_hidden_state
         if attention_mask is not None:
             attention_mask = attention_mask[:, attention_mask.shape[1] - hidden_states.shape[1] :]
+        if hidden_states.shape[1] == 0:
+            # No tokens are pooled as one that is masked: their sum is zero.
+            hidden_states = F.pad(hidden_states, (0, 0, 0, 1))
+            attention_mask = hidden_states.new_zeros(hidden_states.shape[:2], dtype=torch.bool)
         logits = self.score(self.dropout(self.pooler(hidden_states, attention_mask)))
         loss = None
         if labels is not None:
@@ -251,7 +255,7 @@ class ForTokenClassification(DecoderPreTrainedModel):
         if labels is not None:
             check_labels(labels, logits.shape[:2], "[B, T]", self.num_labels)
             loss = loss_of_classes(
-                self.loss_function, labels, self.num_labels, logits=logits, config=self.config, **kwargs
+                self.loss_function, labels.long(), self.num_labels, logits=logits, config=self.config, **kwargs
             )
         return TokenClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
@@ -271,6 +275,7 @@ def language_model_loss(
         return None, model.lm_head(hidden_states)
     vocab_size = model.config.vocab_size
     check_labels(labels, hidden_states.shape[:2], "[B, T]", vocab_size)
+    labels = labels.long()
     if model.training and model.config.fuse_linear_cross_entropy:
         arguments = {"hidden_states": hidden_states, "lm_head": model.lm_head, "is_causal": is_causal, **kwargs}
         return loss_of_classes(fused_language_model_loss, labels, vocab_size, **arguments), None

@@ -287,10 +287,11 @@ class RecurrentGenerationMixin(GenerationMixin):
         return outputs
 
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs: dict[str, Any], *args, **kwargs):
+        passed, filled = find_cache(model_kwargs), find_cache(outputs)
         model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
-        if find_cache(model_kwargs) is not find_cache(outputs):
+        if passed not in (None, filled) or find_cache(model_kwargs) is not filled:
             raise RuntimeError(
-                "`generate` goes on with another cache than the one that the model has filled. " + _NEWER_TRANSFORMERS
+                "The model has filled another cache than `generate` goes on with. " + _NEWER_TRANSFORMERS
             )
         return model_kwargs
 

@@ -96,7 +96,7 @@ def test_early_exit(kind):
     for early_exit in range(1, num_hidden_layers + 1):
         passes = []
         handle = model.model.layers[0].register_forward_hook(
-            lambda *args: passes.append(model.config.num_hidden_layers)
+            lambda *args, passes=passes: passes.append(model.config.num_hidden_layers)
         )
         assert model.generate(ids, assistant_early_exit=early_exit, **settings).tolist() == expected.tolist()
         handle.remove()
