@@ -1,4 +1,4 @@
-"""Train a small summation language model on real text, save it, reload it, and let it write. About four minutes.
+"""Train a small summation language model on real text, save it, reload it, and let it write. About three minutes.
 
 Without arguments it needs no network: the text is the source code of Python's standard library.
 
@@ -43,7 +43,7 @@ from modeling_sumagg.training import decay_parameter_names
 @dataclass
 class QuickstartArguments:
     output_dir: str = field(default="runs/quickstart", metadata={"help": "Where the model and the plot go."})
-    steps: int = field(default=1800, metadata={"help": "Training steps."})
+    steps: int = field(default=1200, metadata={"help": "Training steps."})
     batch_size: int = field(default=4, metadata={"help": "Sequences a step."})
     context_length: int = field(default=256, metadata={"help": "Tokens of a training sequence."})
     vocab_size: int = field(default=4096, metadata={"help": "Tokens of the vocabulary to learn."})
@@ -91,7 +91,7 @@ def main() -> None:
     try:
         (arguments,) = parser.parse_args_into_dataclasses()
         duration = (
-            "about 4 minutes on two cores" if arguments.train_files is None else "the progress bar shows how long"
+            "about 3 minutes on two cores" if arguments.train_files is None else "the progress bar shows how long"
         )
         print(
             f"Learns a vocabulary, trains a language model for {arguments.steps:,} steps, lets it write and saves it to "

@@ -81,7 +81,9 @@ def _draw(
     for key, name, color, style in lines:
         points = [(entry["step"], entry[key]) for entry in log_history if key in entry]
         if points:
-            axes.plot(*zip(*points, strict=True), color=color, linestyle=style, marker="o", markersize=3)
+            axes.plot(
+                *zip(*points, strict=True), color=color, linestyle=style, marker="o", markersize=3, clip_on=False
+            )
             ends.append((points[-1][1], f"{name} {points[-1][1]:.4g}", color))
     for index, (name, value) in enumerate(baselines.items(), start=1):
         axes.axhline(value, color=f"C{index}", linestyle="--")

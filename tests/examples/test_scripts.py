@@ -54,6 +54,19 @@ def test_help_begins_with_what_a_script_does_and_its_own_options(name, tmp_path,
     assert does.split() == docstring.partition("\n\n")[0].split()
     own, other = OPTIONS[name]
     assert printed.index(f"  {own} ") < (len(printed) if other is None else printed.index(f"  {other} "))
+    # What is written of its options is so.
+    texts = [path.read_text(encoding="utf-8") for path in (EXAMPLES / "README.md", *EXAMPLES.glob("*.py"))]
+    commands = re.findall(rf"python {name}((?:\\\n|[^\n`])*)", "\n".join(texts))
+    given = set(re.findall(r"(?<=\s)--\w+", " ".join(commands)))
+    assert given <= set(re.findall(r"--\w+", printed)) and (given or name == "quickstart.py")
+
+
+def test_the_gallery_shows_every_script_and_its_pictures_exist():
+    text = (EXAMPLES / "README.md").read_text(encoding="utf-8")
+    assert {f"`{path.name}`" for path in EXAMPLES.glob("*.py")} <= set(re.findall(r"`\w+\.py`", text))
+    pictures = re.findall(r"\]\((gallery/[\w.]+)\)", text)
+    assert {EXAMPLES / picture for picture in pictures} == set((EXAMPLES / "gallery").glob("*"))
+    assert all((EXAMPLES / picture).stat().st_size < 300_000 for picture in pictures)
 
 
 @pytest.mark.parametrize("name", [*OPTIONS, "sft_trl.py"])
