@@ -90,8 +90,9 @@ def _attention_mask(
         function = and_masks(causal_mask_function, _visible(real, kv_offset, past_length, positions, window))
     elif window is not None and kv_length > window:
         function = and_masks(causal_mask_function, lambda batch, head, q, kv: kv > q - window)
-    # Where only the future is masked some implementations need no mask.
-    is_plain = function is causal_mask_function
+    # Where only the future is masked some implementations need no mask, but for one query of the empty columns that a
+    # static layer has.
+    needs_none = function is causal_mask_function and not (length == 1 and getattr(layer, "is_compileable", False))
     return ALL_MASK_ATTENTION_FUNCTIONS[config._attn_implementation](
         batch_size=batch_size,
         q_length=length,
@@ -100,7 +101,7 @@ def _attention_mask(
         kv_offset=kv_offset,
         mask_function=function,
         attention_mask=None,
-        allow_is_causal_skip=is_plain and not (length == 1 and getattr(cache, "is_compileable", False)),
+        allow_is_causal_skip=needs_none,
         allow_is_bidirectional_skip=False,
         dtype=dtype,
         config=config,

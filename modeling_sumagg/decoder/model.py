@@ -192,11 +192,15 @@ class RecurrentGenerationMixin(GenerationMixin):
             )
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         cache = find_cache(model_kwargs)
-        if cache is not None and generation_config.is_assistant:
-            start_over(cache)
-            adopt_cache(cache, self.config)
-            for layer in cache.layers:
-                layer.starts_over = isinstance(layer, RecurrentLayer)
+        if cache is None:
+            return
+        if generation_config.is_assistant:
+            start_over(cache, self.config)
+        # Now, as `generate` tells the layers next what to record.
+        adopt_cache(cache, self.config)
+        for layer in cache.layers:
+            if isinstance(layer, RecurrentLayer):
+                layer.starts_over = bool(generation_config.is_assistant)
 
     def _prepare_position_ids_for_generation(self, inputs_tensor: torch.Tensor, model_kwargs: dict[str, Any]) -> None:
         # `forward` counts them itself, of which it can know that they begin no document.
