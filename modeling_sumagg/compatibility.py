@@ -21,9 +21,7 @@ logger = logging.get_logger(__name__)
 NEWEST_TESTED_TRANSFORMERS = "5.24.0"
 
 # The decode state is called `cache` from transformers 5.24 on, and `past_key_values` before.
-CACHE_NAME = next(
-    name for name in ("cache", "past_key_values") if name in inspect.signature(create_causal_mask).parameters
-)
+CACHE_NAME = "past_key_values" if "past_key_values" in inspect.signature(create_causal_mask).parameters else "cache"
 
 
 def accepts_cache(forward: Callable) -> Callable:
@@ -78,35 +76,43 @@ def refuse_unknown_caches(arguments: dict[str, Any]) -> None:
             )
 
 
-def _with_both_cache_names(output_class: type[ModelOutput]) -> type[ModelOutput]:
-    """The output class, with `cache` beside `past_key_values` where transformers does not have both."""
-    if CACHE_NAME == "cache":
-        return output_class
+def _own_name(name: Any) -> Any:
+    """The key of an output, in which transformers calls the cache `CACHE_NAME`."""
+    return CACHE_NAME if name == "cache" else name
 
-    def key(name: Any) -> Any:
-        return CACHE_NAME if name == "cache" else name
 
-    class Output(output_class):
+class _CacheUnderBothNames(ModelOutput):
+    """An output whose `cache` is its `past_key_values`; transformers 5.24 does the same."""
+
+    if CACHE_NAME != "cache":
         cache = property(lambda self: getattr(self, CACHE_NAME))
 
-        def __getitem__(self, name):
-            return super().__getitem__(key(name))
-
         def __contains__(self, name):
-            return super().__contains__(key(name))
+            return super().__contains__(_own_name(name))
+
+        def __getitem__(self, name):
+            return super().__getitem__(_own_name(name))
+
+        def __setitem__(self, name, value):
+            super().__setitem__(_own_name(name), value)
+
+        def __setattr__(self, name, value):
+            super().__setattr__(_own_name(name), value)
 
         def get(self, name, default=None):
-            return super().get(key(name), default)
-
-    # Found under its name when it is pickled, as `DataParallel` and `multiprocessing` do.
-    Output.__name__ = Output.__qualname__ = output_class.__name__
-    Output.__module__ = __name__
-    return Output
+            return super().get(_own_name(name), default)
 
 
-BaseModelOutputWithPast = _with_both_cache_names(modeling_outputs.BaseModelOutputWithPast)
-CausalLMOutputWithPast = _with_both_cache_names(modeling_outputs.CausalLMOutputWithPast)
-SequenceClassifierOutputWithPast = _with_both_cache_names(modeling_outputs.SequenceClassifierOutputWithPast)
+class BaseModelOutputWithPast(_CacheUnderBothNames, modeling_outputs.BaseModelOutputWithPast):
+    """transformers' output, with the cache under both names."""
+
+
+class CausalLMOutputWithPast(_CacheUnderBothNames, modeling_outputs.CausalLMOutputWithPast):
+    """transformers' output, with the cache under both names."""
+
+
+class SequenceClassifierOutputWithPast(_CacheUnderBothNames, modeling_outputs.SequenceClassifierOutputWithPast):
+    """transformers' output, with the cache under both names."""
 
 
 def named_cache(cache: Cache | None) -> dict[str, Cache | None]:

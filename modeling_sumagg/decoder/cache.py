@@ -179,9 +179,16 @@ _ATTENTION_LAYERS: dict[str, tuple[type[CacheLayerMixin], ...]] = {
 }
 
 
-def _own_layer(layer: CacheLayerMixin, layer_type: str, config: PreTrainedConfig) -> CacheLayerMixin:
+def _own_layer(
+    layer: CacheLayerMixin, layer_type: str, config: PreTrainedConfig, record_past: bool
+) -> CacheLayerMixin:
     """The layer, or, in place of an empty one that another copy of this code or transformers made, one of ours."""
-    if layer.is_initialized or layer_type == "full_attention":
+    initialized_early = isinstance(layer, StaticSlidingWindowLayer) and layer.is_initialized
+    if (
+        layer_type == "full_attention"
+        or (layer.is_initialized and not initialized_early)
+        or layer.get_seq_length() > 0
+    ):
         return layer
     is_static = isinstance(layer, StaticSlidingWindowLayer) or type(layer).__name__.startswith("Static")
     arguments = {"max_cache_len": layer.max_cache_len} if is_static else {}
@@ -198,7 +205,9 @@ def _own_layer(layer: CacheLayerMixin, layer_type: str, config: PreTrainedConfig
     if is_ours or not is_recurrent:
         return layer
     own = cls(**arguments)
-    own.record_past = getattr(layer, "record_past", False)
+    own.record_past = record_past
+    if initialized_early:
+        own.lazy_initialization(layer.keys[:, :, :0])
     return own
 
 
@@ -249,8 +258,10 @@ def adopt_cache(cache: Cache, config: PreTrainedConfig) -> None:
             f"`cache` has {len(cache.layers)} layers and the model {len(layer_types)}. Make the cache with "
             "`DynamicCache(config=model.config)`."
         )
+    # Of the cache as a whole: transformers' static sliding layers have no record that could be switched on.
+    record_past = any(getattr(layer, "record_past", False) for layer in cache.layers)
     for i, layer_type in enumerate(layer_types):
-        layer = cache.layers[i] = _own_layer(cache.layers[i], layer_type, config)
+        layer = cache.layers[i] = _own_layer(cache.layers[i], layer_type, config, record_past)
         if layer_type in _ATTENTION_LAYERS:
             fits = isinstance(layer, _ATTENTION_LAYERS[layer_type])
         else:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from transformers import Cache, PreTrainedConfig
+from transformers.cache_utils import StaticLayer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, and_masks, causal_mask_function
 from transformers.utils.generic import is_flash_attention_requested
 
@@ -70,6 +71,7 @@ def _attention_mask(
     batch_size, length = inputs.shape[:2]
     window = config.sliding_window if kind == "sliding_attention" else None
     layer = None if cache is None else cache.layers[config.layer_types.index(kind)]
+    # Flex attention asks the mask function again when the cache has counted on.
     past_length = 0 if layer is None else on_device(cache.get_seq_length(), inputs.device)
     kv_length, kv_offset = (length, 0) if layer is None else layer.get_mask_sizes(length)
     kv_offset = on_device(kv_offset, inputs.device)
@@ -90,9 +92,9 @@ def _attention_mask(
         function = and_masks(causal_mask_function, _visible(real, kv_offset, past_length, positions, window))
     elif window is not None and kv_length > window:
         function = and_masks(causal_mask_function, lambda batch, head, q, kv: kv > q - window)
-    # Where only the future is masked some implementations need no mask, but for one query of the empty columns that a
-    # static layer has.
-    needs_none = function is causal_mask_function and not (length == 1 and getattr(layer, "is_compileable", False))
+    # Where only the future is masked some implementations need no mask; but for one token they would then see all columns,
+    # and those of a static layer are there before their tokens are.
+    is_plain = function is causal_mask_function and not (length == 1 and isinstance(layer, StaticLayer))
     return ALL_MASK_ATTENTION_FUNCTIONS[config._attn_implementation](
         batch_size=batch_size,
         q_length=length,
@@ -101,7 +103,7 @@ def _attention_mask(
         kv_offset=kv_offset,
         mask_function=function,
         attention_mask=None,
-        allow_is_causal_skip=needs_none,
+        allow_is_causal_skip=is_plain,
         allow_is_bidirectional_skip=False,
         dtype=dtype,
         config=config,

@@ -161,6 +161,12 @@ def decoder_layout(
     return layout._replace(masks=masks)
 
 
+_NEWER_TRANSFORMERS = (
+    "What would be generated from it would be other text. This version of transformers hands the cache on in a way that "
+    "this version of the model does not know: install the newest modeling-sumagg, or pass `use_cache=False`."
+)
+
+
 class RecurrentGenerationMixin(GenerationMixin):
     """[`~transformers.GenerationMixin`] with positions and masks that are exact under any padding."""
 
@@ -182,29 +188,34 @@ class RecurrentGenerationMixin(GenerationMixin):
             )
         return super()._get_candidate_generator(generation_config, *args, **kwargs)
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs: dict[str, Any], *args, **kwargs):
-        if generation_config.cache_implementation == "quantized" and set(self.config.layer_types) != {
-            "full_attention"
-        }:
+    def _prepare_position_ids_for_generation(self, inputs_tensor: torch.Tensor, model_kwargs: dict[str, Any]) -> None:
+        # `forward` counts them itself, of which it can know that they begin no document.
+        return None
+
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs: dict[str, Any], generation_mode, batch_size: int, max_cache_length: int
+    ) -> None:
+        is_quantized = generation_config.cache_implementation == "quantized"
+        if is_quantized and set(self.config.layer_types) != {"full_attention"}:
             raise ValueError(
                 "`cache_implementation='quantized'` is for models of full attention alone: a recurrent state is small, "
                 "and is kept in float32. Leave it out, or choose 'static'."
             )
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        # The candidates of prompt lookup may go beyond the last token that is to be generated.
+        max_cache_length += generation_config.prompt_lookup_num_tokens or 0
+        super()._prepare_cache_for_generation(
+            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
         cache = find_cache(model_kwargs)
         if cache is None:
             return
         if generation_config.is_assistant:
             start_over(cache, self.config)
-        # Now, as `generate` tells the layers next what to record.
+        # Before `generate` asks its layers to record.
         adopt_cache(cache, self.config)
         for layer in cache.layers:
             if isinstance(layer, RecurrentLayer):
                 layer.starts_over = bool(generation_config.is_assistant)
-
-    def _prepare_position_ids_for_generation(self, inputs_tensor: torch.Tensor, model_kwargs: dict[str, Any]) -> None:
-        # `forward` counts them itself, of which it can know that they begin no document.
-        return None
 
     def _prefill(self, input_ids: torch.Tensor, generation_config, model_kwargs: dict[str, Any], *args, **kwargs):
         attention_mask, chunk_size = model_kwargs.get("attention_mask"), generation_config.prefill_chunk_size
@@ -230,21 +241,19 @@ class RecurrentGenerationMixin(GenerationMixin):
         outputs = super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
         if cache is not None and length > 0 and cache.get_seq_length() != length:
             raise RuntimeError(
-                f"After the prompt of {length} tokens the cache has seen {int(cache.get_seq_length())}: what would be "
-                "generated from it would be other text. This version of transformers hands the cache on in a way that "
-                "this version of the model does not know: install the newest modeling-sumagg, or pass `use_cache=False`."
+                f"After the prompt of {length} tokens the cache has seen {int(cache.get_seq_length())}. "
+                + _NEWER_TRANSFORMERS
             )
         return outputs
 
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs: dict[str, Any], *args, **kwargs):
-        cache = find_cache(model_kwargs)
-        if cache is not None and not any(layer.is_initialized for layer in cache.layers):
+        passed, filled = find_cache(model_kwargs), find_cache(outputs)
+        model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
+        if passed not in (None, filled) or find_cache(model_kwargs) is not filled:
             raise RuntimeError(
-                "The cache that `generate` goes on with has seen no token: this version of transformers hands the cache "
-                "on in a way that this version of the model does not know. Install the newest modeling-sumagg, or pass "
-                "`use_cache=False`."
+                "The model has filled another cache than `generate` goes on with. " + _NEWER_TRANSFORMERS
             )
-        return super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
+        return model_kwargs
 
     @staticmethod
     def create_masks_for_generate(

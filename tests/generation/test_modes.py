@@ -54,6 +54,7 @@ def greedy_new_tokens(model, prompts=PROMPTS, length: int = NEW_TOKENS) -> list[
         {"cache_implementation": "dynamic"},
         {"cache_implementation": "static"},
         {"prefill_chunk_size": 6},
+        {"prefill_chunk_size": 6, "cache_implementation": "static"},
         {"logits_to_keep": 0},
     ],
     ids=str,
@@ -89,10 +90,13 @@ def test_a_padded_batch_of_one(model, mask):
     assert new_tokens(generated, inputs) == greedy_new_tokens(model, [prompt])
 
 
+@pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}], ids=str)
 @pytest.mark.parametrize("chunk_size", [1, 4])
-def test_chunked_prefill_of_a_left_padded_batch(model, chunk_size):
+def test_chunked_prefill_of_a_left_padded_batch(model, chunk_size, options):
     inputs = padded_batch("left")
-    generated = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, prefill_chunk_size=chunk_size)
+    generated = model.generate(
+        **inputs, max_new_tokens=NEW_TOKENS, do_sample=False, prefill_chunk_size=chunk_size, **options
+    )
     assert new_tokens(generated, inputs) == greedy_new_tokens(model)
 
 
