@@ -4,7 +4,9 @@ from pathlib import Path
 
 from .configuration_sumagg import SumAggConfig
 from .configuration_sumagg_multimodal import SumAggMultimodalConfig
-from .configuration_tost import ToSTConfig, ToSTTextConfig
+from .configuration_text import TextConfig
+from .configuration_tost import ToSTConfig
+from .configuration_tost_text import ToSTTextConfig
 
 
 def preset_path(name: str) -> str:
@@ -23,4 +25,4 @@ def preset_path(name: str) -> str:
     return str(presets[name])
 
 
-__all__ = ["SumAggConfig", "SumAggMultimodalConfig", "ToSTConfig", "ToSTTextConfig", "preset_path"]
+__all__ = ["SumAggConfig", "SumAggMultimodalConfig", "TextConfig", "ToSTConfig", "ToSTTextConfig", "preset_path"]

@@ -2,13 +2,11 @@
 Variational Rate Reduction", Wu et al., ICLR 2025, arXiv 2412.17810."""
 
 import math
-from typing import Literal
 
 from huggingface_hub.dataclasses import strict
+from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig
-
-from .validation import check_layer_types, check_text_sizes, register_layer_types
 
 
 @strict
@@ -99,10 +97,17 @@ class ToSTConfig(BackboneConfigMixin, PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def validate_architecture(self):
-        """Part of `@strict`-powered validation: the sizes fit together."""
+        """Part of `@strict`-powered validation: the sizes fit together, and probabilities are probabilities."""
         for name in ("hidden_size", "num_attention_heads", "num_channels"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("num_hidden_layers", "num_class_attention_layers"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}.")
+        if round(self.hidden_size * self.mlp_ratio) < 1:
+            raise ValueError(f"mlp_ratio must leave at least one channel of {self.hidden_size}, got {self.mlp_ratio}.")
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act must be one of {sorted(ACT2FN)}, got {self.hidden_act!r}.")
         if self.patch_size not in (8, 16):
             raise ValueError(
                 f"patch_size must be 8 or 16 (three or four stride-2 convolutions), got {self.patch_size}."
@@ -114,132 +119,15 @@ class ToSTConfig(BackboneConfigMixin, PreTrainedConfig):
                 f"{self.num_attention_heads} heads share it, and the stem of patch size {self.patch_size} starts with "
                 f"hidden_size / {self.patch_size // 2} channels."
             )
-        sizes = (self.image_size,) if isinstance(self.image_size, int) else self.image_size
-        if any(size % self.patch_size for size in sizes):
+        sides = (self.image_size,) * 2 if isinstance(self.image_size, int) else self.image_size
+        if len(sides) != 2 or any(side < 1 or side % self.patch_size for side in sides):
             raise ValueError(
-                f"image_size must be a multiple of patch_size {self.patch_size} in both directions, "
+                f"image_size must be a multiple of patch_size {self.patch_size}, or two (height, width), "
                 f"got {self.image_size}."
             )
-
-    def validate_rates(self):
-        """Part of `@strict`-powered validation: dropout and stochastic depth are probabilities."""
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is the probability of dropping, in [0, 1), got {getattr(self, name)}.")
 
 
-TEXT_LAYER_TYPES = ("token_statistics", "full_attention", "sliding_attention")
-register_layer_types("token_statistics")
-
-
-@strict
-class ToSTTextConfig(PreTrainedConfig):
-    r"""
-    Configuration of a ToST language model: [`ToSTTextModel`] and the models with a head on it. The defaults are the
-    published base model; the published sizes are in `configuration/presets`.
-
-    Args:
-        vocab_size (`int`, defaults to 50304): number of token ids.
-        hidden_size (`int`, defaults to 768): width d.
-        num_hidden_layers (`int`, defaults to 12): number of blocks.
-        num_attention_heads (`int`, defaults to 12): number K of heads, the subspaces among which each token distributes
-            its membership Π; must divide `hidden_size`.
-        intermediate_size (`int`, *optional*, defaults to `4 * hidden_size`): width of the feed-forward layers.
-        hidden_act (`str`, defaults to `"gelu"`): activation of the feed-forward layers.
-        use_bias (`bool`, defaults to `False`): whether the linear maps and the layer norms have a bias.
-        layer_types (`list[str]`, *optional*): the mixer of each block, `"token_statistics"` (by default everywhere),
-            `"full_attention"` or `"sliding_attention"`.
-        sliding_window (`int`, *optional*, defaults to 512 where a layer needs one): tokens that a sliding attention
-            layer sees, the current one included.
-        position_embedding_type (`str`, defaults to `"learned"`): positions added to the embeddings: `"learned"` (a
-            table, as published), `"sinusoidal"` (computed, for unlimited length) or `"none"`.
-        use_membership_bias (`bool`, defaults to `True`): whether the membership has the learned bias β of each head and
-            position, as published. Like a position table it ends the context at `max_position_embeddings`: unlimited
-            length needs `False`, and positions that are not learned.
-        max_position_embeddings (`int`, defaults to 1024): positions of the learned table and of β.
-        embedding_dropout (`float`, defaults to 0.0): dropout on the embeddings.
-        hidden_dropout (`float`, defaults to 0.0): dropout on the output of every mixer and feed-forward layer.
-        attention_dropout (`float`, defaults to 0.0): dropout of the entries of 1/(1 + m) in token statistics, and of
-            the probabilities in attention.
-        classifier_dropout (`float`, defaults to 0.0): dropout before the classification heads.
-        layerscale_value (`float`, defaults to 1e-5): initial layer scale γ.
-        layer_norm_eps (`float`, defaults to 1e-5): epsilon of the layer norms.
-        initializer_range (`float`, defaults to 0.02): standard deviation of the initial weights.
-        tie_word_embeddings (`bool`, defaults to `True`): whether the output projection is the embedding table.
-        fuse_linear_cross_entropy (`bool`, defaults to `False`): whether a language model in training computes its loss
-            without ever holding the logits of all tokens, and returns none. Needs PyTorch's `linear_cross_entropy`.
-        use_cache (`bool`, defaults to `True`): whether the model returns its decode state.
-        bos_token_id, eos_token_id, pad_token_id (`int`, *optional*): the special tokens.
-
-    Raises:
-        `ValueError` or the strict dataclass's validation error: a value is of the wrong type or not allowed.
-
-    Example:
-
-    ```python
-    >>> from modeling_sumagg import ToSTForCausalLM, ToSTTextConfig
-
-    >>> config = ToSTTextConfig(vocab_size=1000, hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
-    >>> model = ToSTForCausalLM(config)
-    ```"""
-
-    model_type = "tost_text"
-    keys_to_ignore_at_inference = ["past_key_values"]
-    is_causal = True
-    # The membership is a softmax over the heads: every process computes all of them, from sharded projections.
-    base_model_tp_plan = {
-        "embed_tokens": "embedding_rowwise",
-        "layers.*.attention.w_proj": "colwise_gather_output",
-        "layers.*.attention.q_proj": "colwise_gather_output",
-        "layers.*.attention.k_proj": "colwise_gather_output",
-        "layers.*.attention.v_proj": "colwise_gather_output",
-        "layers.*.attention.o_proj": "rowwise_split_input",
-        "layers.*.mlp.fc1": "colwise",
-        "layers.*.mlp.fc2": "rowwise",
-    }
-
-    vocab_size: int = 50304
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    intermediate_size: int | None = None
-    hidden_act: str = "gelu"
-    use_bias: bool = False
-    layer_types: list[str] | None = None
-    sliding_window: int | None = None
-    position_embedding_type: Literal["learned", "sinusoidal", "none"] = "learned"
-    use_membership_bias: bool = True
-    max_position_embeddings: int = 1024
-    embedding_dropout: float | int = 0.0
-    hidden_dropout: float | int = 0.0
-    attention_dropout: float | int = 0.0
-    classifier_dropout: float | int = 0.0
-    layerscale_value: float | int = 1e-5
-    layer_norm_eps: float = 1e-5
-    initializer_range: float = 0.02
-    tie_word_embeddings: bool = True
-    fuse_linear_cross_entropy: bool = False
-    use_cache: bool = True
-    bos_token_id: int | None = None
-    eos_token_id: int | list[int] | None = None
-    pad_token_id: int | None = None
-
-    def __post_init__(self, **kwargs):
-        if self.intermediate_size is None:
-            self.intermediate_size = 4 * self.hidden_size
-        if self.layer_types is None:
-            self.layer_types = ["token_statistics"] * self.num_hidden_layers
-        if self.sliding_window is None and "sliding_attention" in self.layer_types:
-            self.sliding_window = 512
-        super().__post_init__(**kwargs)
-
-    def validate_layer_type(self):
-        """Part of `@strict`-powered validation: the layer types are known (transformers' own list lacks ours)."""
-        check_layer_types(self.layer_types, TEXT_LAYER_TYPES, self.num_hidden_layers)
-
-    def validate_sizes(self):
-        """Part of `@strict`-powered validation: the sizes fit together."""
-        check_text_sizes(self)
-
-
-__all__ = ["ToSTConfig", "ToSTTextConfig"]
+__all__ = ["ToSTConfig"]

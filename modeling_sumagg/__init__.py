@@ -1,22 +1,8 @@
 """Linear-time sequence aggregators as native transformers models; importing registers them with the Auto classes."""
 
-from transformers import (
-    AutoBackbone,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForImageClassification,
-    AutoModelForMaskedLM,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-    BitImageProcessorPil,
-)
-
-# transformers 5.17 takes the top-level name away where torchvision is missing, though it needs none.
-from transformers.models.auto.image_processing_auto import AutoImageProcessor
-from transformers.utils import is_vision_available
-
 from .configuration import SumAggConfig, SumAggMultimodalConfig, ToSTConfig, ToSTTextConfig
 from .data_collator import DataCollatorForMultimodalRegression
+from .families import FAMILIES, Family
 from .modeling_sumagg import (
     SumAggForCausalLM,
     SumAggForMaskedLM,
@@ -32,45 +18,18 @@ from .modeling_tost_text import (
     ToSTTextForTokenClassification,
     ToSTTextModel,
 )
-from .remote_code import register_family
+from .publishing.remote_code import register_family
 
 
 __version__ = "0.1.0"
 
-register_family(
-    SumAggConfig,
-    {
-        AutoModel: SumAggModel,
-        AutoModelForCausalLM: SumAggForCausalLM,
-        AutoModelForMaskedLM: SumAggForMaskedLM,
-        AutoModelForSequenceClassification: SumAggForSequenceClassification,
-        AutoModelForTokenClassification: SumAggForTokenClassification,
-    },
-)
-register_family(SumAggMultimodalConfig, {AutoModelForSequenceClassification: SumAggForMultimodalRegression})
-register_family(
-    ToSTConfig,
-    {
-        AutoModel: ToSTModel,
-        AutoModelForImageClassification: ToSTForImageClassification,
-        AutoBackbone: ToSTBackbone,
-    },
-)
-if is_vision_available():
-    AutoImageProcessor.register(ToSTConfig, image_processor_classes={"pil": BitImageProcessorPil}, exist_ok=True)
-register_family(
-    ToSTTextConfig,
-    {
-        AutoModel: ToSTTextModel,
-        AutoModelForCausalLM: ToSTForCausalLM,
-        AutoModelForSequenceClassification: ToSTTextForSequenceClassification,
-        AutoModelForTokenClassification: ToSTTextForTokenClassification,
-    },
-)
-
+for _family in list(FAMILIES.values()):
+    register_family(**vars(_family))
 
 __all__ = [
+    "FAMILIES",
     "DataCollatorForMultimodalRegression",
+    "Family",
     "SumAggConfig",
     "SumAggForCausalLM",
     "SumAggForMaskedLM",
@@ -88,4 +47,5 @@ __all__ = [
     "ToSTTextForSequenceClassification",
     "ToSTTextForTokenClassification",
     "ToSTTextModel",
+    "register_family",
 ]

@@ -13,18 +13,17 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple, is_tracing
+from transformers.utils import TransformersKwargs, can_return_tuple
 
 from .configuration.configuration_sumagg_multimodal import SumAggMultimodalConfig
-from .heads import check_labels
-from .modeling_sumagg import SumAggPositionModulation
-from .ops.summation import bidirectional_sum
-from .sequence import check_ids, sequence_layout
+from .decoder.checks import is_concrete, labels_of_rows, look_up, loss_of_classes
+from .decoder.positions import PositionModulation, modulate
 
 
 def sum_given(terms: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
     """Sum over the terms given, `[B, N, d]` with `given` `[B, N]` to `[B, d]`, accumulated in float32."""
-    return bidirectional_sum(terms, attention_mask=given)[:, 0]
+    dtype = torch.promote_types(terms.dtype, torch.float32)
+    return terms.masked_fill(~given[..., None], 0).sum(dim=1, dtype=dtype).to(terms.dtype)
 
 
 class SumAggSequenceSum(nn.Module):
@@ -45,15 +44,28 @@ class SumAggTextBranch(nn.Module):
 
     def __init__(self, config: SumAggMultimodalConfig):
         super().__init__()
-        self.modulation = SumAggPositionModulation(config)
+        self.modulation = PositionModulation(
+            config.hidden_size, config.position_embedding_type, config.max_position_embeddings, config.position_bias
+        )
         self.sequence_sum = SumAggSequenceSum(config)
 
     def forward(self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-        layout = sequence_layout(inputs_embeds, attention_mask, None, None)
-        given = layout.attention_mask
-        if given is None:
-            given = inputs_embeds.new_ones(inputs_embeds.shape[:2], dtype=torch.bool)
-        return self.sequence_sum(self.modulation(inputs_embeds, layout.position_ids), given)
+        if inputs_embeds.dim() != 3:
+            raise ValueError(
+                "`input_ids` must have the shape [B, T], `inputs_embeds` [B, T, d], got embeddings of the shape "
+                f"{list(inputs_embeds.shape)}."
+            )
+        shape = inputs_embeds.shape[:2]
+        if attention_mask is None:
+            attention_mask = inputs_embeds.new_ones(shape, dtype=torch.bool)
+        elif attention_mask.shape != shape:
+            raise ValueError(
+                f"`attention_mask` must have the shape [B, T] = {list(shape)} of the tokens, got "
+                f"{list(attention_mask.shape)}."
+            )
+        given = attention_mask.to(inputs_embeds.device, torch.bool)
+        position_ids = (given.long().cumsum(dim=1) - 1).clamp(min=0)
+        return self.sequence_sum(self.modulation(inputs_embeds, position_ids), given)
 
 
 class SumAggFeatureDense(nn.Module):
@@ -65,6 +77,7 @@ class SumAggFeatureDense(nn.Module):
         self.bias = nn.Parameter(torch.empty(num_features, out_features))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        hidden_states = hidden_states.to(self.weight.dtype)
         return (torch.einsum("bfi,fio->bfo", hidden_states, self.weight) + self.bias).relu()
 
 
@@ -91,11 +104,8 @@ class SumAggNumericBranch(nn.Module):
             )
         if not numeric_features.is_floating_point():
             raise TypeError(f"`numeric_features` must be of a floating dtype, got {numeric_features.dtype}.")
-        if not is_tracing(numeric_features) and numeric_features.device.type != "meta":
-            if numeric_features.isinf().any():
-                raise ValueError(
-                    "`numeric_features` must be finite, or NaN where a feature is not given, got infinity."
-                )
+        if is_concrete(numeric_features) and numeric_features.isinf().any():
+            raise ValueError("`numeric_features` must be finite, or NaN where a feature is not given, got infinity.")
 
         given = ~numeric_features.isnan()
         # Before any weight, since the gradient of NaN times a weight is NaN.
@@ -104,8 +114,7 @@ class SumAggNumericBranch(nn.Module):
             # In float32 whatever the model's dtype, which may not tell 2024 from 2025.
             features = features.to(torch.promote_types(features.dtype, torch.float32))
             features = (features - features.new_tensor(self.mean)) / features.new_tensor(self.std)
-        hidden_states = features.to(self.dense1.weight.dtype)[..., None]
-        hidden_states = self.feature_dense2(self.feature_dense1(hidden_states))
+        hidden_states = self.feature_dense2(self.feature_dense1(features[..., None]))
         summed = self.dense2(self.dense1(sum_given(hidden_states, given)).relu()).relu()
         return summed.masked_fill(~given.any(dim=1, keepdim=True), 0)
 
@@ -122,8 +131,8 @@ class SumAggImageBranch(nn.Module):
         self.patch_embeddings = nn.Conv2d(
             config.num_channels, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size
         )
-        num_patches = (height // config.patch_size) * (width // config.patch_size)
-        self.position_embeddings = nn.Embedding(num_patches, config.hidden_size)
+        self.num_patches = (height // config.patch_size) * (width // config.patch_size)
+        self.position_embeddings = nn.Embedding(self.num_patches, config.hidden_size)
         self.sequence_sum = SumAggSequenceSum(config)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -134,9 +143,12 @@ class SumAggImageBranch(nn.Module):
             )
         missing = pixel_values.isnan()
         patch_missing = F.max_pool2d(missing.any(dim=1, keepdim=True).float(), self.patch_size).flatten(1).bool()
-        pixel_values = pixel_values.masked_fill(missing, 0).to(self.patch_embeddings.weight.dtype)
-        patches = self.patch_embeddings(pixel_values).flatten(2).transpose(1, 2)
-        return self.sequence_sum(patches * (self.position_embeddings.weight + self.position_bias), ~patch_missing)
+        # Of the whole batch, as adapters of some rows see no others.
+        position_ids = torch.arange(self.num_patches, device=pixel_values.device).expand(pixel_values.shape[0], -1)
+        positions = self.position_embeddings(position_ids)
+        patches = self.patch_embeddings(pixel_values.masked_fill(missing, 0).to(positions))
+        patches = modulate(patches.flatten(2).transpose(1, 2), positions, self.position_bias)
+        return self.sequence_sum(patches, ~patch_missing)
 
 
 class SumAggMultimodalPreTrainedModel(PreTrainedModel):
@@ -168,6 +180,9 @@ class SumAggForMultimodalRegression(SumAggMultimodalPreTrainedModel):
     accepts_loss_kwargs = False
 
     def __init__(self, config: SumAggMultimodalConfig):
+        # `from_pretrained(..., patch_size=...)` sets attributes of a config that was valid before.
+        config.validate_modalities()
+        config.validate_statistics()
         super().__init__(config)
         self.num_labels = config.num_labels
         self.loss_type = "ForSequenceClassification"
@@ -222,59 +237,61 @@ class SumAggForMultimodalRegression(SumAggMultimodalPreTrainedModel):
             `TypeError`: `numeric_features` of an integer dtype.
             `ValueError`: no modality is given, or one that this model does not have; both `input_ids` and
                 `inputs_embeds`; an id outside the vocabulary; more tokens than positions; an infinite number; a wrong
-                shape.
+                shape or a class that does not exist.
         """
         if input_ids is not None and inputs_embeds is not None:
             raise ValueError("Pass one of `input_ids` and `inputs_embeds`, not both.")
-        tokens = input_ids if inputs_embeds is None else inputs_embeds
-        if tokens is None and numeric_features is None and pixel_values is None:
+        modalities = (
+            ("input_ids", input_ids, "vocab_size"),
+            ("inputs_embeds", inputs_embeds, "vocab_size"),
+            ("numeric_features", numeric_features, "num_numeric_features"),
+            ("pixel_values", pixel_values, "image_size"),
+        )
+        given = [modality for modality in modalities if modality[1] is not None]
+        if not given:
             raise ValueError(
                 "No modality is given: pass at least one of `input_ids`, `numeric_features` and `pixel_values`."
             )
-        for name, value, size_name, size in (
-            ("input_ids", tokens, "vocab_size", self.config.vocab_size),
-            ("numeric_features", numeric_features, "num_numeric_features", self.config.num_numeric_features),
-            ("pixel_values", pixel_values, "image_size", self.config.image_size),
-        ):
-            if value is not None and not size:
+        first_name, first, _ = given[0]
+        for name, value, size_name in given:
+            size = getattr(self.config, size_name)
+            if not size:
                 raise ValueError(f"`{name}` is given, but the model was built without (`config.{size_name}`={size}).")
+            if value.shape[0] != first.shape[0]:
+                raise ValueError(
+                    f"`{name}` has {value.shape[0]} rows and `{first_name}` {first.shape[0]}: fill what a row lacks, "
+                    "numbers and images with NaN, texts with masked tokens."
+                )
 
         latents = []
-        if tokens is not None and tokens.shape[1] == 0:
-            # Texts that are all empty have no tokens, not even padding.
-            latents.append(self.score.weight.new_zeros(len(tokens), self.config.hidden_size))
-        elif tokens is not None:
-            if inputs_embeds is None:
-                check_ids("input_ids", tokens, self.config.vocab_size, "ids of the vocabulary")
-                inputs_embeds = self.embed_tokens(tokens)
+        if input_ids is not None:
+            inputs_embeds = look_up(
+                self.embed_tokens, input_ids, "input_ids", self.config.vocab_size, "the ids of the vocabulary"
+            )
+        if inputs_embeds is not None:
             latents.append(self.text_branch(inputs_embeds, attention_mask))
         if numeric_features is not None:
             latents.append(self.numeric_branch(numeric_features))
         if pixel_values is not None:
             latents.append(self.image_branch(pixel_values))
-        hidden_states = sum(latents)
-
+        # Branches may be on different devices, and the head is on that of the last one or a later one.
+        hidden_states = sum(latent.to(latents[-1].device) for latent in latents)
         for dense in self.head:
             hidden_states = dense(hidden_states).relu()
         scores = self.score(self.dropout(hidden_states))
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-        logits = scores
-        if self.config.label_mean is not None:
-            logits = scores * scores.new_tensor(self.config.label_std) + scores.new_tensor(self.config.label_mean)
-        loss = self._loss(labels, scores) if labels is not None else None
+        mean, std = self.config.label_mean, self.config.label_std
+        logits = scores if mean is None else scores * scores.new_tensor(std) + scores.new_tensor(mean)
+        loss = None
+        if labels is not None:
+            targets = labels_of_rows(labels, scores, self.config)
+            if mean is not None:
+                # From the labels as they were given: large ones may be equal in the dtype of the scores.
+                labels = labels.to(scores.device, torch.promote_types(labels.dtype, scores.dtype))
+                targets = ((labels - labels.new_tensor(mean)) / labels.new_tensor(std)).to(scores)
+            arguments = {"pooled_logits": scores, "config": self.config, **kwargs}
+            loss = loss_of_classes(self.loss_function, targets, self.num_labels, **arguments)
         return SequenceClassifierOutput(loss=loss, logits=logits)
-
-    def _loss(self, labels: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        is_class = self.config.problem_type == "single_label_classification"
-        if is_class or (self.num_labels == 1 and labels.dim() == 1):
-            check_labels(labels, scores.shape[:1], "[B]", self.num_labels if is_class else None)
-        else:
-            check_labels(labels, scores.shape, "[B, num_labels]", None)
-        if not is_class:
-            labels = labels.to(scores)
-        if self.config.label_mean is not None:
-            labels = (labels - labels.new_tensor(self.config.label_mean)) / labels.new_tensor(self.config.label_std)
-        return self.loss_function(labels=labels, pooled_logits=scores, config=self.config)
 
 
 __all__ = ["SumAggForMultimodalRegression", "SumAggMultimodalPreTrainedModel"]

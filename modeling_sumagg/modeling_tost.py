@@ -27,7 +27,7 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration.configuration_tost import ToSTConfig
-from .ops.token_blocks import activated_linear, is_plain_linear, keep_freed_memory
+from .decoder.checks import labels_of_rows, loss_of_classes
 from .ops.token_statistics.operators import token_membership, token_statistics
 
 
@@ -73,6 +73,13 @@ def fourier_position_code(height: int, width: int, device: torch.device | None =
     return torch.cat((rows, columns), dim=-1).permute(2, 0, 1)[None]
 
 
+class ToSTInputConvolution(nn.Conv2d):
+    """A convolution that takes any dtype: it works in that of its weight."""
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return super().forward(features.to(self.weight.dtype))
+
+
 class ToSTPatchEmbeddings(nn.Module):
     """
     Turns `pixel_values` of shape `(batch_size, num_channels, height, width)` into patches of shape `(batch_size,
@@ -86,15 +93,21 @@ class ToSTPatchEmbeddings(nn.Module):
         self.patch_size = config.patch_size
         num_stages = int(math.log2(config.patch_size))
         widths = [config.num_channels] + [config.hidden_size >> stage for stage in reversed(range(num_stages))]
-        stages = []
+        stages: list[nn.Module] = []
         for in_channels, out_channels in itertools.pairwise(widths):
-            convolution = nn.Conv2d(in_channels, out_channels, kernel_size=3, stride=2, padding=1, bias=False)
+            convolution_class = nn.Conv2d if stages else ToSTInputConvolution
+            convolution = convolution_class(in_channels, out_channels, kernel_size=3, stride=2, padding=1, bias=False)
             stage = OrderedDict(convolution=convolution, normalization=nn.BatchNorm2d(out_channels))
             stages += [nn.Sequential(stage), ACT2FN[config.hidden_act]]
         # No activation after the last stage.
         self.projection = nn.Sequential(*stages[:-1])
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        if pixel_values.dim() != 4:
+            raise ValueError(
+                "`pixel_values` must have the shape [B, channels, height, width], got "
+                f"{list(pixel_values.shape)}: a single image is a batch of one, `pixel_values[None]`."
+            )
         _, num_channels, height, width = pixel_values.shape
         if num_channels != self.num_channels:
             raise ValueError(
@@ -106,26 +119,27 @@ class ToSTPatchEmbeddings(nn.Module):
                 f"The images are {height} x {width} (height x width), which patches of {self.patch_size} x "
                 f"{self.patch_size} do not cover: resize, crop or pad both sides to multiples of {self.patch_size}."
             )
-        keep_freed_memory(pixel_values)
         # With the channels last the convolutions are faster, and a patch ends up as one piece of memory.
-        patches = pixel_values.to(self.projection[0].convolution.weight.dtype, memory_format=torch.channels_last)
+        patches = pixel_values.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
         for module in self.projection:
             # An activation is faster on a tensor that is contiguous as it is indexed.
             is_stage = isinstance(module, nn.Sequential)
-            patches = module(patches) if is_stage else module(patches.movedim(1, -1)).movedim(-1, 1)
+            patches = module(patches) if is_stage else module(patches.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         return patches
 
 
 class ToSTPositionEmbeddings(nn.Module):
-    """Projects the Fourier code of each patch's row and column to `(1, hidden_size, height, width)`."""
+    """Adds to patches `(batch_size, hidden_size, height, width)` a projection of the Fourier code of row and column."""
 
     def __init__(self, config: ToSTConfig):
         super().__init__()
-        self.projection = nn.Conv2d(64, config.hidden_size, kernel_size=1)
+        self.projection = ToSTInputConvolution(64, config.hidden_size, kernel_size=1)
 
-    def forward(self, height: int, width: int) -> torch.Tensor:
-        weight = self.projection.weight
-        return self.projection(fourier_position_code(height, width, device=weight.device).to(weight.dtype))
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        height, width = patches.shape[-2:]
+        # Of the whole batch, as adapters of some rows see no others.
+        code = fourier_position_code(height, width, patches.device).expand(patches.shape[0], -1, -1, -1)
+        return patches + self.projection(code)
 
 
 class ToSTEmbeddings(nn.Module):
@@ -138,8 +152,7 @@ class ToSTEmbeddings(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        patches = self.patch_embeddings(pixel_values)
-        patches = patches + self.position_embeddings(*patches.shape[-2:])
+        patches = self.position_embeddings(self.patch_embeddings(pixel_values))
         # Else a transposed view would hand its layout on to every residual sum, and each norm would copy it.
         return self.dropout(patches.flatten(2).transpose(1, 2).contiguous())
 
@@ -150,7 +163,7 @@ class ToSTAttention(nn.Module):
     def __init__(self, config: ToSTConfig):
         super().__init__()
         self.config = config
-        self.num_attention_heads = config.num_attention_heads
+        self.head_shape = (config.num_attention_heads, config.hidden_size // config.num_attention_heads)
         self.w_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
         self.temperature = nn.Parameter(torch.ones(config.num_attention_heads, 1))
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
@@ -159,11 +172,10 @@ class ToSTAttention(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        batch_size, num_patches, hidden_size = hidden_states.shape
-        w = self.w_proj(hidden_states).view(batch_size, num_patches, self.num_attention_heads, -1).transpose(1, 2)
+        w = self.w_proj(hidden_states).unflatten(-1, self.head_shape).transpose(1, 2)
         dropout_p = self.config.attention_probs_dropout_prob if self.training else 0.0
         output = token_statistics(w, self.temperature, dropout_p=dropout_p)
-        output = output.transpose(1, 2).reshape(batch_size, num_patches, hidden_size)
+        output = output.transpose(1, 2).flatten(2)
         # Kept out of the operator, whose training path stores neither Π nor the squares.
         output_attentions = kwargs.get("output_attentions", self.config.output_attentions)
         membership = token_membership(w, self.temperature) if output_attentions else None
@@ -176,45 +188,26 @@ class ToSTClassAttention(nn.Module):
     def __init__(self, config: ToSTConfig):
         super().__init__()
         self.config = config
-        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.head_shape = (config.num_attention_heads, config.hidden_size // config.num_attention_heads)
         self.is_causal = False
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.qkv_bias)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        batch_size, num_tokens, _ = hidden_states.shape
-        dropout_p = self.config.attention_probs_dropout_prob if self.training else 0.0
-        if dropout_p == 0 and is_plain_linear(self.qkv):
-            class_token = self._attend_to_inputs(hidden_states)
-        else:
-            qkv = self.qkv(hidden_states).view(batch_size, num_tokens, 3, -1, self.head_dim)
-            query, key, value = qkv.permute(2, 0, 3, 1, 4)
-            class_token = self._attend(query[:, :, :1], key, value, dropout_p)
-        return self.dropout(self.o_proj(class_token.reshape(batch_size, 1, -1)))
-
-    def _attend_to_inputs(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """
-        The same without keys and values of all tokens: `q · (W_k x) = (W_k' q) · x` and `Σ a W_v x = W_v Σ a x`, with one
-        query to multiply instead of every `x`. The bias of the keys adds the same to all scores of a query.
-        """
-        query_weight, key_weight, value_weight = self.qkv.weight.unflatten(0, (3, -1, self.head_dim))
-        query_bias, _, value_bias = (None,) * 3 if self.qkv.bias is None else self.qkv.bias.unflatten(0, (3, -1))
-        query = nn.functional.linear(hidden_states[:, :1], query_weight.flatten(0, 1), query_bias)
-        query = query.unflatten(-1, (-1, 1, self.head_dim)).squeeze(1) @ key_weight
-        # The heads read the same inputs, as if they were the queries of a single one.
-        inputs = hidden_states.unsqueeze(1)
-        attended = self._attend(query.transpose(1, 2), inputs, inputs)
-        values = (attended @ value_weight.mT).flatten(1)
-        return values if value_bias is None else values + value_bias
-
-    def _attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout_p: float = 0.0
-    ) -> torch.Tensor:
+        qkv = self.qkv(hidden_states).unflatten(-1, (3, *self.head_shape))
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind()
         interface = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        scaling = self.head_dim**-0.5
-        output, _ = interface(self, query, key, value, attention_mask=None, dropout=dropout_p, scaling=scaling)
-        return output
+        class_token, _ = interface(
+            self,
+            query[:, :, :1],
+            key,
+            value,
+            attention_mask=None,
+            dropout=self.config.attention_probs_dropout_prob if self.training else 0.0,
+            scaling=self.head_shape[1] ** -0.5,
+        )
+        return self.dropout(self.o_proj(class_token.reshape_as(hidden_states[:, :1])))
 
 
 class ToSTMLP(nn.Module):
@@ -227,10 +220,8 @@ class ToSTMLP(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        hidden_states = self.fc1(hidden_states)
-        if self.training and self.dropout.p > 0:
-            return self.dropout(self.fc2(self.dropout(self.activation_fn(hidden_states))))
-        return activated_linear(hidden_states, self.activation_fn, self.fc2)
+        hidden_states = self.dropout(self.activation_fn(self.fc1(hidden_states)))
+        return self.dropout(self.fc2(hidden_states))
 
 
 class ToSTLayerScale(nn.Module):
@@ -298,6 +289,11 @@ class ToSTPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": ToSTLayer, "attentions": ToSTAttention}
     _input_embed_layer = "patch_embeddings"
+
+    def __init__(self, config: ToSTConfig):
+        # `from_pretrained(..., patch_size=...)` sets attributes of a config that was valid before.
+        config.validate_architecture()
+        super().__init__(config)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -384,12 +380,14 @@ class ToSTModel(ToSTPreTrainedModel):
               weights in token statistics, and the softmax weights of class attention are not among these.
 
         Raises:
-            ValueError: the images have other channels than `config.num_channels`, or sides that
-                `config.patch_size` does not divide.
+            ValueError: `pixel_values` of another number of dimensions, of other channels than `config.num_channels`,
+                or with sides that `config.patch_size` does not divide.
         """
         encoder_outputs = self.encoder(self.embeddings(pixel_values), **kwargs)
         patches = encoder_outputs.last_hidden_state
-        hidden_states = torch.cat((self.cls_token.expand(patches.shape[0], -1, -1), patches), dim=1)
+        # The encoder may be on other devices than the parameter.
+        class_token = self.cls_token.to(patches).expand(patches.shape[0], -1, -1)
+        hidden_states = torch.cat((class_token, patches), dim=1)
         for layer in self.class_attention_layers:
             hidden_states = layer(hidden_states)
         hidden_states = self.layernorm(hidden_states)
@@ -403,6 +401,9 @@ class ToSTModel(ToSTPreTrainedModel):
 
 class ToSTForImageClassification(ToSTPreTrainedModel):
     """ToST with a linear head on the class token."""
+
+    # The loss is a mean over the batch: `Trainer` has to divide by the accumulation steps.
+    accepts_loss_kwargs = False
 
     def __init__(self, config: ToSTConfig):
         super().__init__(config)
@@ -423,19 +424,26 @@ class ToSTForImageClassification(ToSTPreTrainedModel):
             pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`):
                 Images of any size whose sides are multiples of `config.patch_size`.
             labels (`torch.Tensor` of shape `(batch_size,)` or `(batch_size, num_labels)`, *optional*):
-                Class indices (cross entropy), several labels an image as 0.0 and 1.0 (binary cross entropy), or values
-                (mean square), as `config.problem_type` says; where it is not set, `config.num_labels` and the dtype
+                Class indices (cross entropy), several labels an image as 0 and 1 (binary cross entropy), or values
+                (mean square), as `config.problem_type` says; where it is not set, `config.num_labels` and the shape
                 of the labels decide.
 
         Returns:
             [`~transformers.modeling_outputs.ImageClassifierOutput`] with `logits` `(batch_size, num_labels)`;
             `hidden_states` and `attentions` are those of [`ToSTModel`].
+
+        Raises:
+            ValueError: as [`ToSTModel`]; labels of another shape, or of a class that does not exist.
         """
         outputs = self.tost(pixel_values, **kwargs)
         logits = self.classifier(outputs.pooler_output)
         loss = None
         if labels is not None:
-            loss = self.loss_function(labels, logits, self.config, **kwargs)
+            # In half precision a squared error above 256 would be infinite.
+            scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            labels = labels_of_rows(labels, scores, self.config)
+            arguments = {"pooled_logits": scores, "config": self.config, **kwargs}
+            loss = loss_of_classes(self.loss_function, labels, self.num_labels, **arguments)
         return ImageClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )

@@ -2,24 +2,7 @@
 
 from torch import nn
 
-
-# The maps that mix tokens, as in PEFT's defaults for other models. A module is adapted if its name ends in one of these.
-LORA_TARGET_MODULES = {
-    "sumagg": ["in_proj", "hidden_proj", "q_proj", "v_proj"],
-    "sumagg_multimodal": ["proj", "dense", "dense1", "dense2"],
-    "tost": ["w_proj", "qkv"],
-    "tost_text": ["w_proj", "q_proj", "v_proj"],
-}
-
-# Parameters with more than one dimension that are no weights of a linear map.
-NOT_DECAYED = {"bias", "temperature", "membership_bias", "cls_token"}
-
-
-def register_lora_target_modules() -> None:
-    """Tell PEFT which layers of our models `LoraConfig()` adapts where it names no `target_modules`."""
-    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-
-    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.update(LORA_TARGET_MODULES)
+from .families import FAMILIES
 
 
 def decay_parameter_names(model: nn.Module) -> list[str]:
@@ -33,8 +16,10 @@ def decay_parameter_names(model: nn.Module) -> list[str]:
     Returns:
         `list[str]`: the names, as in `model.named_parameters()`.
     """
+    family = FAMILIES.get(getattr(getattr(model, "config", None), "model_type", ""))
+    not_decayed = {"bias", *(family.not_decayed if family is not None else ())}
     return [
         name
         for name, parameter in model.named_parameters()
-        if parameter.dim() > 1 and name.rpartition(".")[2] not in NOT_DECAYED
+        if parameter.dim() > 1 and name.rpartition(".")[2] not in not_decayed
     ]

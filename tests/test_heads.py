@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from transformers import Trainer, TrainingArguments
 
 from modeling_sumagg import SumAggForCausalLM, SumAggForMaskedLM, ToSTForCausalLM
-from modeling_sumagg.heads import fused_language_model_loss
+from modeling_sumagg.decoder.heads import fused_language_model_loss
 
 
 LANGUAGE_MODELS = [SumAggForCausalLM, SumAggForMaskedLM, ToSTForCausalLM]

@@ -48,10 +48,10 @@ def run_in_segments(model, cuts, input_ids, attention_mask=None, position_ids=No
             input_ids[:, first:last],
             attention_mask=None if attention_mask is None else attention_mask[:, :last],
             position_ids=None if position_ids is None else position_ids[:, first:last],
-            past_key_values=cache,
+            cache=cache,
             use_cache=True,
         )
-        cache = outputs.past_key_values
+        cache = outputs.cache
         logits.append(outputs.logits)
     return torch.cat(logits, dim=1), cache
 
@@ -109,7 +109,7 @@ def test_padding_is_transparent(layers, names, cuts):
             alone, alone_cache = run_in_segments(model, (0, int(real.sum())), input_ids[row : row + 1, real])
             assert_close(logits[row, real], alone[0])
             for layer, alone_layer in zip(cache.layers, alone_cache.layers, strict=True):
-                if hasattr(layer, "state"):
+                if "causal_sum" in getattr(layer, "states", {}):
                     assert_close(layer.state[0][row], alone_layer.state[0][0])
 
 
@@ -345,14 +345,14 @@ def test_standard_arguments():
     model, input_ids = build(SumAggForCausalLM, sumagg_config()), random_ids(2, 9)
     with torch.no_grad():
         outputs = model(input_ids)
-        assert outputs.past_key_values.get_seq_length() == 9
-        assert model(input_ids, use_cache=False).past_key_values is None
+        assert outputs.cache.get_seq_length() == 9
+        assert model(input_ids, use_cache=False).cache is None
         assert torch.equal(model(inputs_embeds=model.get_input_embeddings()(input_ids)).logits, outputs.logits)
         assert torch.equal(model(input_ids, return_dict=False)[0], outputs.logits)
         assert torch.equal(model(input_ids, position_ids=torch.arange(9)[None]).logits, outputs.logits)
         assert_close(model(input_ids, logits_to_keep=2).logits, outputs.logits[:, -2:])
         assert_close(model(input_ids, logits_to_keep=torch.tensor([1, 5])).logits, outputs.logits[:, [1, 5]])
-        assert torch.equal(model(input_ids, past_key_values=DynamicCache()).logits, outputs.logits)
+        assert torch.equal(model(input_ids, cache=DynamicCache()).logits, outputs.logits)
 
 
 @pytest.mark.parametrize("tie", [True, False])
@@ -429,7 +429,7 @@ def test_a_million_tokens():
         totals.append(total)
     with torch.no_grad():
         for _ in range(50):
-            model(random_ids(1, 20_000), past_key_values=cache)
+            model(random_ids(1, 20_000), cache=cache)
             sizes.add(sum(t.untyped_storage().nbytes() for t in cache_tensors(cache)))
     assert cache.get_seq_length() == 1_000_000
     assert sizes == {2 * config.hidden_size * 4}
@@ -447,8 +447,8 @@ MODEL = {"input_ids": random_ids(2, 9)}
         ({"input_ids": torch.tensor([[-1, 3]])}, r"`input_ids` must be in \[0, 61\).*from -1 to 3"),
         ({"input_ids": None}, "exactly one of `input_ids` and `inputs_embeds`"),
         ({"inputs_embeds": torch.zeros(2, 9, 16)}, "exactly one of `input_ids` and `inputs_embeds`"),
-        ({"input_ids": torch.zeros(1, 65).long()}, r"`position_ids` must be in \[0, 64\).*from 0 to 64"),
-        ({"position_ids": torch.arange(56, 65)[None]}, r"`position_ids` must be in \[0, 64\).*from 56 to 64"),
+        ({"input_ids": torch.zeros(1, 65).long()}, r"65 tokens is too long.* for 64 .*truncation=True"),
+        ({"position_ids": torch.arange(56, 65)[None]}, r"65 tokens is too long.* for 64 "),
         ({"position_ids": torch.arange(-1, 8)[None]}, r"-1"),
         ({"position_ids": torch.arange(8)[None]}, r"`position_ids` must have the shape.*\[2, 9\], got \[1, 8\]"),
         ({"attention_mask": torch.ones(2, 8)}, r"`attention_mask` must have the shape.*\[2, 9\].*got \[2, 8\]"),
@@ -474,7 +474,7 @@ def test_negative_positions(position_embedding_type):
     "model_class, labels, message",
     [
         (SumAggForSequenceClassification, torch.zeros(2, 9), r"`labels`.*\[2, 3\], got \[2, 9\]"),
-        (SumAggForSequenceClassification, torch.zeros(2), r"`labels`.*\[B, num_labels\] = \[2, 3\], got \[2\]"),
+        (SumAggForSequenceClassification, torch.zeros(2), r"`labels`.*an integer dtype, got torch.float32"),
         (SumAggForSequenceClassification, torch.zeros(3).long(), r"`labels`.*\[B\] = \[2\], got \[3\]"),
         (SumAggForSequenceClassification, torch.tensor([0, 3]), r"`labels` must be in \[0, 3\).*got 3"),
         (SumAggForTokenClassification, torch.zeros(2).long(), r"`labels`.*\[B, T\] = \[2, 9\], got \[2\]"),
@@ -493,7 +493,7 @@ def test_a_bidirectional_config_is_for_bidirectional_models(tmp_path):
     with pytest.raises(ValueError, match="set `is_causal=False`"):
         SumAggForMaskedLM(sumagg_config())
     with pytest.raises(ValueError, match="no decode state"):
-        SumAggModel(config)(**MODEL, past_key_values=DynamicCache())
+        SumAggModel(config)(**MODEL, cache=DynamicCache())
     model = SumAggForCausalLM(sumagg_config())
     model.config.is_causal = False
     with pytest.raises(ValueError, match="bidirectional"):
@@ -514,14 +514,14 @@ def test_a_bidirectional_config_is_for_bidirectional_models(tmp_path):
 )
 def test_the_cache_of_another_model(cache, message):
     with pytest.raises(ValueError, match=message):
-        build(SumAggForCausalLM, sumagg_config("hybrid"))(**MODEL, past_key_values=cache())
+        build(SumAggForCausalLM, sumagg_config("hybrid"))(**MODEL, cache=cache())
 
 
 def test_the_cache_of_another_batch():
     model = build(SumAggForCausalLM, sumagg_config("pure"))
-    cache = model(**MODEL).past_key_values
+    cache = model(**MODEL).cache
     with pytest.raises(ValueError, match=r"\[3, 16\].*got \[2, 16\]"):
-        model(random_ids(3, 1), past_key_values=cache)
+        model(random_ids(3, 1), cache=cache)
 
 
 def test_a_state_is_not_quantized():

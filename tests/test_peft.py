@@ -11,7 +11,7 @@ from transformers import (
 )
 
 from modeling_sumagg import SumAggConfig, ToSTConfig, ToSTTextConfig
-from modeling_sumagg.training import LORA_TARGET_MODULES, register_lora_target_modules
+from modeling_sumagg.families import FAMILIES
 
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -49,7 +49,6 @@ def train(model: torch.nn.Module, batch: dict[str, torch.Tensor], steps: int = 3
 @pytest.mark.parametrize("case", CASES)
 def test_adapters_train_save_reload_and_merge(case, tmp_path):
     auto_class, config, batch, modules_to_save = CASES[case]
-    register_lora_target_modules()
     auto_class.from_config(config).save_pretrained(tmp_path / "base")
     base = auto_class.from_pretrained(tmp_path / "base")
     untouched = {name: tensor.clone() for name, tensor in base.state_dict().items()}
@@ -57,7 +56,7 @@ def test_adapters_train_save_reload_and_merge(case, tmp_path):
     adapted = {
         name.rpartition(".lora_A")[0].rpartition(".")[2] for name, _ in model.named_parameters() if "lora_A" in name
     }
-    assert adapted and adapted <= set(LORA_TARGET_MODULES[config.model_type])
+    assert adapted and adapted <= set(FAMILIES[config.model_type].lora_target_modules)
     losses = train(model, batch)
     assert losses[-1] < losses[0]
     for name, parameter in model.get_base_model().named_parameters():
@@ -93,7 +92,6 @@ def test_embeddings_can_be_adapted(case):
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_gradient_checkpointing_leaves_the_training_of_adapters_as_it_is(case, use_reentrant):
     auto_class, config, batch, modules_to_save = CASES[case]
-    register_lora_target_modules()
     losses = []
     for checkpointing in (False, True):
         set_seed(0)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from .documents import Documents
-from .kernels.kernel_dispatch import is_exported, is_recorded, is_transformed, takes_kernels
+from .kernels.kernel_dispatch import is_exported, is_recorded, is_transformed, kernel, takes_kernels
 
 
 LOOP_CHUNK = 32  # tokens that the loop on a CPU walks over, in all chunks at the same time
@@ -299,9 +299,7 @@ def _kernel_scan(
     x: torch.Tensor, log_decay: torch.Tensor, initial: torch.Tensor, relu: bool, reverse: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The Triton kernel of `scan`, or with `reverse` of its adjoint. The kernel documents the arguments."""
-    from .kernels.decayed_sum_kernels import decayed_sum
-
-    return decayed_sum(x, log_decay, initial, relu=relu, reverse=reverse)
+    return kernel("decayed_sum")(x, log_decay, initial, relu=relu, reverse=reverse)
 
 
 @_kernel_scan.register_fake

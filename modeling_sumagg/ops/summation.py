@@ -9,7 +9,7 @@ import re
 import torch
 
 from .documents import check_tokens, document_runs, find_documents
-from .kernels.kernel_dispatch import is_recorded, is_transformed, takes_kernels
+from .kernels.kernel_dispatch import is_recorded, is_transformed, kernel, takes_kernels
 from .scan import scan, state_dtype
 
 
@@ -198,7 +198,7 @@ def causal_mean(
     """
     _check_sequence(x, attention_mask, document_ids)
     decays = _per_token("log_decay", log_decay, x, attention_mask)
-    batch_size, length, heads = x.shape[0], *decays.shape[1:]
+    batch_size, length, heads = x.shape[0], decays.shape[1], decays.shape[2]
     if weight is not None and weight.shape[-1] != heads:
         raise ValueError(
             f"`weight` must be given for the {heads} heads of `log_decay`, got the shape {list(weight.shape)}."
@@ -272,7 +272,7 @@ def _check_sequence(x: torch.Tensor, attention_mask: torch.Tensor | None, docume
         raise ValueError(f"`x` must have the shape [B, T, D], got {list(x.shape)}.")
     if not x.is_floating_point():
         raise TypeError(f"`x` must be of a floating dtype, got {x.dtype}.")
-    check_tokens("x", *x.shape[:2], attention_mask, document_ids)
+    check_tokens("x", x.shape[0], x.shape[1], attention_mask, document_ids)
 
 
 def _check_scale(x: torch.Tensor, scale: torch.Tensor | None, log_decay: torch.Tensor | None) -> None:
@@ -338,7 +338,7 @@ def _scaled(y: torch.Tensor, scale: torch.Tensor | None, in_place: bool = False)
     else:
         heads = y.reshape(*y.shape[:2], scale.shape[2], -1)
     scale = scale.unsqueeze(-1)
-    return (heads.mul_(scale) if in_place else heads * scale).view(y.shape)
+    return (heads.mul_(scale) if in_place else heads * scale).flatten(2)
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::running_sum", mutates_args=())
@@ -353,9 +353,7 @@ def _kernel_sum(
     reverse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The Triton kernel of `causal_sum`, or with `reverse` of its adjoint. The kernel documents the arguments."""
-    from .kernels.running_sum_kernels import running_sum
-
-    return running_sum(x, gate, scale, initial, mask, runs, relu=relu, reverse=reverse)
+    return kernel("running_sum")(x, gate, scale, initial, mask, runs, relu=relu, reverse=reverse)
 
 
 @_kernel_sum.register_fake

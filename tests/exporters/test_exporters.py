@@ -51,9 +51,9 @@ def decode_step(model, batch_size=1):
         "position_ids": torch.ones(batch_size, 1).long(),
     }
     with torch.no_grad():
-        model(**step, past_key_values=cache)
+        model(**step, cache=cache)
     cache.reset()
-    return {**step, "past_key_values": cache}
+    return {**step, "cache": cache}
 
 
 @pytest.mark.parametrize("model_class", CAUSAL_LMS)
@@ -82,7 +82,7 @@ def test_dynamo_exporter_decode_step(model_class, layers):
         for i in range(7):
             step["input_ids"], step["position_ids"] = ids[:, i : i + 1], torch.full((2, 1), i)
             outputs = program(**step)
-            step["past_key_values"] = outputs.past_key_values
+            step["cache"] = outputs.cache
             assert_close(outputs.logits[:, 0], expected.logits[:, i])
 
 
@@ -145,7 +145,7 @@ def test_onnx_decode_step_writes_the_same_text(model_class, layers, tmp_path):
     assert tokens == written[0].tolist()
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        expected = model(torch.tensor([tokens[:12]]), past_key_values=cache)
+        expected = model(torch.tensor([tokens[:12]]), cache=cache)
     assert_close(torch.from_numpy(outputs["logits"])[:, 0], expected.logits[:, -1], rtol=1e-4)
     states = [torch.from_numpy(value) for value in state.values() if value.dtype == "float32"]
     for actual, held in zip(states, cache_tensors(cache), strict=True):

@@ -6,13 +6,16 @@ import pytest
 import torch
 from scipy.stats import chi2
 from transformers import (
+    CompileConfig,
     DynamicCache,
     GPT2Config,
     GPT2LMHeadModel,
     PreTrainedModel,
-    StaticCache,
     set_seed,
 )
+from transformers.cache_utils import StaticLayer
+
+from modeling_sumagg.compatibility import find_cache
 
 from .kinds import CONFIGS, KINDS, MAIN_KINDS, VOCAB_SIZE, build, greedy_alone, logits_alone, tiny_model
 
@@ -39,9 +42,8 @@ def all_state(cache: DynamicCache, real: torch.Tensor) -> list[torch.Tensor]:
     held = []
     for layer in cache.layers:
         if hasattr(layer, "state"):
-            held += layer.state
-        elif layer.is_sliding:
-            held += [layer.keys, layer.values]
+            # Which columns of sliding attention are real is left out where all are.
+            held += layer.state[:2] if "append_columns" in layer.states else layer.state
         else:
             held += [layer.keys.transpose(1, 2)[real], layer.values.transpose(1, 2)[real]]
     return held
@@ -53,20 +55,20 @@ def test_crop_restores_the_state_after_any_recorded_token(kind, removed):
     model = tiny_model(kind, torch.float64)
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(torch.tensor([PROMPT, PROMPT[::-1]]), past_key_values=cache)
+        model(torch.tensor([PROMPT, PROMPT[::-1]]), cache=cache)
         cache.activate_past_recording()
         # Over one segment or two of them, and padding counts as a token.
         new = torch.tensor([[1, 2, 3, 4, 5, 6, 7], [8, 9, 10, 11, 12, 13, 14]])
         mask = torch.ones(2, 13, dtype=torch.long)
         mask[1, 10] = 0
-        model(new[:, :4], attention_mask=mask[:, :10], past_key_values=cache)
-        model(new[:, 4:], attention_mask=mask, past_key_values=cache)
+        model(new[:, :4], attention_mask=mask[:, :10], cache=cache)
+        model(new[:, 4:], attention_mask=mask, cache=cache)
         cache.crop(-removed)
 
         expected = DynamicCache(config=model.config)
-        model(torch.tensor([PROMPT, PROMPT[::-1]]), past_key_values=expected)
+        model(torch.tensor([PROMPT, PROMPT[::-1]]), cache=expected)
         for t in range(7 - removed):
-            model(new[:, t : t + 1], attention_mask=mask[:, : 7 + t], past_key_values=expected)
+            model(new[:, t : t + 1], attention_mask=mask[:, : 7 + t], cache=expected)
     assert cache.get_seq_length() == expected.get_seq_length() == 13 - removed
     real = mask[:, : 13 - removed].bool()
     for actual, state in zip(all_state(cache, real), all_state(expected, real), strict=True):
@@ -78,21 +80,21 @@ def test_crop_restores_the_state_after_any_recorded_token(kind, removed):
 def test_a_crop_beyond_the_record_is_an_error_and_never_a_wrong_state(kind):
     model = tiny_model(kind)
     cache = DynamicCache(config=model.config)
-    model(torch.tensor([PROMPT]), past_key_values=cache)
+    model(torch.tensor([PROMPT]), cache=cache)
     with pytest.raises(ValueError, match="activate_past_recording"):
         copy.deepcopy(cache).crop(-1)
     cache.activate_past_recording()
-    model(torch.tensor([[1, 2, 3]]), past_key_values=cache)
+    model(torch.tensor([[1, 2, 3]]), cache=cache)
     too_far = copy.deepcopy(cache)
     with pytest.raises(ValueError, match="3 were recorded"):
         too_far.crop(-4)
     # An attention layer before the one that refused has gone back already: the cache is of no use any more.
     if model.config.layer_types[0] == "full_attention":
         with pytest.raises(ValueError, match="halfway"):
-            model(torch.tensor([[4]]), past_key_values=too_far)
+            model(torch.tensor([[4]]), cache=too_far)
     else:
         assert too_far.get_seq_length() == 9
-        logits = model(torch.tensor([[4]]), past_key_values=too_far).logits[0, -1]
+        logits = model(torch.tensor([[4]]), cache=too_far).logits[0, -1]
         torch.testing.assert_close(logits, logits_alone(model, [*PROMPT, 1, 2, 3, 4])[-1], rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="negative"):
         cache.crop(1)
@@ -107,21 +109,28 @@ def test_nothing_is_recorded_in_ordinary_decoding(kind):
     outputs = model.generate(
         torch.tensor([PROMPT]), max_new_tokens=NEW_TOKENS, do_sample=False, return_dict_in_generate=True
     )
-    for layer, layer_type in zip(outputs.past_key_values.layers, model.config.layer_types, strict=True):
+    for layer, layer_type in zip(find_cache(outputs).layers, model.config.layer_types, strict=True):
         if layer_type == "sliding_attention":
             assert layer.keys.shape[-2] == model.config.sliding_window - 1
         elif layer_type != "full_attention":
-            assert layer.segments == []
+            assert not layer.records
             assert all(t.dtype == torch.float32 for t in layer.state)
 
 
+@pytest.mark.skipif(
+    not getattr(StaticLayer, "is_croppable", False), reason="transformers below 5.24 cannot crop its own"
+)
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", MAIN_KINDS)
-def test_a_static_cache_cannot_go_back(kind):
+def test_a_static_cache_goes_back_in_assisted_decoding_and_prompt_lookup(kind, compiled):
     model = tiny_model(kind)
-    cache = StaticCache(config=model.config, max_cache_len=32)
-    model(torch.tensor([PROMPT]), past_key_values=cache)
-    with pytest.raises(ValueError, match="static"):
-        cache.activate_past_recording()
+    options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "cache_implementation": "static"}
+    if compiled:
+        options["compile_config"] = CompileConfig(backend="aot_eager", fullgraph=True)
+        options["compile_config"]._compile_all_devices = True
+    expected = greedy_alone(model, PROMPT, NEW_TOKENS)
+    for helper in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": smaller(model)}):
+        assert model.generate(torch.tensor([PROMPT]), **options, **helper)[0, len(PROMPT) :].tolist() == expected
 
 
 class _Calls:
@@ -222,7 +231,7 @@ def test_the_next_turn_after_assisted_decoding(kind):
     )
     history = (*first.sequences[0].tolist(), 6, 21, 6)
     second = model.generate(
-        torch.tensor([history]), past_key_values=first.past_key_values, max_new_tokens=NEW_TOKENS, do_sample=False
+        torch.tensor([history]), cache=find_cache(first), max_new_tokens=NEW_TOKENS, do_sample=False
     )
     assert second[0, len(history) :].tolist() == greedy_alone(model, history, NEW_TOKENS)
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Cache, DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 
-from modeling_sumagg.cache import cache_from_tensors, cache_to_tensors
+from modeling_sumagg.publishing.saved_states import cache_from_tensors, cache_to_tensors
 
 from .kinds import KINDS, MAIN_KINDS, logits_alone, tiny_model
 
@@ -23,7 +23,7 @@ def filled(model, **kwargs) -> DynamicCache:
     cache = DynamicCache(config=model.config, **kwargs)
     mask = torch.tensor([[1] * 6, [1] * 4 + [0] * 2])
     with torch.no_grad():
-        model(torch.tensor(ROWS), attention_mask=mask, past_key_values=cache)
+        model(torch.tensor(ROWS), attention_mask=mask, cache=cache)
     return cache
 
 
@@ -31,7 +31,7 @@ def assert_goes_on(model, cache: Cache, rows: list[int]) -> None:
     """The cache, whose rows are the `rows` of `filled`, predicts what follows `NEXT`."""
     mask = torch.tensor([[1] * 8, [1] * 4 + [0] * 2 + [1] * 2])[rows]
     with torch.no_grad():
-        logits = model(torch.tensor(NEXT)[rows], attention_mask=mask, past_key_values=cache).logits
+        logits = model(torch.tensor(NEXT)[rows], attention_mask=mask, cache=cache).logits
     for row, actual in zip(rows, logits, strict=True):
         history = (ROWS[0] if row == 0 else ROWS[1][:4]) + NEXT[row]
         torch.testing.assert_close(actual, logits_alone(model, history)[-2:], rtol=1e-4, atol=1e-4)
@@ -69,12 +69,12 @@ def test_reset(kind):
     inputs = torch.tensor([[4, 3, 2]])
     if "full_attention" in model.config.layer_types and stock_reset_keeps_the_length():
         with pytest.raises(ValueError, match="different numbers of tokens"):
-            model(inputs, past_key_values=cache)
+            model(inputs, cache=cache)
         return
     assert cache.get_seq_length() == 0
     # Another batch size too.
     with torch.no_grad():
-        logits = model(inputs, past_key_values=cache).logits[0]
+        logits = model(inputs, cache=cache).logits[0]
     torch.testing.assert_close(logits, logits_alone(model, [4, 3, 2]), rtol=1e-4, atol=1e-4)
 
 
@@ -98,7 +98,7 @@ def test_recorded_caches_are_copied_with_their_record(kind, copied):
     cache.activate_past_recording()
     with torch.no_grad():
         mask = torch.tensor([[1] * 9, [1] * 4 + [0] * 2 + [1] * 3])
-        model(torch.tensor([[1, 1, 1], [2, 2, 2]]), attention_mask=mask, past_key_values=cache)
+        model(torch.tensor([[1, 1, 1], [2, 2, 2]]), attention_mask=mask, cache=cache)
     twin = copied(cache)
     twin.crop(-3)
     assert_goes_on(model, twin, [0, 1])
@@ -111,7 +111,7 @@ def test_static_caches_are_copied(kind, copied):
     cache = StaticCache(config=model.config, max_cache_len=16)
     mask = torch.tensor([[1] * 6, [1] * 4 + [0] * 2])
     with torch.no_grad():
-        model(torch.tensor(ROWS), attention_mask=mask, past_key_values=cache)
+        model(torch.tensor(ROWS), attention_mask=mask, cache=cache)
     assert_goes_on(model, copied(cache), [0, 1])
     assert cache.get_seq_length() == 6
 
@@ -126,7 +126,7 @@ def test_layers_offload_and_prefetch(kind):
             layer.offload()
             layer.device = torch.device("meta")
             layer.prefetch()
-            held = layer.state if hasattr(layer, "state") else (layer.keys, layer.values, layer.real)
+            held = layer.state if hasattr(layer, "state") else (layer.keys, layer.values)
             assert all(t.device.type == "meta" for t in held)
     cache = filled(model)
     for layer in cache.layers:
@@ -162,16 +162,16 @@ def test_what_cannot_be_saved_or_loaded_says_why():
     model = tiny_model("sumagg-hybrid")
     with pytest.raises(ValueError, match="empty"):
         cache_to_tensors(DynamicCache(config=model.config))
-    with pytest.raises(TypeError, match="static"):
+    with pytest.raises(TypeError, match="a StaticCache"):
         cache_to_tensors(StaticCache(config=model.config, max_cache_len=8))
     cache = filled(model)
     held = cache_to_tensors(cache)
-    with pytest.raises(ValueError, match="layers.0.state.0"):
-        cache_from_tensors({name: t for name, t in held.items() if name != "layers.0.state.0"}, model.config)
+    with pytest.raises(ValueError, match="layers.0"):
+        cache_from_tensors({name: t for name, t in held.items() if not name.startswith("layers.0.")}, model.config)
     with pytest.raises(ValueError, match="has no"):
-        cache_from_tensors({**held, "layers.3.state.0": held["length"]}, model.config)
+        cache_from_tensors({**held, "layers.3.causal_sum.0": held["length"]}, model.config)
     cache.activate_past_recording()
     with torch.no_grad():
-        model(torch.tensor([[1], [2]]), past_key_values=cache)
+        model(torch.tensor([[1], [2]]), cache=cache)
     with pytest.raises(ValueError, match="crop"):
         cache_to_tensors(cache)

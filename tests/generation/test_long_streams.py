@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache
 
-from modeling_sumagg.cache import cache_to_tensors
+from modeling_sumagg.publishing.saved_states import cache_to_tensors
 
 from .kinds import SLIDING_WINDOW, VOCAB_SIZE, logits_alone, tiny_model
 
@@ -38,9 +38,9 @@ def test_a_hundred_thousand_tokens(kind):
 
     def decode(first: int, last: int) -> torch.Tensor:
         for t in range(first, last):
-            logits = model(tokens[:, t : t + 1], past_key_values=cache).logits
+            logits = model(tokens[:, t : t + 1], cache=cache).logits
         with _Operations() as step:
-            logits = model(tokens[:, last : last + 1], past_key_values=cache).logits
+            logits = model(tokens[:, last : last + 1], cache=cache).logits
         operations.append(step.operations)
         num_bytes.append(sum(t.nbytes for t in cache_to_tensors(cache).values()))
         return logits[0, -1]
@@ -48,7 +48,7 @@ def test_a_hundred_thousand_tokens(kind):
     with torch.no_grad():
         decode(0, 2 * SLIDING_WINDOW)
         for start in range(2 * SLIDING_WINDOW + 1, LENGTH - NUM_STEPS, CHUNK):
-            model(tokens[:, start : min(start + CHUNK, LENGTH - NUM_STEPS)], past_key_values=cache, logits_to_keep=1)
+            model(tokens[:, start : min(start + CHUNK, LENGTH - NUM_STEPS)], cache=cache, logits_to_keep=1)
         logits = decode(LENGTH - NUM_STEPS, LENGTH - 1)
     assert cache.get_seq_length() == LENGTH
     assert operations[0] == operations[1]

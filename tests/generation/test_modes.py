@@ -10,6 +10,8 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import DynamicCache, PreTrainedTokenizerFast, set_seed
 from transformers.generation.streamers import BaseStreamer
 
+from modeling_sumagg.compatibility import find_cache
+
 from .kinds import CONFIGS, MAIN_KINDS, VOCAB_SIZE, greedy_alone, logits_alone, tiny_model
 
 
@@ -52,6 +54,7 @@ def greedy_new_tokens(model, prompts=PROMPTS, length: int = NEW_TOKENS) -> list[
         {"cache_implementation": "dynamic"},
         {"cache_implementation": "static"},
         {"prefill_chunk_size": 6},
+        {"prefill_chunk_size": 6, "cache_implementation": "static"},
         {"logits_to_keep": 0},
     ],
     ids=str,
@@ -87,10 +90,13 @@ def test_a_padded_batch_of_one(model, mask):
     assert new_tokens(generated, inputs) == greedy_new_tokens(model, [prompt])
 
 
+@pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}], ids=str)
 @pytest.mark.parametrize("chunk_size", [1, 4])
-def test_chunked_prefill_of_a_left_padded_batch(model, chunk_size):
+def test_chunked_prefill_of_a_left_padded_batch(model, chunk_size, options):
     inputs = padded_batch("left")
-    generated = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, prefill_chunk_size=chunk_size)
+    generated = model.generate(
+        **inputs, max_new_tokens=NEW_TOKENS, do_sample=False, prefill_chunk_size=chunk_size, **options
+    )
     assert new_tokens(generated, inputs) == greedy_new_tokens(model)
 
 
@@ -210,7 +216,7 @@ def test_inputs_embeds_go_on_from_the_returned_cache(model):
     history = torch.cat([prompt, first.sequences, torch.tensor(TURN[:1])], dim=1)
     generated = model.generate(
         inputs_embeds=embed(history),
-        past_key_values=first.past_key_values,
+        cache=find_cache(first),
         max_new_tokens=NEW_TOKENS,
         do_sample=False,
     )
@@ -314,7 +320,7 @@ def test_outputs(kind):
             torch.testing.assert_close(
                 attention[:, :, -1].sum(-1), torch.ones(len(PROMPTS), config.num_attention_heads)
             )
-    assert outputs.past_key_values.get_seq_length() == length + NEW_TOKENS - 1
+    assert find_cache(outputs).get_seq_length() == length + NEW_TOKENS - 1
     transition_scores = model.compute_transition_scores(outputs.sequences, outputs.scores, normalize_logits=True)
     expected_score = logits_alone(model, list(PROMPTS[3]))[-1].log_softmax(-1)[expected[3][0]]
     assert math.isclose(transition_scores[3, 0].item(), expected_score.item(), abs_tol=1e-4)
@@ -340,9 +346,9 @@ def test_the_next_turn_goes_on_from_the_returned_cache(model, whole, options):
         [inputs["attention_mask"], torch.ones(len(PROMPTS), NEW_TOKENS, dtype=torch.long), turn_mask], dim=1
     )
     generated = model.generate(
-        input_ids if whole else input_ids[:, first.past_key_values.get_seq_length() :],
+        input_ids if whole else input_ids[:, find_cache(first).get_seq_length() :],
         attention_mask=mask,
-        past_key_values=first.past_key_values,
+        cache=find_cache(first),
         max_new_tokens=NEW_TOKENS,
         do_sample=False,
     )
@@ -355,19 +361,19 @@ def test_the_next_turn_goes_on_from_the_returned_cache(model, whole, options):
 def test_new_ids_without_a_mask_of_the_past_are_refused(model):
     first = model.generate(torch.tensor(PROMPTS[:1]), max_new_tokens=2, do_sample=False, return_dict_in_generate=True)
     with pytest.raises(ValueError, match="attention_mask"):
-        model.generate(torch.tensor([[6, 21, 6]]), past_key_values=first.past_key_values, max_new_tokens=2)
+        model.generate(torch.tensor([[6, 21, 6]]), cache=find_cache(first), max_new_tokens=2)
 
 
 @torch.no_grad()
 def test_one_prefilled_cache_for_many_continuations(model):
     prefix = PROMPTS[0]
     cache = DynamicCache(config=model.config)
-    model(torch.tensor([prefix]), past_key_values=cache)
+    model(torch.tensor([prefix]), cache=cache)
     for continuation in PROMPTS:
         tokens = (*prefix, *continuation)
         generated = model.generate(
             torch.tensor([tokens]),
-            past_key_values=copy.deepcopy(cache),
+            cache=copy.deepcopy(cache),
             max_new_tokens=NEW_TOKENS,
             do_sample=False,
         )
@@ -399,6 +405,6 @@ def test_packed_prompts_by_restarting_positions(model, padded, options):
 
 def test_a_cache_of_another_batch_size_is_refused_by_transformers_or_torch(model):
     cache = DynamicCache(config=model.config)
-    model(torch.tensor(PROMPTS[:1]), past_key_values=cache)
+    model(torch.tensor(PROMPTS[:1]), cache=cache)
     with pytest.raises((ValueError, RuntimeError)):
-        model(torch.tensor([[1], [2]]), past_key_values=cache)
+        model(torch.tensor([[1], [2]]), cache=cache)

@@ -54,9 +54,9 @@ class Decoder:
             position_ids=torch.tensor([[position for _, position in row] for row in cells])
             if pass_positions
             else None,
-            past_key_values=self.cache,
+            cache=self.cache,
         )
-        assert outputs.past_key_values is self.cache
+        assert outputs.cache is self.cache
         assert self.cache.get_seq_length() == self.length
         for row, logits in zip(self.rows, outputs.logits, strict=True):
             self._check(row, logits, past)

@@ -32,13 +32,13 @@ def test_a_decode_step_is_one_graph_for_every_length(kind):
     cache = StaticCache(config=model.config, max_cache_len=64)
     prompt = torch.tensor(PROMPTS[:1])
     with torch.no_grad():
-        logits = model(prompt, past_key_values=cache).logits
+        logits = model(prompt, cache=cache).logits
         history = list(PROMPTS[0])
         for length in range(12):
             history.append(logits[0, -1].argmax().item())
             position_ids = torch.tensor([[len(history) - 1]])
             with torch.compiler.set_stance("default" if length < 1 else "fail_on_recompile"):
-                logits = step(torch.tensor([history[-1:]]), position_ids=position_ids, past_key_values=cache).logits
+                logits = step(torch.tensor([history[-1:]]), position_ids=position_ids, cache=cache).logits
             torch.testing.assert_close(logits[0, -1], logits_alone(model, history)[-1], rtol=1e-4, atol=1e-4)
     assert len(graphs) == 1
     assert tuple(history[len(PROMPTS[0]) :]) == tuple(greedy_alone(model, PROMPTS[0], 12))
@@ -99,11 +99,11 @@ def test_reset_keeps_the_addresses(kind):
     model = tiny_model(kind)
     cache = StaticCache(config=model.config, max_cache_len=32)
     with torch.no_grad():
-        model(torch.tensor(PROMPTS[:1]), past_key_values=cache)
+        model(torch.tensor(PROMPTS[:1]), cache=cache)
         addresses = [t.data_ptr() for layer in cache.layers for t in (getattr(layer, "state", None) or (layer.keys,))]
         cache.reset()
         assert cache.get_seq_length() == 0
-        logits = model(torch.tensor([[8, 1, 2]]), past_key_values=cache).logits[0]
+        logits = model(torch.tensor([[8, 1, 2]]), cache=cache).logits[0]
     assert addresses == [
         t.data_ptr() for layer in cache.layers for t in (getattr(layer, "state", None) or (layer.keys,))
     ]

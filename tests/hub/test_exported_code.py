@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 from testing import multimodal_config, sumagg_config, tost_config, tost_text_config
 from transformers.dynamic_module_utils import get_imports
 
-from modeling_sumagg.remote_code import flatten_imports
+from modeling_sumagg.publishing.remote_code import flatten_imports
 
 
 CONFIGS = {
@@ -24,10 +25,12 @@ MODULES = {
     "dataclasses",
     "functools",
     "huggingface_hub.dataclasses",
+    "inspect",
     "itertools",
     "logging",
     "math",
     "re",
+    "sys",
     "torch",
     "transformers",
     "triton",
@@ -107,7 +110,7 @@ def test_the_export_is_the_source(export):
 
         added = own(theirs)[len(own(ours)) :]
         assert own(theirs)[: len(own(ours))] == own(ours)
-        assert all("register_for_auto_class" in statement for statement in added)
+        assert all(re.search(r"register_(for_auto_class|class_names|lora_target_modules)'", call) for call in added)
         assert ast.get_docstring(theirs)
 
 
@@ -130,9 +133,30 @@ def test_only_what_a_family_needs_is_written(tmp_path):
     assert not written & {"modeling_sumagg.py", "modeling_tost_text.py", "cache.py", "generation.py"}
 
 
-def test_an_import_from_a_package_is_refused():
-    with pytest.raises(ValueError, match="line 2, imports from the package modeling_sumagg.ops"):
-        flatten_imports("import torch\nfrom .ops import causal_sum\n", "modeling_sumagg.modeling_x")
+@pytest.mark.parametrize(
+    ("statement", "reason"),
+    [
+        ("from . import __version__", "imports __version__ from the package modeling_sumagg"),
+        ("from modeling_sumagg import unknown", "imports unknown from the package modeling_sumagg"),
+        ("import modeling_sumagg.ops.summation as ops", "imports a module as a whole"),
+        ("import modeling_sumagg\nx = modeling_sumagg.SumAggConfig", "imports a module as a whole"),
+    ],
+)
+def test_an_import_that_a_flat_folder_cannot_have_is_refused(statement, reason):
+    with pytest.raises(ValueError, match=f"^modeling_sumagg.modeling_x, line 2.*{reason}"):
+        flatten_imports(f"import torch\n{statement}\n", "modeling_sumagg.modeling_x")
+
+
+def test_names_from_a_package_come_from_the_modules_that_define_them():
+    source = (
+        "if True:\n    from modeling_sumagg import SumAggModel, ToSTModel as Vision, SumAggForCausalLM\n    x = 1\n"
+    )
+    flat, modules = flatten_imports(source, "gated_sum")
+    assert flat == (
+        "if True:\n    from .modeling_sumagg import SumAggModel, SumAggForCausalLM\n"
+        "    from .modeling_tost import ToSTModel as Vision\n    x = 1\n"
+    )
+    assert sorted(modules) == ["modeling_sumagg.modeling_sumagg", "modeling_sumagg.modeling_tost"]
 
 
 def test_imports_inside_functions_are_flattened():

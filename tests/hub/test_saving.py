@@ -48,7 +48,7 @@ def test_every_way_of_saving_writes_the_code(tmp_path):
     adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
 
     expected = {path.name for path in (tmp_path / "config").glob("*.py")}
-    assert {"modeling_sumagg.py", "configuration_sumagg.py", "cache.py", "summation.py"} <= expected
+    assert {"modeling_sumagg.py", "configuration_sumagg.py", "registration.py", "summation.py"} <= expected
     for folder in ("trainer/checkpoint-1", "trainer/checkpoint-2", "saved", "merged"):
         assert {path.name for path in (tmp_path / folder).glob("*.py")} == expected
         assert auto_map(tmp_path / folder) == {
@@ -148,7 +148,7 @@ def test_versions_side_by_side(tmp_path, model_class, config, reference):
             )
         # Layer types are registered for the whole process: these layers are those of whichever code came last.
         cache = DynamicCache(config=model.config)
-        step = [model(INPUT_IDS[:, :5], past_key_values=cache), model(INPUT_IDS[:, 5:], past_key_values=cache)]
+        step = [model(INPUT_IDS[:, :5], cache=cache), model(INPUT_IDS[:, 5:], cache=cache)]
         logits = torch.cat([output.logits for output in step], dim=1)
         assert_close(logits, -expected if name == "second" else expected)
     assert torch.equal(tokens["first", "dynamic"], tokens["installed", "dynamic"])
@@ -183,8 +183,8 @@ def test_broken_checkpoints_are_refused(tmp_path):
     assert "middle" in str(raised.value)
 
     folder = broken("missing module")
-    (folder / "cache.py").unlink()
-    with pytest.raises(OSError, match="cache.py"):
+    (folder / "summation.py").unlink()
+    with pytest.raises(OSError, match="summation.py"):
         load("modeling_sumagg.SumAggForCausalLM", str(folder))
 
 

@@ -53,9 +53,7 @@ def test_a_long_segment_needs_no_square_mask():
     torch.nn.functional.scaled_dot_product_attention = spy
     try:
         outputs = model(input_ids[:, :37])
-        logits = torch.cat(
-            [outputs.logits, model(input_ids[:, 37:], past_key_values=outputs.past_key_values).logits], 1
-        )
+        logits = torch.cat([outputs.logits, model(input_ids[:, 37:], cache=outputs.cache).logits], 1)
     finally:
         torch.nn.functional.scaled_dot_product_attention = attend
     assert_close(logits, reference.eval()(input_ids).logits)

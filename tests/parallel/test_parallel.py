@@ -49,7 +49,7 @@ def shard_tensors_and_compare(rank, directory):
         assert_close(actual.logits, expected.logits)
         if model_class is SumAggForCausalLM:
             # Each process keeps the running sums of its own half of the channels.
-            (state,), (whole_state,) = (out.past_key_values.layers[0].state for out in (actual, expected))
+            (state,), (whole_state,) = (out.cache.layers[0].state for out in (actual, expected))
             assert_close(state, whole_state.chunk(2, dim=1)[rank])
         if whole.can_generate():
             settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}

@@ -2,6 +2,8 @@
 
 import functools
 import logging
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.autograd import forward_ad
@@ -12,6 +14,20 @@ logger = logging.getLogger(__name__)
 MODES = ("auto", "triton", "torch")
 
 _mode = "auto"
+# The code in a checkpoint has none: it computes by PyTorch's operations, and the kernels come with the package.
+_load: Callable[[str], Any] | None = None
+
+
+def provide_kernels(load: Callable[[str], Any]) -> None:
+    """Let the operators of this copy of the code use kernels: `load` finds one by its name."""
+    global _load
+    _load = load
+
+
+def kernel(name: str) -> Any:
+    """The kernel of a name, where [`takes_kernels`] holds."""
+    assert _load is not None
+    return _load(name)
 
 
 def set_kernels(mode: str) -> None:
@@ -44,7 +60,7 @@ def takes_kernels(x: torch.Tensor) -> bool:
         `ImportError`: the mode is `"triton"` and Triton cannot be imported.
         `ValueError`: the mode is `"triton"`, and `x` is neither on a CUDA device nor in Triton's interpreter.
     """
-    if _mode == "torch" or x.numel() == 0 or is_exported() or is_transformed():
+    if _load is None or _mode == "torch" or x.numel() == 0 or is_exported() or is_transformed():
         return False
     return _has_kernels(_mode, x.device.type)
 
@@ -69,9 +85,7 @@ def is_transformed() -> bool:
 def _has_kernels(mode: str, device_type: str) -> bool:
     if mode == "auto":
         return device_type == "cuda" and _has_triton()
-    from .running_sum_kernels import INTERPRETED
-
-    if device_type != "cuda" and not INTERPRETED.value:
+    if device_type != "cuda" and not kernel("INTERPRETED").value:
         raise ValueError(
             f"The Triton kernels run on CUDA tensors, got one on {device_type!r}. Choose `set_kernels('auto')`, or "
             "set TRITON_INTERPRET=1 in the environment before Triton is imported."

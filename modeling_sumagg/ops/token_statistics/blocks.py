@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from ..documents import Documents
+from ..kernels.kernel_dispatch import kernel
 from .formula import (
     MIN_MEMBERSHIP,
     MIN_SECOND_MOMENT,
@@ -201,10 +202,8 @@ def causal_forward(
     Triton kernels, in blocks of that many tokens.
     """
     if kernel_block:
-        from ..kernels.token_statistics_kernels import causal_forward as kernel
-
         arguments = w, temperature, position_bias, initial, mask, runs, keep, dropout_p
-        return kernel(*arguments, CAUSAL_FLOORS, kernel_block)
+        return kernel("causal_forward")(*arguments, CAUSAL_FLOORS, kernel_block)
     out, sums, final = _causal_forward_fake(
         w, temperature, position_bias, initial, mask, runs, keep, dropout_p, kernel_block
     )
@@ -256,10 +255,8 @@ def _causal_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients of `w`, `temperature`, `position_bias` (even of none) and `initial`."""
     if kernel_block:
-        from ..kernels.token_statistics_kernels import causal_backward
-
         arguments = w, temperature, position_bias, sums, mask, runs, keep, dropout_p
-        return causal_backward(*arguments, CAUSAL_FLOORS, kernel_block, grad_out, grad_final)
+        return kernel("causal_backward")(*arguments, CAUSAL_FLOORS, kernel_block, grad_out, grad_final)
     grads = _causal_backward_fake(
         w, temperature, position_bias, sums, mask, runs, keep, dropout_p, kernel_block, grad_out, grad_final
     )
@@ -385,9 +382,9 @@ def bidirectional_forward(
 ) -> torch.Tensor:
     """`w` `[B, N, K, p]`, `temperature` `[K]`, `keep` `[B, 1, K, p]`: the output like `w`."""
     if kernel_block:
-        from ..kernels.token_statistics_kernels import bidirectional_forward as kernel
-
-        return kernel(w, temperature, mask, keep, dropout_p, _BIDIRECTIONAL_FLOORS, kernel_block)
+        return kernel("bidirectional_forward")(
+            w, temperature, mask, keep, dropout_p, _BIDIRECTIONAL_FLOORS, kernel_block
+        )
     out = _bidirectional_forward_fake(w, temperature, mask, keep, dropout_p, kernel_block)
     for rows in _row_groups(w, w.shape[1]):
         statistics = _compute_rows(rows, w, temperature, mask)
@@ -443,10 +440,8 @@ def _bidirectional_backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The gradients of `w` and `temperature`."""
     if kernel_block:
-        from ..kernels.token_statistics_kernels import bidirectional_backward
-
         arguments = w, temperature, mask, keep, dropout_p, _BIDIRECTIONAL_FLOORS, kernel_block
-        return bidirectional_backward(*arguments, grad_out)
+        return kernel("bidirectional_backward")(*arguments, grad_out)
     grad_w, grad_temperature = _bidirectional_backward_fake(
         w, temperature, mask, keep, dropout_p, kernel_block, grad_out
     )

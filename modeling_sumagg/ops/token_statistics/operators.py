@@ -8,7 +8,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from ..documents import check_tokens, find_documents
-from ..kernels.kernel_dispatch import is_exported, is_recorded, is_transformed, takes_kernels
+from ..kernels.kernel_dispatch import is_exported, is_recorded, is_transformed, kernel, takes_kernels
 from ..scan import state_dtype
 from .blocks import CAUSAL_FLOORS, bidirectional_forward, causal_forward, pack, unpack
 from .formula import (
@@ -283,12 +283,10 @@ def _decayed(state, log_decay):
 
 def _causal_step_kernel(w, temperature, position_bias, initial_state, mask):
     """[`causal_step`] as one kernel, without gradients."""
-    from ..kernels.token_statistics_kernels import causal_step
-
     temperature = temperature.flatten().to(state_dtype(w))
     bias = None if position_bias is None else position_bias.squeeze(-1)
     mask = None if mask is None else mask.squeeze(-1)
-    out, state = causal_step(w.squeeze(2), temperature, bias, initial_state, mask, CAUSAL_FLOORS)
+    out, state = kernel("causal_step")(w.squeeze(2), temperature, bias, initial_state, mask, CAUSAL_FLOORS)
     return out.unsqueeze(2), TokenStatisticsState(*state)
 
 

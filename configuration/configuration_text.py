@@ -1,0 +1,165 @@
+"""What the configs of all models over tokens share."""
+
+from dataclasses import field, fields
+from typing import Any, ClassVar, Literal
+
+from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
+from transformers import PreTrainedConfig, configuration_utils
+
+
+ATTENTION_TYPES = ("full_attention", "sliding_attention")
+
+
+@strict
+class TextConfig(PreTrainedConfig):
+    r"""
+    The fields and checks that the configs of all decoders share. A family names its `recurrent_layer_types`, and
+    defines `default_layer_types` where not every layer is of the first of them.
+
+    Args:
+        vocab_size (`int`, defaults to 50257): number of token ids.
+        hidden_size (`int`, defaults to 768): width `d`.
+        num_hidden_layers (`int`, defaults to 12): number of blocks.
+        num_attention_heads (`int`, defaults to 12): heads of the attention layers; must divide `hidden_size`.
+        intermediate_size (`int`, *optional*, defaults to `4 * hidden_size`): width of the feed-forward layers.
+        hidden_act (`str`, defaults to `"gelu"`): activation of the feed-forward layers.
+        layer_types (`list[str]`, *optional*): the mixer of each block: a recurrent type of the family,
+            `"full_attention"` or `"sliding_attention"`.
+        sliding_window (`int`, *optional*, defaults to 512 where a layer needs one): tokens that a sliding attention
+            layer sees, the current one included.
+        position_embedding_type (`str`, defaults to `"learned"`): `"learned"` (a table), `"sinusoidal"` (computed, for
+            unlimited length) or `"none"`.
+        max_position_embeddings (`int`, *optional*, defaults to 1024 where something is learned a position): the longest
+            document in tokens. A model that has no limit has no such attribute, which is how clients tell.
+        embedding_dropout (`float`, defaults to 0.0): dropout on the embeddings.
+        hidden_dropout (`float`, defaults to 0.0): dropout on the output of every mixer and feed-forward layer.
+        attention_dropout (`float`, defaults to 0.0): dropout on the attention probabilities.
+        classifier_dropout (`float`, defaults to 0.0): dropout before the classification heads.
+        layer_norm_eps (`float`, defaults to 1e-5): epsilon of the layer norms.
+        initializer_range (`float`, defaults to 0.02): standard deviation of the initial weights.
+        tie_word_embeddings (`bool`, defaults to `True`): whether the output projection is the embedding table.
+        lm_head_bias (`bool`, defaults to `False`): whether the output projection has a bias.
+        fuse_linear_cross_entropy (`bool`, defaults to `False`): whether a language model in training computes its loss
+            without ever holding the logits of all tokens, and returns none. Needs PyTorch's `linear_cross_entropy`.
+        use_cache (`bool`, defaults to `True`): whether the model returns its decode state.
+        bos_token_id, eos_token_id, pad_token_id (`int`, *optional*): the special tokens.
+
+    Raises:
+        `ValueError` or the strict dataclass's validation error: a value is of the wrong type or not allowed.
+    """
+
+    # Both names of the decode state in outputs, over the versions of transformers.
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]
+    recurrent_layer_types: ClassVar[tuple[str, ...]] = ()
+    is_causal = True
+
+    vocab_size: int = 50257
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int | None = None
+    hidden_act: str = "gelu"
+    layer_types: list[str] | None = None
+    sliding_window: int | None = None
+    position_embedding_type: Literal["learned", "sinusoidal", "none"] = "learned"
+    # Without a default of the class, an unlimited config has no such attribute.
+    max_position_embeddings: int | None = field(default_factory=lambda: None)
+    embedding_dropout: float | int = 0.0
+    hidden_dropout: float | int = 0.0
+    attention_dropout: float | int = 0.0
+    classifier_dropout: float | int = 0.0
+    layer_norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = True
+    lm_head_bias: bool = False
+    fuse_linear_cross_entropy: bool = False
+    use_cache: bool = True
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+    def __init_subclass__(cls, *args, **kwargs):
+        super().__init_subclass__(*args, **kwargs)
+        # `Trainer` reads the config of a checkpoint as a plain `PreTrainedConfig`, which must know the layer types.
+        known = configuration_utils.ALLOWED_ATTN_LAYER_TYPES
+        new = tuple(kind for kind in cls.recurrent_layer_types if kind not in known)
+        configuration_utils.ALLOWED_ATTN_LAYER_TYPES = (*known, *new)
+
+    def __post_init__(self, **kwargs):
+        if self.intermediate_size is None:
+            self.intermediate_size = 4 * self.hidden_size
+        if self.layer_types is None:
+            self.layer_types = self.default_layer_types()
+        if self.sliding_window is None and "sliding_attention" in self.layer_types:
+            self.sliding_window = 512
+        if not self.has_position_limit():
+            del self.max_position_embeddings
+        elif self.max_position_embeddings is None:
+            self.max_position_embeddings = 1024
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """
+        As in transformers, with what `from_pretrained(..., name=value)` changes derived and validated anew.
+
+        Raises:
+            `ValueError`: a changed value is not allowed, or does not fit the others.
+        """
+        changed = {f.name: kwargs.pop(f.name) for f in fields(cls) if f.name in kwargs and f.name != "dtype"}
+        try:
+            return super().from_dict({**config_dict, **changed}, **kwargs)
+        except StrictDataclassError as error:
+            if not changed:
+                raise
+            raise ValueError(f"Changed in the config of the checkpoint: {changed}. {error}") from error
+
+    def default_layer_types(self) -> list[str]:
+        """The mixers of a model that names none."""
+        return [self.recurrent_layer_types[0]] * self.num_hidden_layers
+
+    def has_position_limit(self) -> bool:
+        """Whether something is learned for each position, so that the context ends with it."""
+        return self.position_embedding_type == "learned"
+
+    def validate_layer_type(self):
+        """Part of `@strict`-powered validation: one known layer type for each layer."""
+        allowed = [*self.recurrent_layer_types, *ATTENTION_TYPES]
+        if self.layer_types is None:
+            raise ValueError(
+                "`layer_types` is None. It is derived when a config is made: change `num_hidden_layers` or `layer_types` "
+                "in the arguments of the config class, or set both."
+            )
+        unknown = sorted(set(self.layer_types) - set(allowed))
+        if unknown:
+            raise ValueError(f"`layer_types` may hold {allowed}, got {unknown}.")
+        if len(self.layer_types) != self.num_hidden_layers:
+            raise ValueError(
+                f"`layer_types` must have `num_hidden_layers` = {self.num_hidden_layers} entries, got "
+                f"{len(self.layer_types)}: {list(self.layer_types)}."
+            )
+
+    def validate_sizes(self):
+        """Part of `@strict`-powered validation: sizes are positive and fit together, probabilities are probabilities."""
+        for name in ("vocab_size", "hidden_size", "num_attention_heads", "intermediate_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if getattr(self, "max_position_embeddings", 1) < 1:
+            raise ValueError(f"`max_position_embeddings` must be at least 1, got {self.max_position_embeddings}.")
+        if self.num_hidden_layers < 0:
+            raise ValueError(f"`num_hidden_layers` must be at least 0, got {self.num_hidden_layers}.")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"`num_attention_heads` must divide `hidden_size`, got {self.num_attention_heads} heads for a width of "
+                f"{self.hidden_size}."
+            )
+        if self.sliding_window is None and "sliding_attention" in self.layer_types:
+            raise ValueError("`sliding_window` is None, and a layer of `layer_types` is 'sliding_attention'.")
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise ValueError(f"`sliding_window` must be at least 1, got {self.sliding_window}.")
+        if self.position_embedding_type == "sinusoidal" and self.hidden_size % 2:
+            raise ValueError(f"Sinusoidal positions need an even `hidden_size`, got {self.hidden_size}.")
+        for name in ("embedding_dropout", "hidden_dropout", "attention_dropout", "classifier_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be in [0, 1), got {getattr(self, name)}.")

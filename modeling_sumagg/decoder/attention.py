@@ -1,0 +1,112 @@
+"""Softmax attention, full or sliding, through transformers' attention interface, and a linear path for windows."""
+
+import torch
+from torch import nn
+from transformers import Cache, PreTrainedConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.gpt2.modeling_gpt2 import eager_attention_forward
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+
+from ..ops.sliding_attention import sliding_window_attention
+from .layout import SequenceLayout
+
+
+def attends_in_blocks(config: PreTrainedConfig, length: int) -> bool:
+    """
+    Whether sliding attention over a segment of `length` tokens without padding goes block by block, without a mask.
+    `"sdpa"` alone would build the mask of length × length; the other implementations have means of their own.
+    """
+    return config._attn_implementation == "sdpa" and config.is_causal and length > config.sliding_window
+
+
+class Attention(nn.Module):
+    """
+    Softmax attention with as many heads for keys and values as for queries.
+
+    Args:
+        config (`PreTrainedConfig`): with `hidden_size`, `num_attention_heads`, `layer_types`, `sliding_window`,
+            `attention_dropout`, `is_causal`.
+        layer_idx (`int`): the block that it mixes in.
+        bias (`bool`): whether the projections have a bias.
+        output_name (`str`, defaults to `"o_proj"`): the name of the output projection, which differs between families.
+    """
+
+    def __init__(self, config: PreTrainedConfig, layer_idx: int, *, bias: bool, output_name: str = "o_proj"):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.layer_type = config.layer_types[layer_idx]
+        self.is_sliding = self.layer_type == "sliding_attention"
+        self.is_causal = config.is_causal
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=bias)
+        self.output_name = output_name
+        self.add_module(output_name, nn.Linear(config.hidden_size, config.hidden_size, bias=bias))
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        layout: SequenceLayout,
+        cache: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        Args:
+            hidden_states (`torch.Tensor` of shape `[B, T, d]`): the segment.
+            layout (`SequenceLayout`): where its tokens stand.
+            cache (`transformers.Cache`, *optional*): the keys and values before it; they are added to.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor | None]`: the output `[B, T, d]`, and the weights `[B, H, T, past + T]` if
+            the attention implementation has them.
+        """
+        query = self._heads(self.q_proj(hidden_states))
+        key = self._heads(self.k_proj(hidden_states))
+        value = self._heads(self.v_proj(hidden_states))
+        if cache is not None:
+            padding = {"attention_mask": layout.attention_mask} if self.is_sliding else {}
+            try:
+                key, value = cache.update(key, value, self.layer_idx, **padding)
+            except IndexError:
+                raise ValueError(
+                    f"A static cache of {cache.layers[self.layer_idx].get_max_length()} tokens is too short: make it with "
+                    "a larger `max_cache_len`, or use a `DynamicCache`."
+                ) from None
+        output, weights = self._attend(query, key, value, layout, **kwargs)
+        return getattr(self, self.output_name)(output.flatten(2)), weights
+
+    def _heads(self, x: torch.Tensor) -> torch.Tensor:
+        """`[B, T, H · p]` as `[B, H, T, p]`, with as many heads as this process has."""
+        return x.unflatten(-1, (x.shape[-1] // self.head_dim, self.head_dim)).transpose(1, 2)
+
+    def _attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: SequenceLayout, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        config, length = self.config, query.shape[2]
+        mask = layout.masks[self.layer_type]
+        dropout = config.attention_dropout if self.training else 0.0
+        if length == 0:
+            # Not every implementation takes no queries.
+            return query.transpose(1, 2), None
+        if self.is_sliding and mask is None and attends_in_blocks(config, length):
+            output = sliding_window_attention(
+                query, key, value, sliding_window=config.sliding_window, scaling=self.scaling, dropout_p=dropout
+            )
+            return output.transpose(1, 2), None
+        interface = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager_attention_forward)
+        return interface(
+            self,
+            query,
+            key,
+            value,
+            mask,
+            dropout=dropout,
+            scaling=self.scaling,
+            sliding_window=config.sliding_window if self.is_sliding else None,
+            position_ids=layout.position_ids,
+            **kwargs,
+        )

@@ -1,0 +1,281 @@
+"""The cache layers of sliding attention, and how the caches that users and `generate` bring are made to fit a model."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from transformers import Cache, DynamicCache, PreTrainedConfig
+from transformers.cache_utils import (
+    CacheLayerMixin,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
+from transformers.utils import is_tracing
+
+from .recurrence import Call, RecurrentLayer, State, StaticRecurrentLayer
+
+
+def append_columns(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    initial_state: State | None,
+    attention_mask: torch.Tensor | None,
+    document_ids: None,
+    num_columns: int,
+) -> tuple[tuple[torch.Tensor, torch.Tensor], State]:
+    """
+    The recurrence of sliding attention, whose state are the keys and values of the last real tokens.
+
+    Args:
+        key, value (`torch.Tensor` of shape `[B, H, T, p]`): those of a segment.
+        initial_state (`tuple`, *optional*): the keys and values `[B, H, P, p]` before it, and `[B, P]`, bool, which of
+            these columns are real (left out: all). Real ones are at the right end.
+        attention_mask (`torch.Tensor` of shape `[B, T]`, bool, *optional*): the real tokens of the segment.
+        document_ids: not used; documents are told apart by the mask of the attention.
+        num_columns (`int`): how many columns the state holds at most.
+
+    Returns:
+        `tuple`: the keys and values `[B, H, P + T, p]` that attention sees, and the state after the segment.
+    """
+    past_key, past_value, *past_real = (key[:, :, :0], value[:, :, :0]) if initial_state is None else initial_state
+    keys, values = torch.cat([past_key, key], dim=2), torch.cat([past_value, value], dim=2)
+    first = max(keys.shape[2] - num_columns, 0)
+    if not past_real and attention_mask is None:
+        state = (keys[:, :, first:], values[:, :, first:])
+        # The slice of a long prefill would keep all its columns alive; after a decode step a copy costs more.
+        return (keys, values), tuple(tensor.clone() for tensor in state) if first > num_columns else state
+
+    length = key.shape[2]
+    before = past_real[0] if past_real else past_key.new_ones(past_key[:, 0, :, 0].shape, dtype=torch.bool)
+    new = key.new_ones(key[:, 0, :, 0].shape, dtype=torch.bool) if attention_mask is None else attention_mask
+    real = torch.cat([before, new], dim=1)
+    if length == 1:
+        # Where the new token is padding it goes to the left end, where padding is dropped first.
+        order = torch.arange(keys.shape[2], device=keys.device)
+        order = torch.where(real[:, -1:], order, order.roll(1))
+    else:
+        # The newest real columns first, padding last; ONNX knows `topk`, and no `argsort`.
+        recency = real * torch.arange(1, real.shape[1] + 1, device=real.device)
+        order = recency.topk(real.shape[1], dim=1).indices.flip(1)
+    order = order[:, first:]
+    columns = order[:, None, :, None]
+    return (keys, values), (
+        keys.gather(2, columns.expand(-1, keys.shape[1], -1, keys.shape[3])),
+        values.gather(2, columns.expand(-1, values.shape[1], -1, values.shape[3])),
+        real.gather(1, order),
+    )
+
+
+@dataclass
+class AppendColumns(Call):
+    """A call of [`append_columns`], which can be cut, so that what was all real stays so."""
+
+    def first(self, length: int) -> "AppendColumns":
+        mask = self.arguments["attention_mask"]
+        return replace(
+            self,
+            length=length,
+            inputs=tuple(tensor[:, :, :length] for tensor in self.inputs),
+            arguments={**self.arguments, "attention_mask": None if mask is None else mask[:, :length]},
+        )
+
+
+class SlidingWindowLayer(RecurrentLayer):
+    """
+    Cache layer of sliding attention: keys and values of the last `sliding_window - 1` *real* tokens of every row.
+
+    transformers' own sliding layers keep the last columns, padding included, so that padding inside a continued
+    segment pushes real tokens out. This one keeps the real tokens, moved to the right end.
+    """
+
+    is_sliding = True
+
+    def __init__(self, sliding_window: int, **kwargs):
+        super().__init__(**kwargs)
+        self.sliding_window = sliding_window
+
+    @property
+    def columns(self) -> State | None:
+        """Keys and values `[B, H, P, p]`, the newest last, and unless all are real `[B, P]`, bool, which are."""
+        return self.states.get(append_columns.__name__)
+
+    # The base class of transformers sets both to `None` at the start.
+    keys = property(lambda self: self.columns[0] if self.columns else None, lambda self, value: None)
+    values = property(lambda self: self.columns[1] if self.columns else None, lambda self, value: None)
+
+    @property
+    def num_columns(self) -> int:
+        return self.columns[0].shape[2] if self.columns else 0
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *, attention_mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Append a segment `[B, H, T, p]`, of which `attention_mask` `[B, T]` says which tokens are real, and return the
+        columns kept so far with the segment behind them, `[B, H, P + T, p]`.
+        """
+        call = AppendColumns(
+            append_columns,
+            key_states.shape[2],
+            (key_states, value_states),
+            {"attention_mask": attention_mask, "document_ids": None},
+            {"num_columns": self.sliding_window - 1},
+        )
+        return super().update(key_states, call=call)[0]
+
+    def real_columns(self, attention_mask: torch.Tensor | None, inputs: torch.Tensor) -> torch.Tensor | None:
+        """
+        Which of the columns that [`~SlidingWindowLayer.update`] returns are real, `[B, P + T]`; `None`: all of them.
+
+        Args:
+            attention_mask (`torch.Tensor` of shape `[B, T]`, *optional*): which tokens of the segment are real.
+            inputs (`torch.Tensor` of shape `[B, T, ...]`): any tensor of the segment, for the shape and the device.
+        """
+        past = self.past_real(inputs)
+        if attention_mask is None:
+            if past is None:
+                return None
+            attention_mask = torch.ones(inputs.shape[:2], dtype=torch.bool, device=inputs.device)
+        if past is None:
+            past = torch.ones(inputs.shape[0], self.num_columns, dtype=torch.bool, device=inputs.device)
+        return torch.cat([past.to(inputs.device), attention_mask.to(inputs.device)], dim=1)
+
+    def past_real(self, inputs: torch.Tensor) -> torch.Tensor | None:
+        """Which of the columns held are real, `[B, P]`; `None`: all."""
+        return self.columns[2] if self.columns and len(self.columns) > 2 else None
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.num_columns + query_length, self.get_seq_length() - self.num_columns
+
+    def get_max_length(self) -> int:
+        return self.sliding_window
+
+
+class StaticSlidingLayer(SlidingWindowLayer, StaticRecurrentLayer):
+    """[`SlidingWindowLayer`] in a `StaticCache`: all its columns are there from the start, empty, and stay in place."""
+
+    @property
+    def num_columns(self) -> int:
+        return self.sliding_window - 1
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor | None = None) -> None:
+        super().lazy_initialization(key_states)
+        columns = key_states.new_zeros(*key_states.shape[:2], self.num_columns, key_states.shape[3])
+        self._hold(append_columns.__name__, (columns, columns, self.past_real(key_states)))
+
+    def past_real(self, inputs: torch.Tensor) -> torch.Tensor:
+        if self.columns:
+            return self.columns[2]
+        return torch.zeros(inputs.shape[0], self.num_columns, dtype=torch.bool, device=inputs.device)
+
+
+# What may stand where an attention layer of a type is, in a dynamic and in a static cache; elsewhere, recurrent layers.
+_ATTENTION_LAYERS: dict[str, tuple[type[CacheLayerMixin], ...]] = {
+    "full_attention": (DynamicLayer, StaticLayer),
+    "sliding_attention": (SlidingWindowLayer, StaticSlidingLayer),
+}
+
+
+def _own_layer(
+    layer: CacheLayerMixin, layer_type: str, config: PreTrainedConfig, record_past: bool
+) -> CacheLayerMixin:
+    """The layer, or, in place of an empty one that another copy of this code or transformers made, one of ours."""
+    initialized_early = isinstance(layer, StaticSlidingWindowLayer) and layer.is_initialized
+    if (
+        layer_type == "full_attention"
+        or (layer.is_initialized and not initialized_early)
+        or layer.get_seq_length() > 0
+    ):
+        return layer
+    is_static = isinstance(layer, StaticSlidingWindowLayer) or type(layer).__name__.startswith("Static")
+    arguments = {"max_cache_len": layer.max_cache_len} if is_static else {}
+    if layer_type != "sliding_attention":
+        cls: type[RecurrentLayer] = StaticRecurrentLayer if is_static else RecurrentLayer
+        is_ours, is_recurrent = isinstance(layer, RecurrentLayer), type(layer).__name__ == cls.__name__
+    else:
+        cls = StaticSlidingLayer if is_static else SlidingWindowLayer
+        arguments["sliding_window"] = config.sliding_window
+        is_ours = isinstance(layer, SlidingWindowLayer)
+        is_recurrent = isinstance(layer, DynamicSlidingWindowLayer | StaticSlidingWindowLayer) or (
+            type(layer).__name__ == cls.__name__
+        )
+    if is_ours or not is_recurrent:
+        return layer
+    own = cls(**arguments)
+    own.record_past = record_past
+    if initialized_early:
+        own.lazy_initialization(layer.keys[:, :, :0])
+    return own
+
+
+def layer_types_in_use(config: PreTrainedConfig) -> list[str]:
+    """The types of the layers that a forward pass runs: an early exit of `generate` lowers `num_hidden_layers`."""
+    return config.layer_types[: config.num_hidden_layers]
+
+
+def start_over(cache: Cache, config: PreTrainedConfig) -> None:
+    """
+    Empty the layers of an assistant's cache if one of them had to forget everything ([`~RecurrentLayer.crop`]).
+
+    An assistant with another tokenizer goes back further than the tokens since the last `crop`, where what it said is
+    read as other tokens. `generate` hands it all tokens again.
+    """
+    layers = cache.layers[: config.num_hidden_layers]
+    lengths = [int(layer.get_seq_length()) for layer in layers]
+    if 0 in lengths:
+        for layer, length in zip(layers, lengths, strict=True):
+            if length > 0:
+                layer.crop(-length)
+
+
+def adopt_cache(cache: Cache, config: PreTrainedConfig) -> None:
+    """
+    Make `cache` fit a model with recurrent layers, in place; a cache that already fits is left as it is.
+
+    A `DynamicCache()` that was made without a config gets the layers of `config`. As long as they are empty,
+    transformers' own sliding layers are replaced by [`SlidingWindowLayer`], and the layers of another copy of this
+    module by its own: layer types are registered by name for the whole process, and a checkpoint may bring its own
+    version of this code.
+
+    Args:
+        cache (`transformers.Cache`): the cache passed to the model.
+        config (`PreTrainedConfig`): the model's config, with `layer_types`.
+
+    Raises:
+        `ValueError`: the cache holds another number or other types of layers, or its layers have seen different numbers
+            of tokens.
+    """
+    if cache.layer_class_to_replicate is not None and not cache.layers:
+        cache.layers = DynamicCache(config=config).layers
+        cache.layer_class_to_replicate = None
+    layer_types = layer_types_in_use(config)
+    # In an early exit transformers 5.17 makes the layers that are left out, too.
+    if len(cache.layers) not in (len(layer_types), len(config.layer_types)):
+        raise ValueError(
+            f"`cache` has {len(cache.layers)} layers and the model {len(layer_types)}. Make the cache with "
+            "`DynamicCache(config=model.config)`."
+        )
+    # Of the cache as a whole: transformers' static sliding layers have no record that could be switched on.
+    record_past = any(getattr(layer, "record_past", False) for layer in cache.layers)
+    for i, layer_type in enumerate(layer_types):
+        layer = cache.layers[i] = _own_layer(cache.layers[i], layer_type, config, record_past)
+        if layer_type in _ATTENTION_LAYERS:
+            fits = isinstance(layer, _ATTENTION_LAYERS[layer_type])
+        else:
+            fits = isinstance(layer, RecurrentLayer) and not isinstance(layer, SlidingWindowLayer)
+        if not fits:
+            raise ValueError(
+                f"Layer {i} of the model is of type {layer_type!r}, and `cache` has a {type(layer).__name__} there. Make "
+                "the cache with `DynamicCache(config=model.config)` or `StaticCache(config=model.config, "
+                "max_cache_len=...)`, and fill it with this model only."
+            )
+    if not cache.is_compileable and not is_tracing():
+        # `crop` goes from layer to layer, and attention layers go back further than recurrent ones can.
+        lengths = [layer.get_seq_length() for layer in cache.layers[: len(layer_types)]]
+        if len({length for length in lengths if not isinstance(length, torch.Tensor)}) > 1:
+            raise ValueError(
+                f"The layers of `cache` have seen different numbers of tokens, {lengths}: a forward pass or a `crop` has "
+                "failed halfway. Start again from an empty cache, or from a copy made before."
+            )
