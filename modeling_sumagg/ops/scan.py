@@ -181,9 +181,8 @@ def _loop(x, log_decay, initial, restarts, relu):
     reach = is_cut = None
     if log_decay is not None:
         # From the beginning of a chunk to each of its tokens: the logarithm of the decay, then the decay.
-        reach = torch.empty_like(log_decay, memory_format=torch.contiguous_format).unsqueeze(-1)
-        _loop_within_chunks(reach, log_decay.unsqueeze(-1), None, None, chunk)
-        over = last_of_chunks(reach).to(initial.dtype).exp_()
+        reach = F.pad(log_decay, (0, 0, 0, -length % chunk)).unflatten(1, (-1, chunk)).cumsum(2).unsqueeze(-1)
+        over = reach[:, :, -1].to(initial.dtype).exp_()
         reach.exp_()
     if restarts is not None:
         is_cut = restarts.clone()
@@ -212,7 +211,7 @@ def _loop(x, log_decay, initial, restarts, relu):
         if reach is None:
             part += before[:, : part.shape[1]]
         else:
-            part.addcmul_(reach[:, i::chunk], before[:, : part.shape[1]])
+            part.addcmul_(reach[:, : part.shape[1], i], before[:, : part.shape[1]])
         if apart is not None:
             part[apart] = kept
     return y, carries[:, -1].flatten(1).clone()

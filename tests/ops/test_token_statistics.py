@@ -330,7 +330,7 @@ def test_decays_are_those_of_the_loop(length, rows, masked, packed, dtype):
     for function in CAUSAL:
         (w, temperature, bias, state, log_decay), leaves = requiring_grad(inputs)
         kwargs = {"log_decay": log_decay, "initial_state": TokenStatisticsState(*state), **arguments}
-        with mock.patch.object(operators, "DECAY_BLOCK_SIZE", 16):
+        with mock.patch.object(operators, "FORMULA_BLOCK_ELEMENTS", 16 * 2 * 3 * 2):
             actual, actual_final = function(w, temperature, bias, **kwargs)
             assert actual.dtype == dtype and {x.dtype for x in actual_final} == {torch.float64}
             assert_gradients_close((actual, *actual_final), leaves, (out, *final), expected_leaves, mask)
@@ -355,7 +355,7 @@ def test_derivatives_with_decays(packed):
         )
         return out, *final
 
-    with mock.patch.object(operators, "DECAY_BLOCK_SIZE", 4):
+    with mock.patch.object(operators, "FORMULA_BLOCK_ELEMENTS", 4 * 2 * 2):
         assert torch.autograd.gradcheck(function, leaves)
         assert torch.autograd.gradgradcheck(function, leaves)
 
@@ -404,7 +404,7 @@ def test_documents_with_states_of_their_own(length, block, decayed):
     ids = (torch.arange(length).expand(2, -1) >= length // 2 + torch.arange(2)[:, None]).long() * 2
     _, leaves = requiring_grad((w, temperature, *state))
     arguments = {"attention_mask": mask, "document_ids": ids, "log_decay": log_decay}
-    with mock.patch.object(operators, "DECAY_BLOCK_SIZE", block):
+    with mock.patch.object(operators, "FORMULA_BLOCK_ELEMENTS", block * 2 * 3 * 2):
         out, final = causal_token_statistics(
             *leaves[:2], None, initial_state=TokenStatisticsState(*leaves[2:]), **arguments
         )

@@ -23,7 +23,7 @@ from .formula import (
 
 
 KERNEL_BLOCK_SIZE = 64  # tokens of a tile of the Triton kernels, if a head's part of it fits into their registers
-DECAY_BLOCK_SIZE = 256  # tokens of which, with decays, backward computes the formula again at a time
+FORMULA_BLOCK_ELEMENTS = 2**20  # of w, of which with decays backward computes the formula again at a time
 FORMULA_LENGTH = 64  # without gradients, up to here the blocks cost more than they save
 
 
@@ -100,8 +100,8 @@ def causal_token_statistics(
             β at the position of each token.
         log_decay (`torch.Tensor` of shape `[K]` or `[B or 1, T, K]`, floating, *optional*):
             The logarithm, not positive, of the decay of each head, the same for all tokens or one for each: each of the
-            three sums is multiplied by it before a token is added. With decays there are no Triton kernels, and in
-            training the formula is computed a second time, block by block.
+            three sums is multiplied by it before a token is added. With decays the formula is computed block by block, in
+            backward once more; of the Triton kernels it takes that of the decayed sum.
         initial_state (`TokenStatisticsState`, *optional*):
             The sums before the first token. They belong to the document of the first real token. Zero if not given. For
             packed rows whose documents go on from states of their own, one for each document, a dimension R behind B:
@@ -244,8 +244,9 @@ def _takes_formula(w: torch.Tensor) -> bool:
 def _formula_in_blocks(w, temperature, position_bias, initial_state, mask, log_decay, documents, keep, dropout_p):
     """[`causal_formula`] of a block of tokens after the other, for gradients computed again in backward."""
     outs, state = [], initial_state
-    for start in range(0, w.shape[2], DECAY_BLOCK_SIZE):
-        tokens = slice(start, start + DECAY_BLOCK_SIZE)
+    size = max(1, FORMULA_BLOCK_ELEMENTS // w[:, :, 0].numel())
+    for start in range(0, w.shape[2], size):
+        tokens = slice(start, start + size)
         arguments = (
             w[:, :, tokens],
             temperature,
