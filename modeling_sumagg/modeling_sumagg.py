@@ -82,7 +82,9 @@ class SumAggPreTrainedModel(DecoderPreTrainedModel):
             std = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
             init.normal_(module.weight, std=std)
         elif getattr(module, "starts_as_identity", False):
-            init.eye_(module.weight)
+            # As large as a random map of its width.
+            scale = self.config.initializer_range * math.sqrt(module.in_features)
+            init.copy_(module.weight, scale * torch.eye(module.in_features))
 
 
 class SumAggModel(SumAggPreTrainedModel, DecoderModel):

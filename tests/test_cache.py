@@ -177,14 +177,14 @@ def test_a_static_cache_is_the_same_and_goes_back(model, input_ids):
     assert_close(next_logits(model, static), next_logits(model, filled(model, input_ids[:, :9])))
 
 
-def test_the_state_of_the_published_width_is_36_kib_a_sequence():
+def test_the_state_of_the_published_width_is_72_kib_a_sequence():
     config = SumAggConfig(vocab_size=61, num_hidden_layers=12, layer_types=["summation"] * 12, intermediate_size=8)
     model = SumAggForCausalLM(config).to(torch.bfloat16)
     cache = DynamicCache(config=config)
     for length in (1, 100, 7):
         with torch.no_grad():
             model(torch.randint(0, 61, (2, length)), cache=cache)
-        assert sum(tensor.untyped_storage().nbytes() for tensor in cache_tensors(cache)) == 2 * 36 * 1024
+        assert sum(tensor.untyped_storage().nbytes() for tensor in cache_tensors(cache)) == 2 * 72 * 1024
 
 
 def test_the_memory_of_sliding_attention_is_constant():

@@ -156,8 +156,8 @@ def sequence_layout(
 
 
 def on_device(length: int | torch.Tensor, device: torch.device) -> int | torch.Tensor:
-    """A length that a cache gives, which in a static cache is a tensor beside the states of a layer."""
-    return length.to(device) if isinstance(length, torch.Tensor) else length
+    """A length that a cache gives; in a static cache a tensor beside the states of a layer, which counts on in place."""
+    return length.to(device, copy=True) if isinstance(length, torch.Tensor) else length
 
 
 def _checked_mask(attention_mask: torch.Tensor, inputs: torch.Tensor, past_length: int | torch.Tensor) -> torch.Tensor:

@@ -71,12 +71,10 @@ def _attention_mask(
     batch_size, length = inputs.shape[:2]
     window = config.sliding_window if kind == "sliding_attention" else None
     layer = None if cache is None else cache.layers[config.layer_types.index(kind)]
+    # Flex attention asks the mask function again when the cache has counted on.
     past_length = 0 if layer is None else on_device(cache.get_seq_length(), inputs.device)
     kv_length, kv_offset = (length, 0) if layer is None else layer.get_mask_sizes(length)
     kv_offset = on_device(kv_offset, inputs.device)
-    if isinstance(past_length, torch.Tensor):
-        # Flex attention asks the mask function again when the cache has counted on, in place.
-        past_length = past_length.clone()
     if isinstance(layer, SlidingWindowLayer):
         real = layer.real_columns(layout.attention_mask, inputs)
     if real is None and positions is None and window is not None and attends_in_blocks(config, length):

@@ -236,10 +236,11 @@ class RecurrentGenerationMixin(GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs: dict[str, Any], generation_mode, batch_size: int, max_cache_length: int
     ) -> None:
-        if generation_config.cache_implementation == "quantized" and {*self.config.layer_types} != {"full_attention"}:
+        is_quantized = generation_config.cache_implementation == "quantized"
+        if is_quantized and set(self.config.layer_types) != {"full_attention"}:
             raise ValueError(
                 "`cache_implementation='quantized'` is for models of full attention alone: a recurrent state is small, "
-                "and is kept as it is. Leave it out, or choose 'static'."
+                "and is kept in float32. Leave it out, or choose 'static'."
             )
         # The candidates of prompt lookup may go beyond the last token that is to be generated.
         max_cache_length += generation_config.prompt_lookup_num_tokens or 0
@@ -250,12 +251,12 @@ class RecurrentGenerationMixin(GenerationMixin):
         if cache is None:
             return
         if generation_config.is_assistant:
-            start_over(cache)
+            start_over(cache, self.config)
         # Before `generate` asks its layers to record.
         adopt_cache(cache, self.config)
-        if generation_config.is_assistant:
-            for layer in cache.layers:
-                layer.starts_over = isinstance(layer, RecurrentLayer)
+        for layer in cache.layers:
+            if isinstance(layer, RecurrentLayer):
+                layer.starts_over = bool(generation_config.is_assistant)
 
     def _prefill(self, input_ids: torch.Tensor, generation_config, model_kwargs: dict[str, Any], *args, **kwargs):
         attention_mask, chunk_size = model_kwargs.get("attention_mask"), generation_config.prefill_chunk_size

@@ -1,5 +1,7 @@
 """The running sum over time, `s_t = a_t s_{t-1} + x_t`, in PyTorch's operations: what the causal operators share."""
 
+import contextlib
+
 import torch
 import torch.nn.functional as F
 
@@ -19,6 +21,14 @@ def state_dtype(x: torch.Tensor) -> torch.dtype:
     began, and float32 on devices that have no float64.
     """
     return torch.float32 if x.device.type == "mps" else torch.float64
+
+
+def without_autocast(x: torch.Tensor) -> contextlib.AbstractContextManager:
+    """Autocast would run matrix products in bfloat16 or float16, in which sums stop growing; "meta" has none."""
+    device_type = x.device.type
+    if not torch.amp.is_autocast_available(device_type):
+        return contextlib.nullcontext()
+    return torch.autocast(device_type, enabled=False)
 
 
 def scan(
@@ -48,7 +58,7 @@ def scan(
         of `initial`.
     """
     # A matrix product in reduced precision would round the sums.
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         if x.device.type == "cpu" and not is_recorded() and not is_transformed():
             return _LoopScan.apply(x, log_decay, initial, restarts, relu)
         if restarts is not None:

@@ -5,6 +5,7 @@ import torch
 from testing import assert_close
 from torch.nn import functional as F
 from transformers import StaticCache
+from transformers.cache_utils import StaticLayer
 
 from .kinds import CAUSAL_KINDS, KINDS, greedy, logits, tiny_model
 
@@ -130,3 +131,20 @@ def test_generation_up_to_the_end_of_a_static_cache(kind):
     cache = StaticCache(config=model.config, max_cache_len=8)
     generated = model.generate(ids, cache=cache, max_new_tokens=4, do_sample=False)
     assert generated.tolist() == greedy(model, ids, 4).tolist()
+
+
+@pytest.mark.skipif(
+    not getattr(StaticLayer, "is_croppable", False), reason="transformers below 5.24 cannot crop its own"
+)
+@pytest.mark.parametrize("kind", CAUSAL_KINDS)
+@torch.no_grad()
+def test_a_static_cache_that_records_sees_no_empty_columns(kind):
+    model = tiny_model(kind)
+    ids = torch.randint(61, (1, 9))
+    cache = StaticCache(config=model.config, max_cache_len=16)
+    model(ids[:, :4], cache=cache)
+    cache.activate_past_recording()
+    model(ids[:, 4:6], cache=cache)
+    cache.crop(-1)
+    steps = [model(ids[:, t : t + 1], cache=cache).logits for t in range(5, 9)]
+    assert_close(torch.cat(steps, dim=1), logits(model, {"input_ids": ids})[:, 5:], rtol=1e-4)
