@@ -32,12 +32,12 @@ class SumAggConfig(TextConfig):
             root (`"sqrt"`), or not (`"none"`, as published).
         pooling (`str`, defaults to `"sum"`): how a sequence classifier pools: the sum over `relu(W h_t)` (`"sum"`, as
             published), its mean (`"mean"`), or the hidden state of the last token (`"last"`).
-        lm_head_bias (`bool`, defaults to `False`): whether the output projection has a bias (published: yes).
         kwargs: those of [`TextConfig`]: `vocab_size`, `hidden_size`, `num_hidden_layers` (0 leaves the embedding alone,
             as in the published classifier), `num_attention_heads`, `intermediate_size`, `hidden_act` (published:
             `"relu"`; the maps inside the summation mixer are always followed by ReLU), `sliding_window`,
             `max_position_embeddings`, the dropouts, `layer_norm_eps`, `initializer_range`, `tie_word_embeddings`
-            (published: no), `fuse_linear_cross_entropy`, `use_cache` and the special tokens.
+            (published: no), `lm_head_bias` (published: yes), `fuse_linear_cross_entropy`, `use_cache` and the special
+            tokens.
 
     Raises:
         `ValueError` or the strict dataclass's validation error: a value is of the wrong type or not allowed.
@@ -74,7 +74,6 @@ class SumAggConfig(TextConfig):
     norm_position: Literal["pre", "post"] = "pre"
     sum_normalization: Literal["none", "mean", "sqrt"] = "sqrt"
     pooling: Literal["sum", "mean", "last"] = "sum"
-    lm_head_bias: bool = False
 
     def default_layer_types(self) -> list[str]:
         """Every block sums but the last, which attends."""

@@ -1,9 +1,10 @@
 """What the configs of all models over tokens share."""
 
-from dataclasses import field
-from typing import ClassVar, Literal
+from dataclasses import field, fields
+from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, configuration_utils
 
 
@@ -38,6 +39,7 @@ class TextConfig(PreTrainedConfig):
         layer_norm_eps (`float`, defaults to 1e-5): epsilon of the layer norms.
         initializer_range (`float`, defaults to 0.02): standard deviation of the initial weights.
         tie_word_embeddings (`bool`, defaults to `True`): whether the output projection is the embedding table.
+        lm_head_bias (`bool`, defaults to `False`): whether the output projection has a bias.
         fuse_linear_cross_entropy (`bool`, defaults to `False`): whether a language model in training computes its loss
             without ever holding the logits of all tokens, and returns none. Needs PyTorch's `linear_cross_entropy`.
         use_cache (`bool`, defaults to `True`): whether the model returns its decode state.
@@ -70,6 +72,7 @@ class TextConfig(PreTrainedConfig):
     layer_norm_eps: float = 1e-5
     initializer_range: float = 0.02
     tie_word_embeddings: bool = True
+    lm_head_bias: bool = False
     fuse_linear_cross_entropy: bool = False
     use_cache: bool = True
     bos_token_id: int | None = None
@@ -95,6 +98,22 @@ class TextConfig(PreTrainedConfig):
         elif self.max_position_embeddings is None:
             self.max_position_embeddings = 1024
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """
+        As in transformers, with what `from_pretrained(..., name=value)` changes derived and validated anew.
+
+        Raises:
+            `ValueError`: a changed value is not allowed, or does not fit the others.
+        """
+        changed = {f.name: kwargs.pop(f.name) for f in fields(cls) if f.name in kwargs and f.name != "dtype"}
+        try:
+            return super().from_dict({**config_dict, **changed}, **kwargs)
+        except StrictDataclassError as error:
+            if not changed:
+                raise
+            raise ValueError(f"Changed in the config of the checkpoint: {changed}. {error}") from error
 
     def default_layer_types(self) -> list[str]:
         """The mixers of a model that names none."""
@@ -135,7 +154,7 @@ class TextConfig(PreTrainedConfig):
                 f"`num_attention_heads` must divide `hidden_size`, got {self.num_attention_heads} heads for a width of "
                 f"{self.hidden_size}."
             )
-        if self.sliding_window is None and "sliding_attention" in self.layer_types:
+        if self.sliding_window is None and "sliding_attention" in (self.layer_types or ()):
             raise ValueError("`sliding_window` is None, and a layer of `layer_types` is 'sliding_attention'.")
         if self.sliding_window is not None and self.sliding_window < 1:
             raise ValueError(f"`sliding_window` must be at least 1, got {self.sliding_window}.")

@@ -26,7 +26,8 @@ class ToSTTextConfig(TextConfig):
             `num_attention_heads` (also the number K of subspaces among which each token distributes its membership Π),
             `intermediate_size`, `hidden_act`, `sliding_window`, `max_position_embeddings` (of the table and of β), the
             dropouts (`attention_dropout` also drops entries of 1/(1 + m) in token statistics), `layer_norm_eps`,
-            `initializer_range`, `tie_word_embeddings`, `fuse_linear_cross_entropy`, `use_cache`, the special tokens.
+            `initializer_range`, `tie_word_embeddings`, `lm_head_bias`, `fuse_linear_cross_entropy`, `use_cache`, the
+            special tokens.
 
     Raises:
         `ValueError` or the strict dataclass's validation error: a value is of the wrong type or not allowed.

@@ -1,55 +1,80 @@
-"""Train or fine-tune a causal language model with `Trainer`, save it, reload it, and compare it with a baseline.
+"""Train or fine-tune a causal language model with `Trainer`, and compare it with the frequencies of the tokens.
 
 Without arguments: a small summation model on the sources of Python's standard library, which needs no network.
 
-    python examples/run_clm.py
-    python examples/run_clm.py --config_overrides '{"model_type": "tost_text"}' --packing flattened
-    python examples/run_clm.py --train_file books.parquet --preset sumagg-hybrid-small --num_train_epochs 3 --bf16
-    python examples/run_clm.py --dataset_name Salesforce/wikitext --dataset_config_name wikitext-2-raw-v1 \
+    python run_clm.py
+    python run_clm.py --config_overrides '{"model_type": "tost_text"}' --packing flattened
+    python run_clm.py --train_file books.parquet --preset sumagg-hybrid-small --num_train_epochs 3 --bf16
+    python run_clm.py --dataset_name Salesforce/wikitext --dataset_config_name wikitext-2-raw-v1 \
         --model_name_or_path runs/clm --streaming --max_steps 1000 --output_dir runs/wikitext
+    python run_clm.py --model_name_or_path runs/clm --train_file notes.txt --validation_file more-notes.txt \
+        --lora_rank 8 --output_dir runs/notes
 """
 
+import copy
 import itertools
 import math
-from collections.abc import Callable
+import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
+
+# Threads that wait for each other sleep, and leave the processor to others: read when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import numpy as np
 import torch
-from datasets import DatasetDict, IterableDatasetDict
-from embedded_data import standard_library_sources
+from peft import TaskType
 from torch.nn import functional as F
-from training_utils import (
-    SMALL_MODEL,
-    Task,
-    TextDataArguments,
-    TextModelArguments,
-    build_trainer,
-    concatenated_blocks,
-    load_config,
-    load_metric,
-    load_model,
-    load_splits,
-    load_tokenizer,
-    parse_arguments,
-    report,
-    train_and_evaluate,
-    unigram_cross_entropy,
-)
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     DataCollatorForSeq2Seq,
     DataCollatorWithFlattening,
     EvalPrediction,
+    GPT2Tokenizer,
+    HfArgumentParser,
     PreTrainedTokenizerBase,
+    Trainer,
     TrainingArguments,
     default_data_collator,
     set_seed,
 )
+from transformers.integrations import unset_hf_deepspeed_config
+
+from modeling_sumagg.embedded_data import standard_library_sources
+from modeling_sumagg.families import FAMILIES
+from modeling_sumagg.hub import save_model_card
+from modeling_sumagg.plots import plot_training
+from modeling_sumagg.scripts import (
+    DataArguments,
+    TextModelArguments,
+    add_adapters,
+    load_config,
+    load_model,
+    load_splits,
+    model_max_length,
+    user_errors,
+)
+from modeling_sumagg.training import decay_parameter_names
+
+
+# A model for a few minutes on two cores; `--config_overrides` changes it.
+SMALL_MODEL = {
+    "model_type": "sumagg",
+    "hidden_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 1024,
+}
 
 
 @dataclass
-class LanguageModelingArguments(TextDataArguments):
+class TextArguments(DataArguments):
+    text_column_name: str = field(default="text", metadata={"help": "Column with the texts."})
+    streaming: bool = field(default=False, metadata={"help": "Read the data while training; needs --max_steps."})
+    held_out_rows: int = field(default=100, metadata={"help": "Rows held out from a stream without such a split."})
     block_size: int = field(default=256, metadata={"help": "The longest sequence to train on, in tokens."})
     packing: Literal["blocks", "flattened", "padded"] = field(
         default="blocks",
@@ -61,27 +86,27 @@ class LanguageModelingArguments(TextDataArguments):
     )
 
 
-def tokenize(
-    splits: DatasetDict | IterableDatasetDict, tokenizer: PreTrainedTokenizerBase, packing: str, block_size: int
-) -> DatasetDict | IterableDatasetDict:
-    """`input_ids` and `labels`, from documents of which each ends with the end-of-text token."""
+class DecayTrainer(Trainer):
+    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
+        return decay_parameter_names(model)
 
-    def to_sequences(batch: dict[str, list]) -> dict[str, list]:
-        documents = tokenizer([text or "" for text in batch["text"]], add_special_tokens=False)["input_ids"]
-        if packing == "blocks":
-            sequences = list(concatenated_blocks(documents, tokenizer.eos_token_id, block_size))
-        else:
-            documents = ([*document, tokenizer.eos_token_id] for document in documents)
-            sequences = [
-                document[start : start + block_size]
-                for document in documents
-                for start in range(0, len(document), block_size)
-            ]
-            # A single token predicts nothing.
-            sequences = [sequence for sequence in sequences if len(sequence) > 1]
-        return {"input_ids": sequences, "labels": [list(sequence) for sequence in sequences]}
 
-    return splits.map(to_sequences, batched=True, remove_columns=["text"])
+def to_sequences(
+    texts: list[str | None], tokenizer: PreTrainedTokenizerBase, packing: str, block_size: int
+) -> dict[str, list[list[int]]]:
+    """`input_ids` and `labels` of at most `block_size` tokens, from texts of which each ends with the end-of-text token."""
+    documents = tokenizer([text or "" for text in texts], add_special_tokens=False)["input_ids"]
+    documents = [[*document, tokenizer.eos_token_id] for document in documents]
+    if packing == "blocks":
+        documents = [list(itertools.chain(*documents))]
+        # The last block, which is not whole, is dropped.
+        documents[0] = documents[0][: len(documents[0]) // block_size * block_size]
+    sequences = [
+        document[start : start + block_size] for document in documents for start in range(0, len(document), block_size)
+    ]
+    # A single token predicts nothing.
+    sequences = [sequence for sequence in sequences if len(sequence) > 1]
+    return {"input_ids": sequences, "labels": [list(sequence) for sequence in sequences]}
 
 
 def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -89,79 +114,29 @@ def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits[:, :-1].transpose(1, 2).float(), labels[:, 1:], reduction="none")
 
 
-def perplexity_metrics() -> Callable[[EvalPrediction], dict[str, float]]:
-    """`compute_metrics` for what [`token_losses`] returns: exact whatever the padding of the batches."""
-    metric = load_metric("perplexity")
-
-    def compute_metrics(outputs: EvalPrediction) -> dict[str, float]:
-        labels = outputs.label_ids[:, 1:]
-        predicted = labels != -100
-        return metric.compute(predictions=outputs.predictions[predicted], references=labels[predicted])
-
-    return compute_metrics
+def perplexity(outputs: EvalPrediction) -> dict[str, float]:
+    """Of what [`token_losses`] returns: exact whatever the padding of the batches."""
+    losses = outputs.predictions[outputs.label_ids[:, 1:] != -100]
+    return {"perplexity": math.exp(np.mean(losses, dtype=np.float64))}
 
 
-def prepare(
-    model_arguments: TextModelArguments,
-    data_arguments: LanguageModelingArguments,
-    training_arguments: TrainingArguments,
-) -> Task:
-    splits = load_splits(
-        data_arguments,
-        standard_library_sources,
-        {"text": data_arguments.text_column_name},
-        training_arguments.seed,
-    )
-    tokenizer = load_tokenizer(model_arguments, (row["text"] or "" for row in splits["train"]))
-    config = load_config(model_arguments, SMALL_MODEL, tokenizer)
-    model = load_model(AutoModelForCausalLM, model_arguments, config)
-    print(f"{type(model).__name__}, {model.num_parameters():,} parameters, layers {config.layer_types}")
-    sequences = tokenize(splits, tokenizer, data_arguments.packing, data_arguments.block_size)
-    train, validation = sequences["train"], sequences["validation"]
-    if data_arguments.streaming:
-        train = train.shuffle(seed=training_arguments.seed, buffer_size=1000)
-    elif not len(train) or not len(validation):
-        raise ValueError(
-            f"{data_arguments.source} makes {len(train)} training and {len(validation)} held-out sequences: both need "
-            "one. Give more text, or a smaller --block_size."
-        )
-
-    def baselines() -> dict[str, dict[str, float]]:
-        # Of a stream, count as many sequences as the model was trained on.
-        seen_a_step = training_arguments.train_batch_size * training_arguments.world_size
-        seen = training_arguments.max_steps * seen_a_step * training_arguments.gradient_accumulation_steps
-        cross_entropy = unigram_cross_entropy(
-            (row["input_ids"] for row in itertools.islice(train, seen if data_arguments.streaming else None)),
-            (row["input_ids"] for row in validation),
-            config.vocab_size,
-        )
-        return {"unigram frequencies": {"validation": math.exp(cross_entropy)}}
-
-    collators = {
-        "blocks": default_data_collator,
-        "flattened": DataCollatorWithFlattening(),
-        "padded": DataCollatorForSeq2Seq(tokenizer),
-    }
-    return Task(
-        auto_class=AutoModelForCausalLM,
-        model=model,
-        processing_class=tokenizer,
-        train_dataset=train,
-        held_out={"validation": validation},
-        trainer_arguments={
-            "data_collator": collators[data_arguments.packing],
-            "compute_metrics": perplexity_metrics(),
-            "preprocess_logits_for_metrics": token_losses,
-        },
-        source=data_arguments.source,
-        metric="perplexity",
-        baselines=baselines,
-    )
+def unigram_perplexity(training_rows, held_out_rows, vocab_size: int) -> float:
+    """The best that a model can do that looks at no context: the frequencies of the training tokens, add-one smoothed."""
+    counts = np.ones(vocab_size)
+    for row in training_rows:
+        counts += np.bincount(row["input_ids"], minlength=vocab_size)
+    losses = -np.log(counts / counts.sum())
+    return math.exp(np.mean(np.concatenate([losses[row["input_ids"][1:]] for row in held_out_rows])))
 
 
 def main() -> None:
-    arguments = parse_arguments(
-        (TextModelArguments, LanguageModelingArguments, TrainingArguments),
+    parser = HfArgumentParser(
+        (TextModelArguments, TextArguments, TrainingArguments),
+        description=__doc__.partition("\n\n")[0],
+        usage="%(prog)s [options]",
+        allow_abbrev=False,
+    )
+    parser.set_defaults(
         output_dir="runs/clm",
         num_train_epochs=0.5,
         per_device_train_batch_size=4,
@@ -174,14 +149,130 @@ def main() -> None:
         eval_steps=0.34,
         logging_steps=0.05,
         save_strategy="no",
+        report_to="none",
+        dataloader_pin_memory=torch.accelerator.is_available(),
+        # PEFT hides the names of the labels.
+        label_names=["labels"],
     )
-    training_arguments = arguments[-1]
-    set_seed(training_arguments.seed)
-    task = prepare(*arguments)
-    trainer = build_trainer(task, training_arguments)
-    perplexity = train_and_evaluate(trainer, task)
-    if trainer.is_world_process_zero():
-        report(trainer, task, perplexity)
+    with user_errors():
+        model_arguments, data_arguments, training_arguments = parser.parse_args_into_dataclasses()
+        source = data_arguments.dataset_name or data_arguments.train_file
+        folder = Path(training_arguments.output_dir)
+        duration = "the progress bar shows how long" if source else "about 4 minutes on two cores"
+        source = source or "Python's standard library"
+        print(f"Trains a language model on {source} and saves it to {folder} ({duration}).")
+        if data_arguments.streaming and training_arguments.max_steps <= 0:
+            raise ValueError("A stream has no end that is known: --streaming needs --max_steps.")
+        set_seed(training_arguments.seed)
+        splits = load_splits(
+            data_arguments,
+            standard_library_sources,
+            {"text": data_arguments.text_column_name},
+            seed=training_arguments.seed,
+            streaming=data_arguments.streaming,
+            held_out_rows=data_arguments.held_out_rows,
+        )
+        name = model_arguments.tokenizer_name or model_arguments.model_name_or_path
+        if name is not None:
+            tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
+        else:
+            tokenizer = GPT2Tokenizer(pad_token="<|endoftext|>", padding_side="left").train_new_from_iterator(
+                (row["text"] or "" for row in splits["train"]), model_arguments.vocab_size
+            )
+        config = load_config(model_arguments, SMALL_MODEL, tokenizer)
+        model = load_model(AutoModelForCausalLM, model_arguments, config)
+        sequences = splits.map(
+            lambda batch: to_sequences(batch["text"], tokenizer, data_arguments.packing, data_arguments.block_size),
+            batched=True,
+            remove_columns=["text"],
+        )
+        train, validation = sequences["train"], sequences["validation"]
+        if data_arguments.streaming:
+            train = train.shuffle(seed=training_arguments.seed, buffer_size=1000)
+        elif not len(train) or not len(validation):
+            raise ValueError(
+                f"{source} makes {len(train)} training and {len(validation)} held-out sequences: both need one. Give "
+                "more text, or a smaller --block_size."
+            )
+
+    print(f"{type(model).__name__}, {model.num_parameters():,} parameters; a tokenizer of {len(tokenizer):,} tokens.")
+    if model_arguments.lora_rank:
+        model = add_adapters(model, model_arguments, task_type=TaskType.CAUSAL_LM)
+    # Models with absolute positions are trained with padding on the right.
+    padding = copy.deepcopy(tokenizer)
+    padding.padding_side = "right"
+    collators = {
+        "blocks": default_data_collator,
+        "flattened": DataCollatorWithFlattening(),
+        "padded": DataCollatorForSeq2Seq(padding),
+    }
+    tokenizer.model_max_length = model_max_length(config)
+    trainer = DecayTrainer(
+        model=model,
+        args=training_arguments,
+        train_dataset=train,
+        eval_dataset=validation,
+        processing_class=tokenizer,
+        data_collator=collators[data_arguments.packing],
+        compute_metrics=perplexity,
+        preprocess_logits_for_metrics=token_losses,
+    )
+    baselines = {}
+    if model_arguments.lora_rank:
+        baselines["before training"] = trainer.evaluate()["eval_perplexity"]
+    resume = training_arguments.resume_from_checkpoint
+    training = trainer.train(resume_from_checkpoint=True if resume == "last" else resume)
+    # `Trainer` turned it off.
+    config.use_cache = True
+    trainer.save_model()
+    trainer.save_state()
+    metrics = trainer.evaluate()
+    for split, values in (("train", training.metrics), ("eval", metrics)):
+        trainer.save_metrics(split, values)
+    if not trainer.is_world_process_zero():
+        return
+
+    # Of a stream, count as many sequences as the model was trained on.
+    seen = training_arguments.max_steps * training_arguments.train_batch_size * training_arguments.world_size
+    seen = seen * training_arguments.gradient_accumulation_steps if data_arguments.streaming else None
+    baselines["unigram frequencies"] = unigram_perplexity(itertools.islice(train, seen), validation, config.vocab_size)
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        # What was trained is in pieces, and one process alone cannot run it.
+        unset_hf_deepspeed_config()
+        model = AutoModelForCausalLM.from_pretrained(folder)
+    names = ("learning_rate", "lr_scheduler_type", "weight_decay", "per_device_train_batch_size", "seed")
+    card = {
+        "dataset_name": source,
+        "metrics": {"perplexity": metrics["eval_perplexity"]},
+        "baselines": {name: {"perplexity": value} for name, value in baselines.items()},
+        "hyperparameters": {name: getattr(training_arguments, name) for name in names},
+        "steps": trainer.state.global_step,
+    }
+    saved = {folder: model}
+    if model_arguments.lora_rank:
+        # One model without adapters, which any Auto class loads.
+        saved[folder / "merged"] = copy.deepcopy(model).merge_and_unload()
+        saved[folder / "merged"].save_pretrained(folder / "merged")
+        tokenizer.save_pretrained(folder / "merged")
+    # A baseline of another library has no card of ours.
+    for place, each in saved.items() if config.model_type in FAMILIES else ():
+        print(f"\nThe check of {place}, where this package is not installed:")
+        save_model_card(each, place, **card)
+    plot_training(
+        trainer.state.log_history,
+        folder / "training.png",
+        metric="perplexity",
+        baselines=baselines,
+        model_name=type(model).__name__,
+        loss_unit="nats a token",
+        logarithmic=True,
+    )
+
+    print(f"\nPerplexity on held-out text: {metrics['eval_perplexity']:.4g}")
+    for name, value in baselines.items():
+        print(f"  {name}: {value:.4g}{' (the model is no better)' if metrics['eval_perplexity'] >= value else ''}")
+    print(f"Saved to {folder}; training.png shows loss and perplexity by step.")
 
 
 if __name__ == "__main__":

@@ -2,51 +2,61 @@
 
 Without arguments: a small ToST on the handwritten digits of scikit-learn, which needs no network.
 
-    python examples/run_image_classification.py
-    python examples/run_image_classification.py --train_dir photos/train --test_dir photos/test \
+    python run_image_classification.py
+    python run_image_classification.py --train_dir photos/train --test_dir photos/test \
         --preset tost-tiny-12-p16 --output_dir runs/photos --num_train_epochs 100
-    python examples/run_image_classification.py --train_dir photos/train --model_name_or_path runs/photos
+    python run_image_classification.py --train_dir photos/train --model_name_or_path runs/photos
+    python run_image_classification.py --train_dir photos/train --model_name_or_path runs/photos --lora_rank 8
 """
 
-from collections.abc import Iterable
+import copy
+import io
+import os
 from dataclasses import dataclass, field
-from typing import ClassVar
+from pathlib import Path
+
+
+# Threads that wait for each other sleep, and leave the processor to others: read when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
-from datasets import Dataset, DatasetDict
-from embedded_data import handwritten_digits
+from datasets import DatasetDict, Image
+from PIL import Image as PILImage
 from sklearn.dummy import DummyClassifier
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import accuracy_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from training_utils import (
-    LabelledDataArguments,
-    ModelArguments,
-    Task,
-    accuracy_metrics,
-    build_trainer,
-    label_indices,
-    label_maps,
-    label_names,
-    load_config,
-    load_model,
-    load_splits,
-    parse_arguments,
-    report,
-    train_and_evaluate,
-)
 from transformers import (
     AutoModelForImageClassification,
     DefaultDataCollator,
+    EvalPrediction,
+    HfArgumentParser,
+    Trainer,
     TrainingArguments,
-    pipeline,
     set_seed,
 )
+from transformers.integrations import unset_hf_deepspeed_config
 
 # The top-level name is missing from transformers 5.17 where torchvision is.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
+from modeling_sumagg.embedded_data import handwritten_digits
+from modeling_sumagg.families import FAMILIES
+from modeling_sumagg.hub import save_model_card
 from modeling_sumagg.modeling_tost import tost_image_processor
+from modeling_sumagg.plots import plot_training
+from modeling_sumagg.scripts import (
+    LabelledDataArguments,
+    ModelArguments,
+    add_adapters,
+    encode_labels,
+    load_config,
+    load_model,
+    load_splits,
+    user_errors,
+)
+from modeling_sumagg.training import decay_parameter_names
 
 
 # A model for a minute or two on two cores; `--config_overrides` changes it.
@@ -62,12 +72,33 @@ SMALL_MODEL = {
 
 @dataclass
 class ImageArguments(LabelledDataArguments):
-    embedded_source: ClassVar[str] = "scikit-learn's handwritten digits"
-
     image_column_name: str = field(default="image", metadata={"help": "Column with the images."})
 
 
-def baseline_accuracies(splits: DatasetDict, held_out: Iterable[str]) -> dict[str, dict[str, float]]:
+class DecayTrainer(Trainer):
+    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
+        return decay_parameter_names(model)
+
+
+def check_images(splits: DatasetDict) -> None:
+    """
+    Raises:
+        ValueError: an image cannot be read; the message names its file, or its row.
+    """
+    for name, split in splits.items():
+        for row, image in enumerate(split.cast_column("image", Image(decode=False))["image"]):
+            try:
+                PILImage.open(image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"])).load()
+            except (OSError, SyntaxError) as error:
+                place = image["path"] or f"Row {row} of the {name} split"
+                raise ValueError(f"{place} is no image that can be read: {error}.") from error
+
+
+def accuracy(outputs: EvalPrediction) -> dict[str, float]:
+    return {"accuracy": accuracy_score(outputs.label_ids, outputs.predictions.argmax(axis=1))}
+
+
+def baseline_accuracies(splits: DatasetDict) -> dict[str, dict[str, float]]:
     """
     Accuracy on each held-out split of the most frequent class, and of a logistic regression on the model's own input,
     averaged to 8 x 8 pixels.
@@ -77,74 +108,28 @@ def baseline_accuracies(splits: DatasetDict, held_out: Iterable[str]) -> dict[st
     """
     x, y = {}, {}
     for name, split in splits.items():
-        images = [torch.as_tensor(example["pixel_values"]) for example in split]
+        images = [torch.as_tensor(row["pixel_values"]) for row in split]
         x[name] = torch.stack([torch.nn.functional.adaptive_avg_pool2d(image, 8).flatten() for image in images])
-        y[name] = [example["labels"] for example in split]
-    baselines = {
+        y[name] = split.with_format(None)["labels"][:]
+    classifiers = {
         "most frequent class": DummyClassifier(strategy="most_frequent"),
         "logistic regression on 8 x 8 pixels": make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)),
     }
-    return {
-        name: {split: classifier.fit(x["train"], y["train"]).score(x[split], y[split]) for split in held_out}
-        for name, classifier in baselines.items()
-    }
-
-
-def prepare(
-    model_arguments: ModelArguments, data_arguments: ImageArguments, training_arguments: TrainingArguments
-) -> Task:
-    columns = {"image": data_arguments.image_column_name, "label": data_arguments.label_column_name}
-    splits = load_splits(data_arguments, handwritten_digits, columns, training_arguments.seed)
-    names = label_names(splits)
-    config = load_config(model_arguments, SMALL_MODEL, **label_maps(names))
-    if config.num_channels != 3:
-        raise ValueError(
-            f"num_channels must be 3, got {config.num_channels}: the pipeline with which this script uses the trained "
-            "model hands every image over in RGB."
-        )
-    if model_arguments.model_name_or_path is not None:
-        image_processor = AutoImageProcessor.from_pretrained(model_arguments.model_name_or_path)
-    else:
-        image_processor = tost_image_processor(config)
-    model = load_model(AutoModelForImageClassification, model_arguments, config)
-    print(f"{type(model).__name__}, {model.num_parameters():,} parameters; {splits.num_rows} images")
-    indices = label_indices(splits, names)
-
-    def preprocess(batch: dict[str, list]) -> dict[str, list]:
-        labels = [indices[label] for label in batch["label"]]
-        return {"pixel_values": image_processor(batch["image"])["pixel_values"], "labels": labels}
-
-    processed = splits.with_transform(preprocess)
-    held_out = {split: processed[split] for split in ("validation", "test") if split in processed}
-    return Task(
-        auto_class=AutoModelForImageClassification,
-        model=model,
-        processing_class=image_processor,
-        train_dataset=processed["train"],
-        held_out=held_out,
-        trainer_arguments={"data_collator": DefaultDataCollator(), "compute_metrics": accuracy_metrics()},
-        source=data_arguments.source,
-        metric="accuracy",
-        baselines=lambda: baseline_accuracies(processed, held_out),
-    )
-
-
-def check_pipeline(folder: str, processed: Dataset) -> None:
-    """Raise a `RuntimeError` if the image-classification pipeline gives other classes than the model it has."""
-    classifier = pipeline("image-classification", model=folder)
-    rows = processed.select(range(min(len(processed), 64)))
-    pixel_values = torch.stack([torch.as_tensor(row["pixel_values"]) for row in rows])
-    with torch.no_grad():
-        predicted = classifier.model(pixel_values.to(classifier.device)).logits.argmax(dim=-1)
-    images = rows.with_format(None)["image"][:]
-    labels = [classifier.model.config.id2label[index] for index in predicted.tolist()]
-    if [result[0]["label"] for result in classifier(images)] != labels:
-        raise RuntimeError(f"The image-classification pipeline of {folder} gives other classes than its model.")
+    accuracies = {}
+    for name, classifier in classifiers.items():
+        classifier.fit(x["train"], y["train"])
+        accuracies[name] = {split: classifier.score(x[split], y[split]) for split in splits if split != "train"}
+    return accuracies
 
 
 def main() -> None:
-    arguments = parse_arguments(
+    parser = HfArgumentParser(
         (ModelArguments, ImageArguments, TrainingArguments),
+        description=__doc__.partition("\n\n")[0],
+        usage="%(prog)s [options]",
+        allow_abbrev=False,
+    )
+    parser.set_defaults(
         output_dir="runs/image-classification",
         num_train_epochs=20,
         per_device_train_batch_size=64,
@@ -157,15 +142,111 @@ def main() -> None:
         logging_strategy="epoch",
         save_strategy="no",
         remove_unused_columns=False,
+        report_to="none",
+        dataloader_pin_memory=torch.accelerator.is_available(),
+        # PEFT hides the names of the labels.
+        label_names=["labels"],
     )
-    training_arguments = arguments[-1]
-    set_seed(training_arguments.seed)
-    task = prepare(*arguments)
-    trainer = build_trainer(task, training_arguments)
-    accuracies = train_and_evaluate(trainer, task)
-    if trainer.is_world_process_zero():
-        report(trainer, task, accuracies)
-        check_pipeline(training_arguments.output_dir, task.held_out["validation"])
+    with user_errors():
+        model_arguments, data_arguments, training_arguments = parser.parse_args_into_dataclasses()
+        source = data_arguments.dataset_name or data_arguments.train_file
+        folder = Path(training_arguments.output_dir)
+        duration = "the progress bar shows how long" if source else "about a minute on two cores"
+        source = source or "scikit-learn's handwritten digits"
+        print(f"Trains a classifier of images on {source} and saves it to {folder} ({duration}).")
+        set_seed(training_arguments.seed)
+        columns = {"image": data_arguments.image_column_name, "label": data_arguments.label_column_name}
+        splits = load_splits(data_arguments, handwritten_digits, columns, seed=training_arguments.seed)
+        splits, names = encode_labels(splits)
+        check_images(splits)
+        labels = {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
+        config = load_config(model_arguments, SMALL_MODEL, **labels)
+        if config.num_channels != 3:
+            raise ValueError(f"num_channels must be 3, got {config.num_channels}: pipelines hand images over in RGB.")
+        if model_arguments.model_name_or_path is None:
+            image_processor = tost_image_processor(config)
+        else:
+            image_processor = AutoImageProcessor.from_pretrained(model_arguments.model_name_or_path)
+        model = load_model(AutoModelForImageClassification, model_arguments, config)
+
+    print(f"{type(model).__name__}, {model.num_parameters():,} parameters; {splits.num_rows} images, classes {names}")
+
+    def preprocess(batch: dict[str, list]) -> dict[str, list]:
+        return {"pixel_values": image_processor(batch["image"])["pixel_values"], "labels": batch["labels"]}
+
+    images = splits.with_transform(preprocess)
+    if model_arguments.lora_rank:
+        # The batch norms of the patch embedding move while training.
+        model = add_adapters(model, model_arguments, modules_to_save=["classifier", "patch_embeddings"])
+    trainer = DecayTrainer(
+        model=model,
+        args=training_arguments,
+        train_dataset=images["train"],
+        eval_dataset=images["validation"],
+        processing_class=image_processor,
+        data_collator=DefaultDataCollator(),
+        compute_metrics=accuracy,
+    )
+    held_out = [split for split in images if split != "train"]
+    baselines = {}
+    if model_arguments.lora_rank:
+        trainer.evaluate()
+        baselines["before training"] = {
+            split: trainer.predict(images[split]).metrics["test_accuracy"] for split in held_out
+        }
+    resume = training_arguments.resume_from_checkpoint
+    metrics = {"train": trainer.train(resume_from_checkpoint=True if resume == "last" else resume).metrics}
+    trainer.save_model()
+    trainer.save_state()
+    accuracies = {}
+    for split in held_out:
+        prefix = "eval" if split == "validation" else split
+        metrics[prefix] = trainer.evaluate(images[split], metric_key_prefix=prefix)
+        accuracies[split] = metrics[prefix][f"{prefix}_accuracy"]
+    for prefix, values in metrics.items():
+        trainer.save_metrics(prefix, values)
+    if not trainer.is_world_process_zero():
+        return
+
+    baselines |= baseline_accuracies(images)
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        # What was trained is in pieces, and one process alone cannot run it.
+        unset_hf_deepspeed_config()
+        model = AutoModelForImageClassification.from_pretrained(folder)
+    fields = ("learning_rate", "lr_scheduler_type", "weight_decay", "per_device_train_batch_size", "seed")
+    card = {
+        "dataset_name": f"{source}, {held_out[-1]} split",
+        "metrics": {"accuracy": accuracies[held_out[-1]]},
+        "baselines": {name: {"accuracy": by_split[held_out[-1]]} for name, by_split in baselines.items()},
+        "hyperparameters": {name: getattr(training_arguments, name) for name in fields},
+        "steps": trainer.state.global_step,
+    }
+    saved = {folder: model}
+    if model_arguments.lora_rank:
+        # One model without adapters, which any Auto class loads.
+        saved[folder / "merged"] = copy.deepcopy(model).merge_and_unload()
+        saved[folder / "merged"].save_pretrained(folder / "merged")
+        image_processor.save_pretrained(folder / "merged")
+    # A baseline of another library has no card of ours.
+    for place, each in saved.items() if config.model_type in FAMILIES else ():
+        print(f"\nThe check of {place}, where this package is not installed:")
+        save_model_card(each, place, **card)
+    plot_training(
+        trainer.state.log_history,
+        folder / "training.png",
+        metric="accuracy",
+        baselines={name: by_split["validation"] for name, by_split in baselines.items()},
+        model_name=type(model).__name__,
+    )
+
+    print(f"\nAccuracy {''.join(f'{split:>12}' for split in held_out)}")
+    for name, by_split in {"this model": accuracies, **baselines}.items():
+        print(f"         {''.join(f'{by_split[split]:12.2%}' for split in held_out)}  {name}")
+    better = [name for name, by_split in baselines.items() if by_split[held_out[-1]] >= accuracies[held_out[-1]]]
+    if better:
+        print(f"The model is no better than: {', '.join(better)}.")
+    print(f"Saved to {folder}; training.png shows loss and accuracy by step.")
 
 
 if __name__ == "__main__":

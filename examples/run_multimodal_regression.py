@@ -1,58 +1,63 @@
-"""Train a model that predicts a number from text and numbers with `Trainer`, save it, reload it, and compare it with the
-published baseline and with a ridge regression on the numbers alone.
+"""Train a model that predicts a number from text and numbers with `Trainer`, and compare it with the published baseline
+and with a ridge regression on the numbers alone.
 
 Without arguments: how long a function of Python's standard library is, from its name, its docstring and numbers that its
 signature shows. It needs no network.
 
-    python examples/run_multimodal_regression.py
-    python examples/run_multimodal_regression.py --train_file houses.csv --text_column_name description \
+    python run_multimodal_regression.py
+    python run_multimodal_regression.py --train_file houses.csv --text_column_name description \
         --numeric_column_names rooms area year --label_column_name price --output_dir runs/houses
+    python run_multimodal_regression.py --train_file flats.csv --numeric_column_names rooms --label_column_name price \
+        --model_name_or_path runs/houses --lora_rank 8 --output_dir runs/flats
 
 An empty cell in a numeric column, and an empty text, are "not given".
 """
 
 import copy
 import math
-import time
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import matplotlib.pyplot as plt
+
+# Threads that wait for each other sleep, and leave the processor to others: read when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import numpy as np
 import torch
 from datasets import Dataset, DatasetDict
-from embedded_data import SIGNATURE_COLUMNS, standard_library_functions
+from matplotlib.figure import Figure
 from sklearn.linear_model import RidgeCV
-from sklearn.metrics import r2_score
+from sklearn.metrics import r2_score, root_mean_squared_error
 from torch import nn
 from torch.nn import functional as F
-from training_utils import (
-    LabelledDataArguments,
-    Task,
-    TextDataArguments,
-    TextModelArguments,
-    build_trainer,
-    check_reload,
-    load_config,
-    load_metric,
-    load_model,
-    load_splits,
-    load_tokenizer,
-    parse_arguments,
-    plot_training,
-    save_model_card,
-    train_and_evaluate,
-)
 from transformers import (
     AutoModelForSequenceClassification,
+    AutoTokenizer,
     EvalPrediction,
+    GPT2Tokenizer,
+    HfArgumentParser,
     PreTrainedConfig,
-    PreTrainedTokenizerBase,
+    Trainer,
     TrainingArguments,
     set_seed,
 )
 
 from modeling_sumagg import DataCollatorForMultimodalRegression
+from modeling_sumagg.embedded_data import SIGNATURE_COLUMNS, standard_library_functions
+from modeling_sumagg.hub import save_model_card
+from modeling_sumagg.plots import plot_training
+from modeling_sumagg.scripts import (
+    LabelledDataArguments,
+    TextModelArguments,
+    add_adapters,
+    load_config,
+    load_model,
+    load_splits,
+    model_max_length,
+    user_errors,
+)
+from modeling_sumagg.training import decay_parameter_names
 
 
 # The published form at half the width, which is enough for a few thousand rows.
@@ -60,7 +65,8 @@ SMALL_MODEL = {"model_type": "sumagg_multimodal", "hidden_size": 128, "max_posit
 
 
 @dataclass
-class RegressionArguments(LabelledDataArguments, TextDataArguments):
+class RowArguments(LabelledDataArguments):
+    text_column_name: str = field(default="text", metadata={"help": "Column with the texts."})
     numeric_column_names: list[str] = field(
         default_factory=list, metadata={"help": "Columns with the numbers to predict from."}
     )
@@ -73,43 +79,9 @@ class RegressionArguments(LabelledDataArguments, TextDataArguments):
             raise ValueError("Name the columns with the numbers to predict from: --numeric_column_names.")
 
 
-def to_number(value: str | float | None) -> float:
-    """A cell as a number; NaN if it is empty."""
-    return float("nan") if value is None or value == "" else float(value)
-
-
-def to_numbers(splits: DatasetDict, columns: list[str]) -> DatasetDict:
-    """`text`, empty where it is missing, `numeric_features` and `labels`."""
-
-    def convert(row: dict, index: int) -> dict:
-        labels = to_number(row["label"])
-        if math.isnan(labels):
-            raise ValueError(f"Row {index} has no label: {row}.")
-        text = "" if row["text"] is None else str(row["text"])
-        return {"text": text, "numeric_features": [to_number(row[column]) for column in columns], "labels": labels}
-
-    return splits.map(convert, with_indices=True, remove_columns=[*columns, "label"])
-
-
-def statistics(splits: DatasetDict) -> dict[str, list[float]]:
-    """Means and standard deviations of the training data, for the config; 1 for the deviation of a constant."""
-    values = {}
-    for name, column in (("numeric", "numeric_features"), ("label", "labels")):
-        rows = np.array(splits["train"][column], dtype=float).reshape(len(splits["train"]), -1)
-        mean, std = np.nanmean(rows, axis=0), np.nanstd(rows, axis=0)
-        values |= {f"{name}_mean": mean.tolist(), f"{name}_std": np.where(std > 0, std, 1).tolist()}
-    return values
-
-
-def tokenize(splits: DatasetDict, tokenizer: PreTrainedTokenizerBase, max_length: int) -> DatasetDict:
-    """`input_ids` of at most `max_length` tokens; none at all, special ones neither, for an empty text."""
-
-    def encode(row: dict) -> dict:
-        if not row["text"]:
-            return {"input_ids": []}
-        return {"input_ids": tokenizer(row["text"], truncation=True, max_length=max_length)["input_ids"]}
-
-    return splits.map(encode, remove_columns=["text"])
+class DecayTrainer(Trainer):
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        return decay_parameter_names(model)
 
 
 class ConcatenationBaseline(nn.Module):
@@ -153,87 +125,70 @@ class ConcatenationBaseline(nn.Module):
         return {"loss": F.mse_loss(scores, (labels - mean) / std), "logits": scores * std + mean}
 
 
-def ridge_predictions(train: Dataset, held_out: Dataset, config: PreTrainedConfig) -> np.ndarray:
+def to_number(value: str | float | None) -> float:
+    """A cell as a number; NaN if it is empty."""
+    return float("nan") if value is None or value == "" else float(value)
+
+
+def to_numbers(row: dict, index: int, columns: list[str]) -> dict:
+    """`text`, empty where it is missing, `numeric_features` and `labels`."""
+    label = to_number(row["label"])
+    if math.isnan(label):
+        raise ValueError(f"Row {index} has no label: {row}.")
+    text = "" if row["text"] is None else str(row["text"])
+    return {"text": text, "numeric_features": [to_number(row[column]) for column in columns], "labels": label}
+
+
+def statistics(train: Dataset) -> dict[str, list[float]]:
+    """Means and standard deviations of the training data, for the config; 1 for the deviation of a constant."""
+    values = {}
+    for name, column in (("numeric", "numeric_features"), ("label", "labels")):
+        rows = np.array(train[column], dtype=float).reshape(len(train), -1)
+        mean, std = np.nanmean(rows, axis=0), np.nanstd(rows, axis=0)
+        values |= {f"{name}_mean": mean.tolist(), f"{name}_std": np.where(std > 0, std, 1).tolist()}
+    return values
+
+
+def ridge_predictions(splits: DatasetDict, config: PreTrainedConfig) -> dict[str, np.ndarray]:
     """What a ridge regression on the standardised numbers predicts; a number that is not given is the mean."""
+    x = {}
+    for name, rows in splits.items():
+        numbers = np.array(rows["numeric_features"], dtype=float)
+        x[name] = np.nan_to_num((numbers - config.numeric_mean) / config.numeric_std, nan=0.0)
+    ridge = RidgeCV(alphas=np.logspace(-3, 3, 13)).fit(x["train"], splits["train"]["labels"])
+    return {name: ridge.predict(rows) for name, rows in x.items() if name != "train"}
 
-    def numbers(rows: Dataset) -> np.ndarray:
-        values = np.array(rows["numeric_features"], dtype=float)
-        return np.nan_to_num((values - config.numeric_mean) / config.numeric_std, nan=0.0)
 
-    ridge = RidgeCV(alphas=np.logspace(-3, 3, 13)).fit(numbers(train), train["labels"])
-    return ridge.predict(numbers(held_out))
+def scores(outputs: EvalPrediction) -> dict[str, float]:
+    predictions = outputs.predictions.reshape(-1)
+    return {
+        "r2": r2_score(outputs.label_ids, predictions),
+        "rmse": root_mean_squared_error(outputs.label_ids, predictions),
+    }
 
 
-def plot_predictions(predictions: dict[str, np.ndarray], labels: np.ndarray, path: Path) -> None:
+def plot_predictions(predictions: dict[str, np.ndarray], labels: np.ndarray, label_name: str, path: Path) -> None:
     """Predictions over labels, a panel for each model, with the line on which they agree."""
-    figure, panels = plt.subplots(
-        1, len(predictions), figsize=(4 * len(predictions), 4), sharex=True, sharey=True, layout="constrained"
-    )
-    for axes, (name, values) in zip(panels, predictions.items(), strict=True):
-        axes.scatter(labels, values, s=8, alpha=0.3, edgecolors="none")
+    figure = Figure(figsize=(4 * len(predictions), 4.2), layout="constrained")
+    panels = figure.subplots(1, len(predictions), sharex=True, sharey=True)
+    for index, (axes, (name, values)) in enumerate(zip(panels, predictions.items(), strict=True)):
+        axes.scatter(labels, values, s=8, alpha=0.4, color=f"C{index}", edgecolors="none")
         axes.axline((labels.mean(), labels.mean()), slope=1, color="black", linewidth=1)
-        axes.set(title=name, xlabel="label")
+        axes.set_title(f"{name}\nR² {r2_score(labels, values):.3f}", color=f"C{index}", fontsize=11)
         axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("prediction")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
-def prepare(
-    model_arguments: TextModelArguments, data_arguments: RegressionArguments, training_arguments: TrainingArguments
-) -> Task:
-    columns = data_arguments.numeric_column_names
-    splits = load_splits(
-        data_arguments,
-        standard_library_functions,
-        {
-            "text": data_arguments.text_column_name,
-            "label": data_arguments.label_column_name,
-            **{column: column for column in columns},
-        },
-        training_arguments.seed,
-    )
-    splits = to_numbers(splits, columns)
-    tokenizer = load_tokenizer(model_arguments, splits["train"]["text"])
-    config = load_config(
-        model_arguments, SMALL_MODEL, tokenizer, num_numeric_features=len(columns), **statistics(splits)
-    )
-    model = load_model(AutoModelForSequenceClassification, model_arguments, config)
-    splits = tokenize(splits, tokenizer, config.max_position_embeddings)
-    print(f"{type(model).__name__}; {splits.num_rows} rows; numbers: {', '.join(columns)}")
-    metric = load_metric("regression")
-    held_out = {split: splits[split] for split in ("validation", "test") if split in splits}
-
-    def compute_metrics(outputs: EvalPrediction) -> dict[str, float]:
-        return metric.compute(predictions=outputs.predictions.reshape(-1), references=outputs.label_ids)
-
-    def baselines() -> dict[str, dict[str, float]]:
-        return {
-            "ridge on the numbers": {
-                split: r2_score(rows["labels"], ridge_predictions(splits["train"], rows, config))
-                for split, rows in held_out.items()
-            }
-        }
-
-    return Task(
-        auto_class=AutoModelForSequenceClassification,
-        model=model,
-        processing_class=tokenizer,
-        train_dataset=splits["train"],
-        held_out=held_out,
-        trainer_arguments={
-            "data_collator": DataCollatorForMultimodalRegression(tokenizer),
-            "compute_metrics": compute_metrics,
-        },
-        source=data_arguments.source,
-        metric="r2",
-        baselines=baselines,
-    )
+    figure.supxlabel(f"{label_name}, true (black line: predicted = true)")
+    panels[0].set_ylabel("predicted")
+    figure.savefig(path, dpi=120)
 
 
 def main() -> None:
-    arguments = parse_arguments(
-        (TextModelArguments, RegressionArguments, TrainingArguments),
+    parser = HfArgumentParser(
+        (TextModelArguments, RowArguments, TrainingArguments),
+        description=__doc__.partition("\n\n")[0],
+        usage="%(prog)s [options]",
+        allow_abbrev=False,
+    )
+    parser.set_defaults(
         output_dir="runs/multimodal-regression",
         num_train_epochs=1,
         learning_rate=1e-3,
@@ -246,63 +201,143 @@ def main() -> None:
         eval_steps=0.2,
         logging_steps=0.05,
         save_strategy="no",
+        report_to="none",
+        dataloader_pin_memory=torch.accelerator.is_available(),
+        # PEFT hides the names of the inputs and of the labels.
+        label_names=["labels"],
+        remove_unused_columns=False,
     )
-    training_arguments = arguments[-1]
-    set_seed(training_arguments.seed)
-    task = prepare(*arguments)
-    trainer = build_trainer(task, training_arguments)
-    train_and_evaluate(trainer, task)
-    *_, (split, held_out) = task.held_out.items()
-    outputs = trainer.predict(held_out)
+    with user_errors():
+        model_arguments, data_arguments, training_arguments = parser.parse_args_into_dataclasses()
+        source = data_arguments.dataset_name or data_arguments.train_file
+        label_name = data_arguments.label_column_name if source else "ln(lines of the function)"
+        folder = Path(training_arguments.output_dir)
+        duration = "the progress bars show how long" if source else "about a minute on two cores"
+        source = source or "Python's standard library"
+        print(f"Trains a regression of {label_name} on {source} and saves it to {folder} ({duration}).")
+        set_seed(training_arguments.seed)
+        numeric = data_arguments.numeric_column_names
+        columns = {"text": data_arguments.text_column_name, "label": data_arguments.label_column_name}
+        columns |= {column: column for column in numeric}
+        splits = load_splits(data_arguments, standard_library_functions, columns, seed=training_arguments.seed)
+        splits = splits.map(
+            to_numbers, with_indices=True, fn_kwargs={"columns": numeric}, remove_columns=[*numeric, "label"]
+        )
+        name = model_arguments.tokenizer_name or model_arguments.model_name_or_path
+        if name is not None:
+            tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
+        else:
+            tokenizer = GPT2Tokenizer(pad_token="<|endoftext|>", padding_side="left").train_new_from_iterator(
+                splits["train"]["text"], model_arguments.vocab_size, length=len(splits["train"])
+            )
+        facts = {"num_numeric_features": len(numeric), **statistics(splits["train"])}
+        config = load_config(model_arguments, SMALL_MODEL, tokenizer, **facts)
+        model = load_model(AutoModelForSequenceClassification, model_arguments, config)
+
+    tokenizer.model_max_length = model_max_length(config)
+    # An empty text has no tokens at all, special ones neither.
+    splits = splits.map(
+        lambda row: {"input_ids": tokenizer(row["text"], truncation=True)["input_ids"] if row["text"] else []},
+        remove_columns=["text"],
+    )
+    print(f"{type(model).__name__}, {model.num_parameters():,} parameters; {splits.num_rows} rows; numbers: {numeric}")
+    if model_arguments.lora_rank:
+        model = add_adapters(model, model_arguments, modules_to_save=["numeric_branch", "score"])
+
+    def make_trainer(model: nn.Module, arguments: TrainingArguments) -> Trainer:
+        return DecayTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=splits["train"],
+            eval_dataset=splits["validation"],
+            processing_class=tokenizer,
+            data_collator=DataCollatorForMultimodalRegression(tokenizer),
+            compute_metrics=scores,
+        )
+
+    def predictions_of(trainer: Trainer) -> dict[str, np.ndarray]:
+        return {split: trainer.predict(splits[split]).predictions.reshape(-1) for split in held_out}
+
+    held_out = [split for split in ("validation", "test") if split in splits]
+    trainer = make_trainer(model, training_arguments)
+    predictions = {}
+    if model_arguments.lora_rank:
+        trainer.evaluate()
+        predictions["before training"] = predictions_of(trainer)
+    resume = training_arguments.resume_from_checkpoint
+    metrics = {"train": trainer.train(resume_from_checkpoint=True if resume == "last" else resume).metrics}
+    trainer.save_model()
+    trainer.save_state()
+    for split in held_out:
+        prefix = "eval" if split == "validation" else split
+        metrics[prefix] = trainer.evaluate(splits[split], metric_key_prefix=prefix)
+    for prefix, values in metrics.items():
+        trainer.save_metrics(prefix, values)
+    name = type(model).__name__
+    predictions = {name: predictions_of(trainer), **predictions}
 
     # The same data, steps and random numbers; only the first model is kept.
     baseline_arguments = copy.copy(training_arguments)
     baseline_arguments.save_strategy = "no"
-    config = task.model.config
     set_seed(training_arguments.seed)
-    baseline_trainer = build_trainer(task, baseline_arguments, ConcatenationBaseline(config))
+    print("\nThe baseline of the paper, attention and concatenation, trains on the same:")
+    baseline_trainer = make_trainer(ConcatenationBaseline(config), baseline_arguments)
     baseline_trainer.train()
-    baseline_outputs = baseline_trainer.predict(held_out)
+    predictions["attention and concatenation"] = predictions_of(baseline_trainer)
     if not trainer.is_world_process_zero():
         return
 
-    start = time.perf_counter()
-    ridge_outputs = ridge_predictions(task.train_dataset, held_out, config)
-    ridge_seconds = time.perf_counter() - start
-    name = type(task.model).__name__
-    predictions = {
-        name: outputs.predictions.reshape(-1),
-        "attention and concatenation": baseline_outputs.predictions.reshape(-1),
-        "ridge on the numbers": ridge_outputs,
+    predictions["ridge on the numbers"] = ridge_predictions(splits, config)
+    labels = {split: np.array(splits[split]["labels"]) for split in held_out}
+    results = {
+        key: {split: scores(EvalPrediction(values[split], labels[split])) for split in held_out}
+        for key, values in predictions.items()
     }
-    sizes = [
-        (
-            sum(parameter.numel() for parameter in each.model.parameters()),
-            next(entry["train_runtime"] for entry in each.state.log_history if "train_runtime" in entry),
+    last = held_out[-1]
+    baselines = {key: by_split for key, by_split in results.items() if key != name}
+    plot_training(
+        trainer.state.log_history,
+        folder / "training.png",
+        metric="r2",
+        baselines={key: by_split["validation"]["r2"] for key, by_split in baselines.items()},
+        model_name=name,
+        loss_unit="squared standard deviations",
+    )
+    plot_predictions(
+        {key: values[last] for key, values in predictions.items()},
+        labels[last],
+        label_name,
+        folder / "predictions.png",
+    )
+    fields = ("learning_rate", "lr_scheduler_type", "weight_decay", "per_device_train_batch_size", "seed")
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    saved = {folder: model}
+    if model_arguments.lora_rank:
+        # One model without adapters, which any Auto class loads.
+        saved[folder / "merged"] = copy.deepcopy(model).merge_and_unload()
+        saved[folder / "merged"].save_pretrained(folder / "merged")
+        tokenizer.save_pretrained(folder / "merged")
+    for place, each in saved.items():
+        print(f"\nThe check of {place}, where this package is not installed:")
+        save_model_card(
+            each,
+            place,
+            dataset_name=f"{source}, {last} split",
+            metrics=results[name][last],
+            baselines={key: by_split[last] for key, by_split in baselines.items()},
+            hyperparameters={field: getattr(training_arguments, field) for field in fields},
+            steps=trainer.state.global_step,
+            units={"rmse": label_name},
         )
-        for each in (trainer, baseline_trainer)
-    ]
-    sizes.append((config.num_numeric_features + 1, ridge_seconds))
-    labels = outputs.label_ids
-    compute_metrics = task.trainer_arguments["compute_metrics"]
-    results = {key: compute_metrics(EvalPrediction(values, labels)) for key, values in predictions.items()}
 
-    folder = Path(training_arguments.output_dir)
-    references = {f"{split}, {key}": values["r2"] for key, values in results.items()}
-    plot_training(trainer.state.log_history, "r2", references, folder / "training.png")
-    plot_predictions(predictions, labels, folder / "predictions.png")
-    baselines = {key: values for key, values in results.items() if key != name}
-    reloaded = check_reload(task.auto_class, trainer, trainer.data_collator([held_out[0]]))
-    save_model_card(trainer, reloaded, folder, task.source, results[name], baselines)
-
-    print(f"\nOn the {split} rows ({len(labels)}), in the units of the labels:")
-    print(f"  {'R²':>7}  {'RMSE':>9}  {'parameters':>10}  {'training':>9}")
-    for (key, values), (parameters, seconds) in zip(results.items(), sizes, strict=True):
-        print(f"  {values['r2']:7.4f}  {values['rmse']:9.4g}  {parameters:10,}  {seconds:7.2f} s  {key}")
-    for key, values in baselines.items():
-        if results[name]["r2"] <= values["r2"]:
-            print(f"{name} is not better than {key}.")
-    print(f"Saved and reloaded from {folder}; plots: {folder / 'training.png'}, {folder / 'predictions.png'}")
+    print(f"\nOn the {last} split ({len(labels[last])} rows), RMSE in the unit of {label_name}:")
+    print(f"  {'R²':>7}  {'RMSE':>9}")
+    for key, by_split in results.items():
+        print(f"  {by_split[last]['r2']:7.4f}  {by_split[last]['rmse']:9.4g}  {key}")
+    better = [key for key, by_split in baselines.items() if by_split[last]["r2"] >= results[name][last]["r2"]]
+    if better:
+        print(f"{name} is no better than: {', '.join(better)}.")
+    print(f"Saved to {folder}; training.png shows loss and R² by step, predictions.png the {last} split.")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
 """Read a text without end, keep its constant-size state, and at any moment score it or write on.
 
-    tail -f log.txt | python examples/stream_generation.py --model DIR --state state.safetensors --report_every 10000
+    python quickstart.py
+    tail -f log.txt | python stream_generation.py --model runs/quickstart --state state.safetensors --report_every 10000
 
-Every `--report_every` tokens, on SIGUSR1 and at the end of the input, it prints the perplexity of the text so far and a
-continuation. Ctrl-C saves the state; with `--resume` the next run goes on from it as if there had been no interruption:
+Every `--report_every` tokens, on SIGUSR1 and at the end of the input, it prints a line: how many tokens it has read,
+their perplexity, and how the model would go on. Ctrl-C saves the state; with `--resume` the next run goes on from it as if there had been no interruption:
 a file is read from where the first run stopped, a pipe from what comes next.
 
-The model needs a state of constant size and positions without end: no full attention, no learned positions.
+The model needs a state of constant size and positions without end: no full attention, no learned positions. That of
+quickstart.py has both.
 """
 
 import argparse
@@ -22,13 +24,18 @@ import sys
 import time
 from pathlib import Path
 
+
+# Threads that wait for each other sleep, and leave the processor to others: read when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     DynamicCache,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     set_seed,
@@ -47,25 +54,27 @@ READ_BYTES = 1 << 16
 WORD = re.compile(r"\s{1000}|\s{0,999}\S{1,1000}")
 
 
-def check_constant_state(config) -> None:
+# A model that fits, in one line.
+REMEDY = "`python quickstart.py` trains a model that has neither limit, for --model runs/quickstart."
+
+
+def check_constant_state(config: PreTrainedConfig) -> None:
     """
     Raises:
         ValueError: the state of such a model grows with the text, or its positions end.
     """
     if config.model_type not in ("sumagg", "tost_text"):
-        raise ValueError(
-            f"A model of type {config.model_type!r} has no constant-size state: use 'sumagg' or 'tost_text'."
-        )
+        raise ValueError(f"A model of type {config.model_type!r} has no state of constant size. {REMEDY}")
     growing = [i for i, layer_type in enumerate(config.layer_types) if layer_type == "full_attention"]
     if growing:
         raise ValueError(
-            f"Layers {growing} of the model attend to the "
-            "whole text: its state grows with every token. Train it with 'sliding_attention' there."
+            f"Layers {growing} of the model attend to the whole text (`layer_types`): its state grows with every token. "
+            f"{REMEDY}"
         )
     if config.position_embedding_type == "learned" or getattr(config, "use_membership_bias", False):
+        table = "use_membership_bias=True" if config.position_embedding_type != "learned" else "learned positions"
         raise ValueError(
-            f"The model has learned positions, and ends after {config.max_position_embeddings} tokens. Train it with "
-            "`position_embedding_type='sinusoidal'` (and `use_membership_bias=False`)."
+            f"The model has a table that ends after {config.max_position_embeddings} tokens ({table}). {REMEDY}"
         )
 
 
@@ -207,7 +216,9 @@ class Signals:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--model", required=True, help="a checkpoint: a folder or a name on the Hub")
     parser.add_argument("--input", type=Path, help="the file to read; standard input by default")
     parser.add_argument("--state", type=Path, required=True, help="the safetensors file that Ctrl-C writes")
@@ -218,28 +229,56 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--max_new_tokens", type=int, default=50, help="length of a continuation; 0: only score")
     parser.add_argument("--do_sample", action="store_true", help="sample the continuations; greedy by default")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", action="store_true", help="reports for programs, with the ids of the continuation")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling")
     return parser.parse_args()
 
 
 def main() -> None:
     arguments = parse_arguments()
     signals = Signals()
-    model = AutoModelForCausalLM.from_pretrained(arguments.model)
-    stream = TextStream(model, AutoTokenizer.from_pretrained(arguments.model))
-    source = sys.stdin.fileno() if arguments.input is None else os.open(arguments.input, os.O_RDONLY)
-    if arguments.resume:
-        stream.load(arguments.state)
-        if arguments.input is not None:
-            os.lseek(source, stream.num_bytes, os.SEEK_SET)
-
-    def report() -> None:
-        print(f"[{stream.num_tokens} tokens, perplexity {stream.perplexity():.4f}]", flush=True)
-        if arguments.max_new_tokens:
-            tokens = stream.continuation(arguments.max_new_tokens, arguments.seed, do_sample=arguments.do_sample)
-            print(json.dumps({"tokens": tokens, "text": stream.tokenizer.decode(tokens)}), flush=True)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(arguments.model)
+        stream = TextStream(model, AutoTokenizer.from_pretrained(arguments.model))
+        source = sys.stdin.fileno() if arguments.input is None else os.open(arguments.input, os.O_RDONLY)
+        if arguments.resume:
+            stream.load(arguments.state)
+            if arguments.input is not None:
+                os.lseek(source, stream.num_bytes, os.SEEK_SET)
+    except (OSError, ValueError, SafetensorError) as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
+    every = f"every {arguments.report_every:,} tokens and " if arguments.report_every else ""
+    print(
+        f"Reads {arguments.input or 'standard input'} and reports {every}at its end; Ctrl-C saves the state to "
+        f"{arguments.state} and stops.",
+        file=sys.stderr,
+    )
 
     reported, began, began_at = stream.num_tokens, time.monotonic(), stream.num_tokens
+
+    def report() -> None:
+        nonlocal reported
+        reported = stream.num_tokens
+        tokens = []
+        if arguments.max_new_tokens:
+            tokens = stream.continuation(arguments.max_new_tokens, arguments.seed, do_sample=arguments.do_sample)
+        text, perplexity = stream.tokenizer.decode(tokens, skip_special_tokens=True), stream.perplexity()
+        if arguments.json:
+            line = {"num_tokens": reported, "perplexity": perplexity, "tokens": tokens, "text": text}
+            print(json.dumps(line), flush=True)
+        else:
+            text = " ".join(text.split())
+            print(f"{reported:,} tokens, perplexity {perplexity:.4g}, and on: {text}", flush=True)
+
+    def read_on(data: bytes) -> None:
+        """Feed the stream, and stop for every report that becomes due: a byte is a token at the most."""
+        while data:
+            size = arguments.report_every - (stream.num_tokens - reported) if arguments.report_every else len(data)
+            stream.feed(data[: max(size, 1)])
+            data = data[max(size, 1) :]
+            if arguments.report_every and stream.num_tokens - reported >= arguments.report_every:
+                report()
+
     while not signals.stop:
         ready, _, _ = select.select([source, signals.readable], [], [])
         if signals.readable in ready:
@@ -248,18 +287,20 @@ def main() -> None:
             break
         if source in ready:
             data = os.read(source, arguments.chunk_bytes)
-            stream.feed(data, final=not data)
+            read_on(data)
             if not data:
+                stream.feed(b"", final=True)
                 report()
                 break
-        due = arguments.report_every and stream.num_tokens - reported >= arguments.report_every
-        if signals.report or due:
+        if signals.report:
             signals.report = False
-            reported = stream.num_tokens
             report()
     speed = (stream.num_tokens - began_at) / (time.monotonic() - began)
-    print(f"[{stream.num_tokens} tokens, {speed:.0f} a second]", file=sys.stderr)
     stream.save(arguments.state)
+    print(
+        f"{stream.num_tokens:,} tokens, {speed:,.0f} a second. The state is in {arguments.state}: --resume goes on.",
+        file=sys.stderr,
+    )
     if signals.stop:
         sys.exit(130)
 

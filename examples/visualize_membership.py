@@ -7,57 +7,75 @@ which each patch is most above the average patch, then every head's Π.
 Without arguments: a photo of scikit-learn, and a small ToST trained in a minute or two to tell from where in
 scikit-learn's two photos a crop comes. No network is needed.
 
-    python examples/visualize_membership.py
-    python examples/visualize_membership.py --model runs/photos --image dog.jpg --blocks 1 12 --shorter_side 384
+    python visualize_membership.py
+    python visualize_membership.py --model runs/photos --image dog.jpg --blocks 1 12 --shorter_side 384
 """
 
 import argparse
+import os
+import sys
 from pathlib import Path
 
-import matplotlib.pyplot as plt
+
+# Threads that wait for each other sleep, and leave the processor to others: read when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import numpy as np
 import torch
-from embedded_data import photo_crops, sample_photos
-from matplotlib.colors import ListedColormap
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 from PIL import Image
-from training_utils import WeightDecayTrainer, accuracy_metrics
+from sklearn.metrics import accuracy_score
 from transformers import (
+    AutoConfig,
     AutoModelForImageClassification,
+    BaseImageProcessor,
     DefaultDataCollator,
     PreTrainedModel,
+    Trainer,
     TrainingArguments,
     set_seed,
 )
-from transformers.image_processing_utils import BaseImageProcessor
 
 # The top-level name is missing from transformers 5.17 where torchvision is.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from modeling_sumagg import ToSTConfig, ToSTForImageClassification
+from modeling_sumagg.embedded_data import photo_crops, sample_photos
+from modeling_sumagg.hub import save_model_card
 from modeling_sumagg.modeling_tost import tost_image_processor
+from modeling_sumagg.training import decay_parameter_names
 
 
-def train_on_photo_crops(output_dir: str) -> None:
-    """Train a small ToST on `photo_crops` and save it, with its image processor, to `output_dir`."""
+class DecayTrainer(Trainer):
+    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
+        return decay_parameter_names(model)
+
+
+def train_on_photo_crops(output_dir: Path) -> None:
+    """Train a small ToST on `photo_crops` and save it, with its image processor and its card, to `output_dir`."""
     set_seed(0)
     crops = photo_crops()
+    labels = crops["train"].features["label"]
     config = ToSTConfig(
         hidden_size=96,
         num_hidden_layers=4,
         num_attention_heads=6,
         patch_size=8,
         image_size=64,
-        num_labels=crops["train"].features["label"].num_classes,
+        id2label=dict(enumerate(labels.names)),
+        label2id={name: index for index, name in enumerate(labels.names)},
     )
     image_processor = tost_image_processor(config)
 
     def preprocess(batch: dict) -> dict:
         return {"pixel_values": image_processor(batch["image"])["pixel_values"], "labels": batch["label"]}
 
-    trainer = WeightDecayTrainer(
+    trainer = DecayTrainer(
         model=ToSTForImageClassification(config),
         args=TrainingArguments(
-            output_dir,
+            str(output_dir),
             num_train_epochs=3,
             per_device_train_batch_size=32,
             per_device_eval_batch_size=100,
@@ -67,17 +85,32 @@ def train_on_photo_crops(output_dir: str) -> None:
             weight_decay=0.05,
             logging_steps=50,
             save_strategy="no",
+            report_to="none",
             remove_unused_columns=False,
-            dataloader_pin_memory=torch.cuda.is_available(),
+            dataloader_pin_memory=torch.accelerator.is_available(),
         ),
         train_dataset=crops["train"].with_transform(preprocess),
         processing_class=image_processor,
         data_collator=DefaultDataCollator(),
-        compute_metrics=accuracy_metrics(),
+        compute_metrics=lambda outputs: {
+            "accuracy": accuracy_score(outputs.label_ids, outputs.predictions.argmax(axis=1))
+        },
     )
     trainer.train()
     accuracy = trainer.evaluate(crops["test"].with_transform(preprocess))["eval_accuracy"]
     trainer.save_model()
+    most_frequent = np.bincount(crops["train"]["label"]).argmax()
+    save_model_card(
+        trainer.model,
+        output_dir,
+        dataset_name="crops of scikit-learn's two sample photos, by the cell of the photo that they are from",
+        metrics={"accuracy": accuracy},
+        baselines={
+            "most frequent cell": {"accuracy": float(np.mean(np.array(crops["test"]["label"]) == most_frequent))}
+        },
+        hyperparameters={"learning_rate": trainer.args.learning_rate, "weight_decay": trainer.args.weight_decay},
+        steps=trainer.state.global_step,
+    )
     print(f"{accuracy:.1%} of {len(crops['test'])} other crops placed in the right one of {config.num_labels} cells.")
 
 
@@ -105,9 +138,8 @@ def draw(image: Image.Image, membership: np.ndarray, blocks: list[int], path: Pa
     width = max(height * image.width / image.height, height)
     grid = [["image"] + ["legend"] * num_heads]
     grid += [[f"{block} strongest"] + [f"{block} {head}" for head in range(num_heads)] for block in blocks]
-    figure, axes = plt.subplot_mosaic(
-        grid, figsize=(width * (num_heads + 1), (height + 0.3) * len(grid)), layout="constrained"
-    )
+    figure = Figure(figsize=(width * (num_heads + 1) + 1, (height + 0.3) * len(grid)), layout="constrained")
+    axes = figure.subplot_mosaic(grid)
     for ax in axes.values():
         ax.set_axis_off()
     extent = (0, image.width, image.height, 0)
@@ -117,37 +149,41 @@ def draw(image: Image.Image, membership: np.ndarray, blocks: list[int], path: Pa
         0.03,
         0.5,
         "Membership Π: how each patch divides itself among the heads\n\n"
-        "Left: the head in which the patch is most above the average patch, in the colour of the head's title.\n"
-        "Maps: Π of one head, from dark (low) to yellow (high). Above each, its 1st to 99th percentile\n"
-        f"as a departure from the even share 1/{num_heads}: 0% throughout would tell no patch from another.",
+        f"Maps: how far Π of a head is above (red) or below (blue) the even share 1/{num_heads}, on the scale of their\n"
+        "row. A row whose scale ends at 1% hardly tells its patches apart.\n"
+        "Left: the head in which a patch is most above the average patch, in the colour of the head's title; the more it\n"
+        "is, the denser.",
         va="center",
         fontsize=11,
         linespacing=1.5,
-        wrap=True,
     )
-    colors = ListedColormap(plt.get_cmap("tab20" if num_heads > 10 else "tab10").colors[:num_heads])
+    colors = np.array(colormaps["tab20" if num_heads > 10 else "tab10"].colors)
+    # Of each patch in each head, its share over that of the average patch.
+    excess = membership / membership.mean(axis=(2, 3), keepdims=True) - 1
+    densest = max(np.percentile(excess[block - 1].max(axis=0), 99) for block in blocks)
     for block in blocks:
-        shares = membership[block - 1]
-        strongest = (shares / shares.mean(axis=(1, 2), keepdims=True)).argmax(axis=0)
-        axes[f"{block} strongest"].imshow(image.convert("L"), cmap="gray")
-        axes[f"{block} strongest"].imshow(
-            strongest, cmap=colors, vmin=-0.5, vmax=num_heads - 0.5, alpha=0.6, extent=extent
-        )
+        strongest = excess[block - 1].argmax(axis=0)
+        density = np.clip(excess[block - 1].max(axis=0) / densest, 0, 1)[..., None]
+        axes[f"{block} strongest"].imshow(image.convert("L"), cmap="gray", alpha=0.4)
+        axes[f"{block} strongest"].imshow(np.concatenate((colors[strongest], density), axis=-1), extent=extent)
         axes[f"{block} strongest"].set_title(f"block {block}")
-        for head, share in enumerate(shares):
-            low, high = np.percentile(share, [1, 99])
-            axes[f"{block} {head}"].imshow(share, cmap="viridis", vmin=low, vmax=high, extent=extent)
-            axes[f"{block} {head}"].set_title(
-                f"head {head + 1}: {low * num_heads - 1:+.1%} to {high * num_heads - 1:+.1%}",
-                fontsize=10,
-                color=colors(head),
-            )
+        departure = membership[block - 1] * num_heads - 1
+        limit = np.percentile(np.abs(departure), 99)
+        for head, values in enumerate(departure):
+            axes[f"{block} {head}"].set_title(f"head {head + 1}", fontsize=10, color=colors[head])
+            shown = axes[f"{block} {head}"].imshow(values, cmap="RdBu_r", vmin=-limit, vmax=limit, extent=extent)
+        bar = figure.colorbar(shown, ax=[axes[f"{block} {head}"] for head in range(num_heads)], pad=0.01, aspect=12)
+        bar.locator = MaxNLocator(nbins=5)
+        bar.formatter = PercentFormatter(xmax=1)
+        bar.set_label(f"above 1/{num_heads}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=110)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--model", help="a ToST checkpoint: a folder or a Hub id (default: train a small one)")
     parser.add_argument("--image", help="an image file (default: the photo of scikit-learn named china)")
     parser.add_argument(
@@ -157,18 +193,24 @@ def main() -> None:
     parser.add_argument("--output_path", type=Path, default=Path("runs/membership/membership.png"))
     arguments = parser.parse_args()
 
-    checkpoint = arguments.model
-    if checkpoint is None:
-        checkpoint = str(arguments.output_path.parent)
+    task = "Trains a small ToST (about two minutes on two cores) and draws" if arguments.model is None else "Draws"
+    print(f"{task} its memberships over {arguments.image or 'a photo'} as {arguments.output_path}.")
+    checkpoint = arguments.model or arguments.output_path.parent
+    try:
+        image = sample_photos()["china"] if arguments.image is None else Image.open(arguments.image).convert("RGB")
+        if arguments.model is not None and AutoConfig.from_pretrained(checkpoint).model_type != ToSTConfig.model_type:
+            raise ValueError(f"{checkpoint} is no ToST for images: no other model has memberships of patches.")
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
+    if arguments.model is None:
         train_on_photo_crops(checkpoint)
     model = AutoModelForImageClassification.from_pretrained(checkpoint)
     image_processor = AutoImageProcessor.from_pretrained(checkpoint)
-    image = sample_photos()["china"] if arguments.image is None else Image.open(arguments.image).convert("RGB")
 
     num_blocks = model.config.num_hidden_layers
     blocks = arguments.blocks or sorted({1, (num_blocks + 1) // 2, num_blocks})
     if not set(blocks) <= set(range(1, num_blocks + 1)):
-        parser.error(f"--blocks must be between 1 and {num_blocks}, the blocks of {checkpoint}, got {blocks}")
+        sys.exit(f"error: --blocks must be between 1 and {num_blocks}, the blocks of {checkpoint}, got {blocks}.")
     image, membership = memberships(model, image_processor, image, arguments.shorter_side)
     draw(image, membership, blocks, arguments.output_path)
     print(f"Drawn: {arguments.output_path}")

@@ -17,7 +17,7 @@ rewrites the code in a folder to the installed version's and prints what changed
 import argparse
 import sys
 
-from .publishing.cards import create_model_card, decode_state_size
+from .publishing.cards import create_model_card, decode_state_size, save_model_card
 from .publishing.folder_checks import check_card, check_folder
 from .publishing.update import update_folder
 
@@ -44,7 +44,15 @@ def main() -> None:
         sys.exit(f"error: {error}")
 
 
-__all__ = ["check_card", "check_folder", "create_model_card", "decode_state_size", "main", "update_folder"]
+__all__ = [
+    "check_card",
+    "check_folder",
+    "create_model_card",
+    "decode_state_size",
+    "main",
+    "save_model_card",
+    "update_folder",
+]
 
 if __name__ == "__main__":
     main()

@@ -50,6 +50,11 @@ class SumAggTextBranch(nn.Module):
         self.sequence_sum = SumAggSequenceSum(config)
 
     def forward(self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        if inputs_embeds.dim() != 3:
+            raise ValueError(
+                "`input_ids` must have the shape [B, T], `inputs_embeds` [B, T, d], got embeddings of the shape "
+                f"{list(inputs_embeds.shape)}."
+            )
         shape = inputs_embeds.shape[:2]
         if attention_mask is None:
             attention_mask = inputs_embeds.new_ones(shape, dtype=torch.bool)
@@ -232,29 +237,38 @@ class SumAggForMultimodalRegression(SumAggMultimodalPreTrainedModel):
             `TypeError`: `numeric_features` of an integer dtype.
             `ValueError`: no modality is given, or one that this model does not have; both `input_ids` and
                 `inputs_embeds`; an id outside the vocabulary; more tokens than positions; an infinite number; a wrong
-                shape.
+                shape or a class that does not exist.
         """
         if input_ids is not None and inputs_embeds is not None:
             raise ValueError("Pass one of `input_ids` and `inputs_embeds`, not both.")
-        tokens = input_ids if inputs_embeds is None else inputs_embeds
-        if tokens is None and numeric_features is None and pixel_values is None:
+        modalities = (
+            ("input_ids", input_ids, "vocab_size"),
+            ("inputs_embeds", inputs_embeds, "vocab_size"),
+            ("numeric_features", numeric_features, "num_numeric_features"),
+            ("pixel_values", pixel_values, "image_size"),
+        )
+        given = [modality for modality in modalities if modality[1] is not None]
+        if not given:
             raise ValueError(
                 "No modality is given: pass at least one of `input_ids`, `numeric_features` and `pixel_values`."
             )
-        for name, value, size_name, size in (
-            ("input_ids", tokens, "vocab_size", self.config.vocab_size),
-            ("numeric_features", numeric_features, "num_numeric_features", self.config.num_numeric_features),
-            ("pixel_values", pixel_values, "image_size", self.config.image_size),
-        ):
-            if value is not None and not size:
+        first_name, first, _ = given[0]
+        for name, value, size_name in given:
+            size = getattr(self.config, size_name)
+            if not size:
                 raise ValueError(f"`{name}` is given, but the model was built without (`config.{size_name}`={size}).")
+            if value.shape[0] != first.shape[0]:
+                raise ValueError(
+                    f"`{name}` has {value.shape[0]} rows and `{first_name}` {first.shape[0]}: fill what a row lacks, "
+                    "numbers and images with NaN, texts with masked tokens."
+                )
 
         latents = []
-        if tokens is not None:
-            if inputs_embeds is None:
-                inputs_embeds = look_up(
-                    self.embed_tokens, tokens, "input_ids", self.config.vocab_size, "the ids of the vocabulary"
-                )
+        if input_ids is not None:
+            inputs_embeds = look_up(
+                self.embed_tokens, input_ids, "input_ids", self.config.vocab_size, "the ids of the vocabulary"
+            )
+        if inputs_embeds is not None:
             latents.append(self.text_branch(inputs_embeds, attention_mask))
         if numeric_features is not None:
             latents.append(self.numeric_branch(numeric_features))

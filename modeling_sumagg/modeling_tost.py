@@ -76,8 +76,8 @@ def fourier_position_code(height: int, width: int, device: torch.device | None =
 class ToSTInputConvolution(nn.Conv2d):
     """A convolution that takes any dtype: it works in that of its weight."""
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return super().forward(input.to(self.weight.dtype))
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return super().forward(features.to(self.weight.dtype))
 
 
 class ToSTPatchEmbeddings(nn.Module):
@@ -120,11 +120,11 @@ class ToSTPatchEmbeddings(nn.Module):
                 f"{self.patch_size} do not cover: resize, crop or pad both sides to multiples of {self.patch_size}."
             )
         # With the channels last the convolutions are faster, and a patch ends up as one piece of memory.
-        patches = pixel_values.movedim(1, -1).contiguous().movedim(-1, 1)
+        patches = pixel_values.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
         for module in self.projection:
             # An activation is faster on a tensor that is contiguous as it is indexed.
             is_stage = isinstance(module, nn.Sequential)
-            patches = module(patches) if is_stage else module(patches.movedim(1, -1)).movedim(-1, 1)
+            patches = module(patches) if is_stage else module(patches.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         return patches
 
 
@@ -196,7 +196,7 @@ class ToSTClassAttention(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         qkv = self.qkv(hidden_states).unflatten(-1, (3, *self.head_shape))
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind()
         interface = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         class_token, _ = interface(
             self,
@@ -207,7 +207,7 @@ class ToSTClassAttention(nn.Module):
             dropout=self.config.attention_probs_dropout_prob if self.training else 0.0,
             scaling=self.head_shape[1] ** -0.5,
         )
-        return self.dropout(self.o_proj(class_token.flatten(2)))
+        return self.dropout(self.o_proj(class_token.reshape_as(hidden_states[:, :1])))
 
 
 class ToSTMLP(nn.Module):

@@ -18,14 +18,11 @@ from .configuration.configuration_tost_text import ToSTTextConfig
 from .decoder.attention import Attention
 from .decoder.heads import ForCausalLM, ForSequenceClassification, ForTokenClassification
 from .decoder.layout import SequenceLayout
-from .decoder.model import DecoderModel, DecoderPreTrainedModel, RecurrentGenerationMixin
-from .decoder.positions import learned_positions, sinusoidal_positions
-from .decoder.recurrence import recur, register_recurrent_layer_type
+from .decoder.model import DecoderModel, DecoderPreTrainedModel
+from .decoder.positions import learned_positions
+from .decoder.recurrence import recur
 from .ops.token_statistics.formula import TokenStatisticsState
 from .ops.token_statistics.operators import causal_token_membership, causal_token_statistics
-
-
-register_recurrent_layer_type("token_statistics")
 
 
 class ToSTTextTokenStatistics(nn.Module):
@@ -60,7 +57,9 @@ class ToSTTextTokenStatistics(nn.Module):
         w = w.unflatten(-1, (w.shape[-1] // self.head_dim, self.head_dim)).transpose(1, 2)
         position_bias = None
         if self.membership_bias is not None:
-            position_bias = self._membership_bias_at(layout.position_ids).expand(w.shape[0], -1, -1)
+            position_bias = self._membership_bias_at(self.membership_bias, layout.position_ids).expand(
+                w.shape[0], -1, -1
+            )
 
         membership = None
         if kwargs.get("output_attentions", self.config.output_attentions):
@@ -90,12 +89,13 @@ class ToSTTextTokenStatistics(nn.Module):
         )
         return self.o_proj(output.transpose(1, 2).flatten(2)), membership
 
-    def _membership_bias_at(self, position_ids: torch.Tensor) -> torch.Tensor:
-        """β at the positions `[1 or B, T]` of the tokens, `[1 or B, K, T]`."""
+    @staticmethod
+    def _membership_bias_at(membership_bias: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        """β `[K, max positions, 1]` at the positions `[1 or B, T]` of the tokens, `[1 or B, K, T]`."""
         return learned_positions(
-            lambda ids: F.embedding(ids, self.membership_bias[..., 0].mT).mT,
+            lambda ids: F.embedding(ids, membership_bias[..., 0].transpose(0, 1)).transpose(1, 2),
             position_ids,
-            self.membership_bias.shape[1],
+            membership_bias.shape[1],
         )
 
 
@@ -141,10 +141,9 @@ class ToSTTextDecoderLayer(GradientCheckpointingLayer):
 
 class ToSTTextPreTrainedModel(DecoderPreTrainedModel):
     config: ToSTTextConfig
-    _no_split_modules = ["ToSTTextDecoderLayer"]
+    layer_class = ToSTTextDecoderLayer
     _can_record_outputs = {
-        "hidden_states": ToSTTextDecoderLayer,
-        "attentions": [OutputRecorder(ToSTTextTokenStatistics, index=1), OutputRecorder(Attention, index=1)],
+        "attentions": [OutputRecorder(ToSTTextTokenStatistics, index=1), OutputRecorder(Attention, index=1)]
     }
 
     @torch.no_grad()
@@ -163,75 +162,33 @@ class ToSTTextPreTrainedModel(DecoderPreTrainedModel):
             init.normal_(module.mlp.fc2.weight, std=std)
 
 
-class ToSTTextModel(DecoderModel, ToSTTextPreTrainedModel):
+class ToSTTextModel(ToSTTextPreTrainedModel, DecoderModel):
     """
     The bare ToST language model, in GPT-2's frame. With `output_attentions` it returns, for each token statistics layer,
     the soft membership Π `[B, K, T]` of every token in every head, and for each attention layer (if its implementation
     is `"eager"`) its weights `[B, K, T, past + T]`.
     """
 
-    def __init__(self, config: ToSTTextConfig):
-        super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.position_embeddings = (
-            nn.Embedding(config.max_position_embeddings, config.hidden_size)
-            if config.position_embedding_type == "learned"
-            else None
-        )
-        self.dropout = nn.Dropout(config.embedding_dropout)
-        self.layers = nn.ModuleList([ToSTTextDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, bias=config.use_bias)
-        self.gradient_checkpointing = False
-        self.post_init()
-
-    def add_positions(self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-        if self.position_embeddings is not None:
-            size = self.config.max_position_embeddings
-            return inputs_embeds + learned_positions(self.position_embeddings, position_ids, size)
-        if self.config.position_embedding_type == "sinusoidal":
-            return inputs_embeds + sinusoidal_positions(position_ids, inputs_embeds.shape[-1]).to(inputs_embeds.dtype)
-        return inputs_embeds
+    def make_norm(self, config: ToSTTextConfig) -> nn.Module:
+        return nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, bias=config.use_bias)
 
 
-class ToSTForCausalLM(ForCausalLM, ToSTTextPreTrainedModel, RecurrentGenerationMixin):
+class ToSTForCausalLM(ToSTTextPreTrainedModel, ForCausalLM):
     """The ToST language model with its output projection."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
-    _tp_plan = {"lm_head": "colwise_gather_output"}
-
-    def __init__(self, config: ToSTTextConfig):
-        super().__init__(config)
-        self.model = ToSTTextModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
+    model_class = ToSTTextModel
 
 
-class ToSTTextForSequenceClassification(ForSequenceClassification, ToSTTextPreTrainedModel):
+class ToSTTextForSequenceClassification(ToSTTextPreTrainedModel, ForSequenceClassification):
     """The ToST language model with a sequence classification or regression head on the last real token."""
 
-    def __init__(self, config: ToSTTextConfig):
-        super().__init__(config)
-        self.num_labels = config.num_labels
-        self.model = ToSTTextModel(config)
-        self.dropout = nn.Dropout(config.classifier_dropout)
-        self.score = nn.Linear(config.hidden_size, config.num_labels)
-        self.post_init()
-
-    def pooler(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-        # `ToSTTextModel` repeats the last real token over the padding after it.
-        return hidden_states[:, -1]
+    model_class = ToSTTextModel
 
 
-class ToSTTextForTokenClassification(ForTokenClassification, ToSTTextPreTrainedModel):
+class ToSTTextForTokenClassification(ToSTTextPreTrainedModel, ForTokenClassification):
     """The ToST language model with a classification head on every token."""
 
-    def __init__(self, config: ToSTTextConfig):
-        super().__init__(config)
-        self.num_labels = config.num_labels
-        self.model = ToSTTextModel(config)
-        self.dropout = nn.Dropout(config.classifier_dropout)
-        self.score = nn.Linear(config.hidden_size, config.num_labels)
-        self.post_init()
+    model_class = ToSTTextModel
 
 
 __all__ = [

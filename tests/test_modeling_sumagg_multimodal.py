@@ -262,6 +262,49 @@ def test_problem_types(problem_type, labels):
     assert_close(model(**batch, labels=labels).loss, expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (torch.tensor([0, 3]), r"`labels` must be in \[0, 3\), or -1 to be ignored, got 3"),
+        (torch.tensor([True, False]), "`labels` are indices of 3 classes .*torch.bool"),
+    ],
+)
+def test_classes_that_do_not_exist(labels, message):
+    model = SumAggForMultimodalRegression(config(num_labels=3, problem_type="single_label_classification"))
+    with pytest.raises(ValueError, match=message):
+        model(numeric_features=torch.zeros(2, 3), labels=labels, ignore_index=-1)
+
+
+def test_ignored_class():
+    model = build(SumAggForMultimodalRegression, config(num_labels=3, problem_type="single_label_classification"))
+    outputs = model(numeric_features=torch.randn(3, 3), labels=torch.tensor([-1, 2, 0]), ignore_index=-1)
+    assert_close(outputs.loss, F.cross_entropy(outputs.logits[1:], torch.tensor([2, 0])))
+
+
+def test_labels_are_standardised_before_they_are_rounded():
+    model = build(SumAggForMultimodalRegression, config(label_mean=[1.7e9], label_std=[3.0]))
+    features, labels = torch.randn(2, 3), torch.tensor([1.7e9, 1.7e9 + 6], dtype=torch.float64)
+    scores = build(SumAggForMultimodalRegression, config())(numeric_features=features).logits[:, 0]
+    loss = model(numeric_features=features, labels=labels).loss
+    assert loss.dtype == torch.float32
+    assert_close(loss, (scores - torch.tensor([0.0, 2.0])).square().mean())
+
+
+def test_an_empty_batch():
+    model = SumAggForMultimodalRegression(config())
+    assert model(**{name: x[:0] for name, x in inputs().items()} | {"numeric_features": None}).logits.shape == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [({"classifier_dropout": 2.0}, r"`classifier_dropout` .*got 2.0"), ({"patch_size": 4}, "`patch_size` = 4")],
+)
+def test_arguments_of_from_pretrained_are_checked(argument, message, tmp_path):
+    SumAggForMultimodalRegression(config()).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        SumAggForMultimodalRegression.from_pretrained(tmp_path, **argument)
+
+
 def test_labels_of_one_output_may_have_a_column():
     model = build(SumAggForMultimodalRegression, config())
     features, labels = torch.randn(4, 3), torch.randint(9, (4,))
@@ -281,6 +324,17 @@ def test_save_and_load(num_labels, tmp_path):
     batch = {name: x.float() if x.is_floating_point() else x for name, x in with_gaps(inputs()).items()}
     torch.testing.assert_close(reloaded.eval()(**batch).logits, model(**batch).logits, rtol=1e-5, atol=1e-6)
     assert reloaded(**batch).logits.shape == (5, num_labels)
+
+
+def test_a_checkpoint_carries_no_language_model(tmp_path):
+    config().save_pretrained(tmp_path)
+    assert {path.stem for path in tmp_path.glob("*.py")} == {
+        "checks",
+        "configuration_sumagg_multimodal",
+        "modeling_sumagg_multimodal",
+        "positions",
+        "registration",
+    }
 
 
 def test_initial_scale():
@@ -319,6 +373,11 @@ def test_compiled():
         ({"input_ids": torch.zeros(1, 3, dtype=torch.long), "attention_mask": torch.ones(1, 4)}, "attention_mask"),
         ({"numeric_features": torch.zeros(2, 3), "labels": torch.zeros(3)}, r"`labels` must have the shape \[B\]"),
         ({"numeric_features": torch.zeros(2, 3), "labels": torch.zeros(2, 2)}, r"\[B, num_labels\] = \[2, 1\]"),
+        ({"input_ids": torch.zeros(3, dtype=torch.long)}, r"`input_ids` must have the shape \[B, T\]"),
+        (
+            {"input_ids": torch.zeros(2, 3, dtype=torch.long), "numeric_features": torch.zeros(1, 3)},
+            "`numeric_features` has 1 rows and `input_ids` 2",
+        ),
     ],
 )
 def test_bad_input(kwargs, message):

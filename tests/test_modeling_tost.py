@@ -9,13 +9,20 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from peft import LoraConfig, get_peft_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from testing import assert_close, build
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoBackbone, AutoConfig, AutoModel, AutoModelForImageClassification, pipeline
+from transformers import (
+    AutoBackbone,
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageClassification,
+    Trainer,
+    TrainingArguments,
+    pipeline,
+)
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from modeling_sumagg import ToSTBackbone, ToSTConfig, ToSTForImageClassification, ToSTModel
@@ -261,18 +268,59 @@ def test_images_of_a_batch_do_not_meet():
     assert_close(together, alone)
 
 
+SEVERAL_LABELS = torch.tensor([[1, 0, 0, 1, 1]] * 3)
+
+
 @pytest.mark.parametrize(
     "labels, problem_type, loss",
     [
         (torch.tensor([0, 4, 2]), None, lambda logits, y: F.cross_entropy(logits, y)),
-        (torch.tensor([[1.0, 0, 0, 1, 1]] * 3), None, lambda logits, y: F.binary_cross_entropy_with_logits(logits, y)),
+        (torch.tensor([0, 4, 2], dtype=torch.uint8), None, lambda logits, y: F.cross_entropy(logits, y.long())),
+        (torch.tensor([0, -100, 2]), None, lambda logits, y: F.cross_entropy(logits[[0, 2]], y[[0, 2]])),
+        *(
+            (SEVERAL_LABELS.to(dtype), None, lambda logits, y: F.binary_cross_entropy(logits.sigmoid(), y.float()))
+            for dtype in (torch.float32, torch.float64, torch.int64, torch.bool)
+        ),
         (torch.linspace(-1, 1, 15).view(3, 5), "regression", lambda logits, y: (logits - y).square().mean()),
+        (torch.arange(15).view(3, 5), "regression", lambda logits, y: (logits - y).square().mean()),
     ],
 )
 def test_losses(labels, problem_type, loss):
     model = build(ToSTForImageClassification, tiny_config(problem_type=problem_type))
     outputs = model(images(3), labels=labels)
+    assert outputs.loss.dtype == torch.float32
     assert_close(outputs.loss, loss(outputs.logits, labels))
+
+
+def test_ignore_index():
+    model = build(ToSTForImageClassification, tiny_config())
+    outputs = model(images(3), labels=torch.tensor([-1, 4, 2]), ignore_index=-1)
+    assert_close(outputs.loss, F.cross_entropy(outputs.logits[1:], torch.tensor([4, 2])))
+
+
+def test_loss_of_a_large_error_in_half_precision():
+    model = build(ToSTForImageClassification, tiny_config(problem_type="regression")).half()
+    outputs = model(images(3), labels=torch.full((3, 5), 1000.0))
+    assert outputs.logits.dtype == torch.float16
+    assert_close(outputs.loss, (outputs.logits.float() - 1000).square().mean())
+
+
+@pytest.mark.parametrize(
+    "labels, problem_type, message",
+    [
+        (torch.tensor([0, 5, 2]), None, r"`labels` must be in \[0, 5\), or -100 to be ignored, got 5"),
+        (torch.tensor([0, -1, 2]), None, r"`labels` must be in \[0, 5\), or -100 to be ignored, got -1"),
+        (torch.tensor([0, 1]), None, r"`labels` must have the shape \[B\] = \[3\], got \[2\]"),
+        (torch.tensor(1), None, r"`labels` must have the shape \[B\] = \[3\], got \[\]"),
+        (torch.tensor([True, False, True]), None, "`labels` are indices of 5 classes .*torch.bool: .*`labels.long"),
+        (torch.tensor([0.0, 1.0, 2.0]), None, "`labels` are indices of 5 classes .*torch.float32"),
+        (torch.zeros(3, 4), "regression", r"\[B, num_labels\] = \[3, 5\], got \[3, 4\]"),
+    ],
+)
+def test_wrong_labels_are_refused_with_the_numbers(labels, problem_type, message):
+    model = build(ToSTForImageClassification, tiny_config(problem_type=problem_type))
+    with pytest.raises(ValueError, match=message):
+        model(images(3), labels=labels)
 
 
 def test_training_learns_a_batch():
@@ -289,6 +337,38 @@ def test_training_learns_a_batch():
         losses.append(loss.item())
     assert losses[1] < losses[0]
     assert losses[-1] < 0.1 * losses[0]
+
+
+@pytest.mark.parametrize("problem_type", ["regression", "multi_label_classification", "single_label_classification"])
+def test_gradient_accumulation_is_a_larger_batch(problem_type, tmp_path):
+    pixel_values, labels = images(8, 8, 8), torch.randint(2, (8, 5)).float()
+    if problem_type == "single_label_classification":
+        labels = torch.arange(8) % 5
+    rows = [{"pixel_values": image, "labels": label} for image, label in zip(pixel_values, labels, strict=True)]
+    start = build(ToSTForImageClassification, tiny_config(problem_type=problem_type)).state_dict()
+    updates = []
+    for batch_size, accumulation in ((8, 1), (2, 4)):
+        model = build(ToSTForImageClassification, tiny_config(problem_type=problem_type))
+        # Batch norm takes the statistics of the batch in training, whatever its size.
+        model.tost.embeddings.patch_embeddings.train = lambda mode: None
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path),
+            report_to=[],
+            save_strategy="no",
+            disable_tqdm=True,
+            use_cpu=True,
+            max_steps=1,
+            learning_rate=1e-2,
+            max_grad_norm=0,
+            optim="sgd",
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=accumulation,
+        )
+        Trainer(model=model, args=arguments, train_dataset=rows).train()
+        updates.append({name: weight - start[name] for name, weight in model.state_dict().items()})
+    assert updates[0]["classifier.weight"].abs().max() > 1e-4
+    for name, update in updates[0].items():
+        torch.testing.assert_close(updates[1][name], update, rtol=1e-3, atol=1e-6, msg=name)
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
@@ -344,35 +424,21 @@ def test_class_attention_is_never_dropped():
 
 @pytest.mark.parametrize("qkv_bias", [True, False])
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-def test_class_attention_without_keys_and_values(implementation, qkv_bias):
+def test_class_attention_by_hand(implementation, qkv_bias):
     config = tiny_config(qkv_bias=qkv_bias)
     config._attn_implementation = implementation
     attention = ToSTClassAttention(config).double()
     hidden_states = torch.randn(3, 17, 32, dtype=torch.float64)
-    results, shapes = [], []
-    for hooked in (False, True):
-        leaf = hidden_states.clone().requires_grad_()
-        if hooked:
-            # What acts on the projection needs all that it computes.
-            attention.qkv.register_forward_hook(lambda module, args, output: shapes.append(output.shape))
-        output = attention(leaf)
-        gradients = torch.autograd.grad(output.square().sum(), [leaf, *attention.parameters()])
-        results.append((output, *gradients))
-    assert shapes == [(3, 17, 96)]
+    query, key, value = attention.qkv(hidden_states).split(32, dim=-1)
+    heads = []
+    for head in range(4):
+        channels = slice(8 * head, 8 * head + 8)
+        scores = query[:, :1, channels] @ key[..., channels].mT / 8**0.5
+        heads.append(scores.softmax(-1) @ value[..., channels])
+    expected = attention.o_proj(torch.cat(heads, dim=-1))
+    assert expected.shape == (3, 1, 32)
     # The softmax of the eager attention is in float32.
-    rtol, atol = (1e-10, 1e-12) if implementation == "sdpa" else (1e-5, 1e-6)
-    for actual, expected in zip(*results, strict=True):
-        torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol)
-
-
-def test_class_attention_with_an_adapter():
-    config = LoraConfig(target_modules=["qkv"], init_lora_weights=False)
-    model = build(ToSTForImageClassification, tiny_config())
-    before = model(images(2)).logits
-    adapted = get_peft_model(model, config)
-    logits = adapted(images(2)).logits
-    assert (logits - before).abs().max() > 1e-3
-    assert_close(adapted.merge_and_unload()(images(2)).logits, logits)
+    assert_close(attention(hidden_states), expected, rtol=1e-10 if implementation == "sdpa" else 1e-5)
 
 
 def test_initial_weights_are_the_originals():
@@ -446,6 +512,23 @@ def test_wrong_images_are_refused_with_the_numbers():
         model(images(1, 36, 32, 1))
     with pytest.raises(ValueError, match=r"32 x 4 .*patches of 8 x 8"):
         model(images(1, 32, 4, 1))
+    with pytest.raises(ValueError, match=r"\[B, channels, height, width\], got \[3, 32, 32\].*`pixel_values\[None\]`"):
+        model(images(1)[0])
+
+
+@pytest.mark.parametrize(
+    "argument, message",
+    [
+        ({"hidden_act": "nope"}, "hidden_act .*got 'nope'"),
+        ({"drop_path_rate": 2.0}, r"drop_path_rate .*\[0, 1\), got 2.0"),
+        ({"patch_size": 14}, "patch_size must be 8 or 16 .*got 14"),
+    ],
+)
+@pytest.mark.parametrize("model_class", [ToSTForImageClassification, ToSTBackbone])
+def test_arguments_of_from_pretrained_are_checked(model_class, argument, message, tmp_path):
+    ToSTForImageClassification(tiny_config()).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        model_class.from_pretrained(tmp_path, **argument)
 
 
 @pytest.mark.parametrize(
@@ -458,6 +541,10 @@ def test_wrong_images_are_refused_with_the_numbers():
         ({"image_size": (32, 20)}, r"image_size must be a multiple of patch_size 8, or two .*got \(32, 20\)"),
         ({"drop_path_rate": 1.0}, r"drop_path_rate .*\[0, 1\), got 1.0"),
         ({"hidden_size": 32.5}, "'hidden_size' expected int"),
+        ({"hidden_act": "nope"}, "hidden_act must be one of .*'relu'.*got 'nope'"),
+        ({"num_hidden_layers": -1}, "num_hidden_layers must be at least 0, got -1"),
+        ({"mlp_ratio": 0}, "mlp_ratio must leave at least one channel of 32, got 0"),
+        ({"image_size": [32]}, r"two \(height, width\), got \[32\]"),
     ],
 )
 def test_wrong_configs_are_refused_with_the_numbers(values, message):

@@ -89,6 +89,9 @@ class Attention(nn.Module):
         config, length = self.config, query.shape[2]
         mask = layout.masks[self.layer_type]
         dropout = config.attention_dropout if self.training else 0.0
+        if length == 0:
+            # Not every implementation takes no queries.
+            return query.transpose(1, 2), None
         if self.is_sliding and mask is None and attends_in_blocks(config, length):
             output = sliding_window_attention(
                 query, key, value, sliding_window=config.sliding_window, scaling=self.scaling, dropout_p=dropout

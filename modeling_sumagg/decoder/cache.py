@@ -61,12 +61,11 @@ def append_columns(
         order = recency.topk(real.shape[1], dim=1).indices.flip(1)
     order = order[:, first:]
     columns = order[:, None, :, None]
-    state = (
+    return (keys, values), (
         keys.gather(2, columns.expand(-1, keys.shape[1], -1, keys.shape[3])),
         values.gather(2, columns.expand(-1, values.shape[1], -1, values.shape[3])),
         real.gather(1, order),
     )
-    return (keys, values), state
 
 
 @dataclass
@@ -211,6 +210,26 @@ def _own_layer(
     return own
 
 
+def layer_types_in_use(config: PreTrainedConfig) -> list[str]:
+    """The types of the layers that a forward pass runs: an early exit of `generate` lowers `num_hidden_layers`."""
+    return config.layer_types[: config.num_hidden_layers]
+
+
+def start_over(cache: Cache, config: PreTrainedConfig) -> None:
+    """
+    Empty the layers of an assistant's cache if one of them had to forget everything ([`~RecurrentLayer.crop`]).
+
+    An assistant with another tokenizer goes back further than the tokens since the last `crop`, where what it said is
+    read as other tokens. `generate` hands it all tokens again.
+    """
+    layers = cache.layers[: config.num_hidden_layers]
+    lengths = [int(layer.get_seq_length()) for layer in layers]
+    if 0 in lengths:
+        for layer, length in zip(layers, lengths, strict=True):
+            if length > 0:
+                layer.crop(-length)
+
+
 def adopt_cache(cache: Cache, config: PreTrainedConfig) -> None:
     """
     Make `cache` fit a model with recurrent layers, in place; a cache that already fits is left as it is.
@@ -231,14 +250,16 @@ def adopt_cache(cache: Cache, config: PreTrainedConfig) -> None:
     if cache.layer_class_to_replicate is not None and not cache.layers:
         cache.layers = DynamicCache(config=config).layers
         cache.layer_class_to_replicate = None
-    if len(cache.layers) != len(config.layer_types):
+    layer_types = layer_types_in_use(config)
+    # In an early exit transformers 5.17 makes the layers that are left out, too.
+    if len(cache.layers) not in (len(layer_types), len(config.layer_types)):
         raise ValueError(
-            f"`cache` has {len(cache.layers)} layers and the model {len(config.layer_types)}. Make the cache with "
+            f"`cache` has {len(cache.layers)} layers and the model {len(layer_types)}. Make the cache with "
             "`DynamicCache(config=model.config)`."
         )
     # Of the cache as a whole: transformers' static sliding layers have no record that could be switched on.
     record_past = any(getattr(layer, "record_past", False) for layer in cache.layers)
-    for i, layer_type in enumerate(config.layer_types):
+    for i, layer_type in enumerate(layer_types):
         layer = cache.layers[i] = _own_layer(cache.layers[i], layer_type, config, record_past)
         if layer_type in _ATTENTION_LAYERS:
             fits = isinstance(layer, _ATTENTION_LAYERS[layer_type])
@@ -252,7 +273,7 @@ def adopt_cache(cache: Cache, config: PreTrainedConfig) -> None:
             )
     if not cache.is_compileable and not is_tracing():
         # `crop` goes from layer to layer, and attention layers go back further than recurrent ones can.
-        lengths = [layer.get_seq_length() for layer in cache.layers[: config.num_hidden_layers]]
+        lengths = [layer.get_seq_length() for layer in cache.layers[: len(layer_types)]]
         if len({length for length in lengths if not isinstance(length, torch.Tensor)}) > 1:
             raise ValueError(
                 f"The layers of `cache` have seen different numbers of tokens, {lengths}: a forward pass or a `crop` has "

@@ -105,7 +105,9 @@ def loss_of_classes(loss_function: Callable, labels: torch.Tensor, num_classes: 
     """
     try:
         return loss_function(labels=labels, **kwargs)
-    except IndexError:
+    except (IndexError, RuntimeError):
+        if not is_concrete(labels):
+            raise
         ignored = kwargs.get("ignore_index", -100)
         unknown = labels[(labels != ignored) & ((labels < 0) | (labels >= num_classes))].tolist()
         if not unknown:

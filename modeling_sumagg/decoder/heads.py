@@ -1,6 +1,6 @@
-"""The heads that the text models share: the forward passes, as in `transformers.modeling_layers`.
+"""The models with a head, as in `transformers.modeling_layers`.
 
-A class that inherits one provides `model` and the modules that the head names.
+A family's model inherits from its `DecoderPreTrainedModel` and a head, and names its bare model as `model_class`.
 """
 
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput, TokenClassifierOutput
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
@@ -21,9 +21,22 @@ from ..compatibility import (
     named_cache,
 )
 from .checks import check_labels, labels_of_rows, loss_of_classes
+from .model import DecoderModel, DecoderPreTrainedModel, RecurrentGenerationMixin
 
 
-class ForCausalLM:
+class _LanguageModel(DecoderPreTrainedModel):
+    model_class: type[DecoderModel]
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__(config)
+        self.model = self.model_class(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
+        self.post_init()
+
+
+class ForCausalLM(_LanguageModel, RecurrentGenerationMixin):
     """Language modelling head: `lm_head` on every token."""
 
     @accepts_cache
@@ -73,7 +86,7 @@ class ForCausalLM:
         )
 
 
-class ForMaskedLM:
+class ForMaskedLM(_LanguageModel):
     """Masked language modelling head: `lm_head` on every token of a bidirectional model."""
 
     @accepts_cache
@@ -110,11 +123,35 @@ class ForMaskedLM:
         )
 
 
-class ForSequenceClassification:
-    """Sequence classification or regression head: `score` on what `pooler` makes of the real tokens."""
+class LastTokenPooler(nn.Module):
+    """The hidden state of the last real token, which [`DecoderModel`] repeats over the padding after it."""
 
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__()
+
+    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        return hidden_states[:, -1]
+
+
+class ForSequenceClassification(DecoderPreTrainedModel):
+    """
+    Sequence classification or regression head: `score` on the vector `[B, d]` that `pooler(hidden_states,
+    attention_mask)`, a `pooler_class(config)`, makes of the real tokens.
+    """
+
+    model_class: type[DecoderModel]
+    pooler_class: type[nn.Module] = LastTokenPooler
     # The loss is a mean over the batch: `Trainer` has to divide by the accumulation steps.
     accepts_loss_kwargs = False
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = self.model_class(config)
+        self.pooler = self.pooler_class(config)
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
 
     @accepts_cache
     @can_return_tuple
@@ -151,6 +188,10 @@ class ForSequenceClassification:
         hidden_states = outputs.last_hidden_state
         if attention_mask is not None:
             attention_mask = attention_mask[:, attention_mask.shape[1] - hidden_states.shape[1] :]
+        if hidden_states.shape[1] == 0:
+            # No tokens are pooled as one that is masked: their sum is zero.
+            hidden_states = F.pad(hidden_states, (0, 0, 0, 1))
+            attention_mask = hidden_states.new_zeros(hidden_states.shape[:2], dtype=torch.bool)
         logits = self.score(self.dropout(self.pooler(hidden_states, attention_mask)))
         loss = None
         if labels is not None:
@@ -167,8 +208,18 @@ class ForSequenceClassification:
         )
 
 
-class ForTokenClassification:
+class ForTokenClassification(DecoderPreTrainedModel):
     """Token classification head: `score` on every token."""
+
+    model_class: type[DecoderModel]
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = self.model_class(config)
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
 
     @accepts_cache
     @can_return_tuple
@@ -204,7 +255,7 @@ class ForTokenClassification:
         if labels is not None:
             check_labels(labels, logits.shape[:2], "[B, T]", self.num_labels)
             loss = loss_of_classes(
-                self.loss_function, labels, self.num_labels, logits=logits, config=self.config, **kwargs
+                self.loss_function, labels.long(), self.num_labels, logits=logits, config=self.config, **kwargs
             )
         return TokenClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
@@ -224,6 +275,7 @@ def language_model_loss(
         return None, model.lm_head(hidden_states)
     vocab_size = model.config.vocab_size
     check_labels(labels, hidden_states.shape[:2], "[B, T]", vocab_size)
+    labels = labels.long()
     if model.training and model.config.fuse_linear_cross_entropy:
         arguments = {"hidden_states": hidden_states, "lm_head": model.lm_head, "is_causal": is_causal, **kwargs}
         return loss_of_classes(fused_language_model_loss, labels, vocab_size, **arguments), None

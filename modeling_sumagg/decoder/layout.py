@@ -10,6 +10,7 @@ Everything is derived from `attention_mask` and `position_ids`:
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from transformers import Cache
 
 from .checks import is_concrete
@@ -78,7 +79,7 @@ def sequence_layout(
         `ValueError`: a shape does not fit, a position is negative, or an id is outside the vocabulary.
     """
     batch_size, length = inputs.shape[:2]
-    past_length = 0 if cache is None else cache.get_seq_length()
+    past_length = 0 if cache is None else on_device(cache.get_seq_length(), inputs.device)
     real = None
     if attention_mask is not None:
         real = _checked_mask(attention_mask, inputs, past_length)
@@ -117,7 +118,7 @@ def sequence_layout(
     if length <= 1 or (real is None and not has_positions) or not is_concrete(inputs):
         return SequenceLayout(position_ids, mask, document_ids, restart, {}), real, has_positions
 
-    facts = {}
+    facts: dict[str, torch.Tensor] = {}
     if real is not None:
         facts |= {"all_real": real.all(), "segment_real": mask.all()}
     if has_positions:
@@ -154,6 +155,11 @@ def sequence_layout(
     return layout, None if read.get("all_real", True) else real, bool(read.get("earlier", False))
 
 
+def on_device(length: int | torch.Tensor, device: torch.device) -> int | torch.Tensor:
+    """A length that a cache gives; in a static cache a tensor beside the states of a layer, which counts on in place."""
+    return length.to(device, copy=True) if isinstance(length, torch.Tensor) else length
+
+
 def _checked_mask(attention_mask: torch.Tensor, inputs: torch.Tensor, past_length: int | torch.Tensor) -> torch.Tensor:
     """The mask as bool, if its shape is `[B, past + T]`."""
     batch_size, length = inputs.shape[:2]
@@ -180,6 +186,8 @@ def last_real_hidden_states(hidden_states: torch.Tensor, attention_mask: torch.T
         return hidden_states
     mask = attention_mask.to(hidden_states.device)
     index = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
-    last_real = torch.where(mask, index, -1).cummax(dim=1)[0]
-    last_real = torch.where(last_real < 0, index, last_real)
+    count = mask.long().cumsum(dim=1)
+    # Where the n-th real token stands, for n from 1; what padding writes at 0 is not read. ONNX has no running maximum.
+    places = F.pad(torch.zeros_like(index), (1, 0)).scatter(1, count * mask, index)
+    last_real = torch.where(count == 0, index, places.gather(1, count))
     return hidden_states.gather(1, last_real[..., None].expand_as(hidden_states))

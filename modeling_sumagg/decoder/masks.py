@@ -11,8 +11,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, and_masks, 
 from transformers.utils.generic import is_flash_attention_requested
 
 from .attention import attends_in_blocks
-from .cache import SlidingWindowLayer
-from .layout import SequenceLayout
+from .cache import SlidingWindowLayer, layer_types_in_use
+from .layout import SequenceLayout, on_device
 
 
 def attention_masks(
@@ -40,7 +40,7 @@ def attention_masks(
     Raises:
         `ValueError`: the attention implementation cannot express the mask.
     """
-    kinds = sorted({"full_attention", "sliding_attention"} & set(config.layer_types))
+    kinds = sorted({"full_attention", "sliding_attention"} & set(layer_types_in_use(config)))
     if not kinds:
         return {}
     if is_flash_attention_requested(config):
@@ -71,11 +71,10 @@ def _attention_mask(
     batch_size, length = inputs.shape[:2]
     window = config.sliding_window if kind == "sliding_attention" else None
     layer = None if cache is None else cache.layers[config.layer_types.index(kind)]
+    # Flex attention asks the mask function again when the cache has counted on.
+    past_length = 0 if layer is None else on_device(cache.get_seq_length(), inputs.device)
     kv_length, kv_offset = (length, 0) if layer is None else layer.get_mask_sizes(length)
-    past_length = 0 if layer is None else layer.get_seq_length()
-    if isinstance(past_length, torch.Tensor):
-        # Flex attention asks the mask function again when the cache has counted on, in place.
-        past_length = past_length.clone()
+    kv_offset = on_device(kv_offset, inputs.device)
     if isinstance(layer, SlidingWindowLayer):
         real = layer.real_columns(layout.attention_mask, inputs)
     if real is None and positions is None and window is not None and attends_in_blocks(config, length):

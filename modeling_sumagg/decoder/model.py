@@ -3,11 +3,12 @@
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ..compatibility import (
     CACHE_NAME,
@@ -18,17 +19,23 @@ from ..compatibility import (
     warn_of_untested_transformers,
     with_cache_renamed,
 )
-from .cache import adopt_cache
+from .attention import Attention
+from .cache import adopt_cache, start_over
 from .checks import look_up
 from .layout import SequenceLayout, last_real_hidden_states, sequence_layout
 from .masks import attention_masks
+from .positions import learned_positions, sinusoidal_positions
+from .recurrence import RecurrentLayer, register_recurrent_layer_type
 
 
 class DecoderPreTrainedModel(PreTrainedModel):
     """
-    Base of the models over a sequence of tokens. A family derives one of its own, with its `config` class, its block in
-    `_no_split_modules`, and in `_can_record_outputs` its block (`"hidden_states"`) and its mixers (`"attentions"`).
+    Base of the models over a sequence of tokens. A family derives one of its own, annotates its config class as `config`,
+    and names its block as `layer_class`, made as `layer_class(config, layer_idx)` and called as
+    `layer(hidden_states, layout, cache=cache, **shared, **kwargs)`, which is usually a [`DecoderLayer`].
     """
+
+    layer_class: type[nn.Module]
 
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
@@ -41,6 +48,16 @@ class DecoderPreTrainedModel(PreTrainedModel):
     # transformers looks for the call of the attention interface in the file of a model; ours is in `attention.py`.
     _can_set_attn_implementation_cached_value = True
 
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        for layer_type in getattr(cls.config_class, "recurrent_layer_types", ()):
+            register_recurrent_layer_type(layer_type)
+        if "layer_class" in cls.__dict__:
+            own = cls.__dict__.get("_can_record_outputs", {})
+            attentions = OutputRecorder(Attention, index=1)
+            cls._can_record_outputs = {"hidden_states": cls.layer_class, "attentions": attentions, **own}
+            cls._no_split_modules = [cls.layer_class.__name__]
+
     def __init__(self, config: PreTrainedConfig):
         super().__init__(config)
         # `from_pretrained(..., num_hidden_layers=...)` sets attributes of a config that was valid before.
@@ -52,18 +69,43 @@ class DecoderPreTrainedModel(PreTrainedModel):
         return True
 
 
-class DecoderModel:
+class DecoderModel(DecoderPreTrainedModel):
     """
-    The forward pass of a bare decoder.
-
-    A class that inherits it and its family's [`DecoderPreTrainedModel`] provides the modules `embed_tokens`, `dropout`,
-    `layers` and `norm`. A layer is called as `layer(hidden_states, layout, cache=cache, **shared, **kwargs)`.
+    A bare decoder: embeddings, blocks, a norm. A family's model inherits from its [`DecoderPreTrainedModel`] and this.
 
     A masked token is transparent: nothing sees it, and its own output repeats that of the last real token before it.
     """
 
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.make_positions(config)
+        self.dropout = nn.Dropout(config.embedding_dropout)
+        self.layers = nn.ModuleList([self.layer_class(config, i) for i in range(config.num_hidden_layers)])
+        self.norm = self.make_norm(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def make_norm(self, config: PreTrainedConfig) -> nn.Module:
+        """The norm after the blocks."""
+        return nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def make_positions(self, config: PreTrainedConfig) -> None:
+        """Make the modules that [`~DecoderModel.add_positions`] calls."""
+        self.position_embeddings = None
+        if config.position_embedding_type == "learned":
+            self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+
     def add_positions(self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-        """The embeddings `[B, T, d]` with what the family does to them at `position_ids` `[1 or B, T]`."""
+        """The embeddings `[B, T, d]` with those of their `position_ids` `[1 or B, T]`, of `position_embedding_type`."""
+        if self.position_embeddings is not None:
+            # A row of positions for each row of tokens, as adapters of single rows take them.
+            position_ids = position_ids.expand(inputs_embeds.shape[0], -1)
+            size = self.config.max_position_embeddings
+            return inputs_embeds + learned_positions(self.position_embeddings, position_ids, size)
+        if self.config.position_embedding_type == "sinusoidal":
+            positions = sinusoidal_positions(position_ids, inputs_embeds.shape[-1])
+            return (inputs_embeds + positions).to(inputs_embeds.dtype)
         return inputs_embeds
 
     def shared_arguments(self, layout: SequenceLayout) -> dict[str, torch.Tensor | None]:
@@ -171,7 +213,21 @@ class RecurrentGenerationMixin(GenerationMixin):
 
     def generate(self, *args, **kwargs):
         """As in transformers, with the decode state as `cache` or as `past_key_values`, whatever its version calls it."""
-        return super().generate(*args, **with_cache_renamed(kwargs, CACHE_NAME))
+        num_hidden_layers = self.config.num_hidden_layers
+        try:
+            return super().generate(*args, **with_cache_renamed(kwargs, CACHE_NAME))
+        finally:
+            # An early exit lowers it, and does not restore it where something fails.
+            self.config.num_hidden_layers = num_hidden_layers
+
+    def _get_candidate_generator(self, generation_config, *args, **kwargs):
+        early_exit = generation_config.assistant_early_exit
+        if early_exit is not None and not 1 <= early_exit <= self.config.num_hidden_layers:
+            raise ValueError(
+                f"`assistant_early_exit` must be in [1, {self.config.num_hidden_layers}], the layers after which the "
+                f"model may exit, got {early_exit}."
+            )
+        return super()._get_candidate_generator(generation_config, *args, **kwargs)
 
     def _prepare_position_ids_for_generation(self, inputs_tensor: torch.Tensor, model_kwargs: dict[str, Any]) -> None:
         # `forward` counts them itself, of which it can know that they begin no document.
@@ -180,15 +236,27 @@ class RecurrentGenerationMixin(GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs: dict[str, Any], generation_mode, batch_size: int, max_cache_length: int
     ) -> None:
+        is_quantized = generation_config.cache_implementation == "quantized"
+        if is_quantized and set(self.config.layer_types) != {"full_attention"}:
+            raise ValueError(
+                "`cache_implementation='quantized'` is for models of full attention alone: a recurrent state is small, "
+                "and is kept in float32. Leave it out, or choose 'static'."
+            )
         # The candidates of prompt lookup may go beyond the last token that is to be generated.
         max_cache_length += generation_config.prompt_lookup_num_tokens or 0
         super()._prepare_cache_for_generation(
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
         cache = find_cache(model_kwargs)
-        if cache is not None:
-            # Before `generate` asks its layers to record.
-            adopt_cache(cache, self.config)
+        if cache is None:
+            return
+        if generation_config.is_assistant:
+            start_over(cache, self.config)
+        # Before `generate` asks its layers to record.
+        adopt_cache(cache, self.config)
+        for layer in cache.layers:
+            if isinstance(layer, RecurrentLayer):
+                layer.starts_over = bool(generation_config.is_assistant)
 
     def _prefill(self, input_ids: torch.Tensor, generation_config, model_kwargs: dict[str, Any], *args, **kwargs):
         attention_mask, chunk_size = model_kwargs.get("attention_mask"), generation_config.prefill_chunk_size

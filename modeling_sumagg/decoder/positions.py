@@ -25,9 +25,11 @@ def sinusoidal_positions(position_ids: torch.Tensor, hidden_size: int) -> torch.
     return torch.cat([angles.sin(), angles.cos()], dim=-1).float()
 
 
-def learned_positions(table: Callable, position_ids: torch.Tensor, size: int) -> torch.Tensor:
+def learned_positions(table: Callable, position_ids: torch.Tensor, size: int | None) -> torch.Tensor:
     """
     What `table` has learned for each position, `table(position_ids)`.
+
+    Hand it `[B, T]`, one row for each sequence, where it is a module: adapters may differ from row to row.
 
     Args:
         table (`Callable`): an embedding table, or another function of positions.
@@ -67,7 +69,7 @@ class PositionModulation(nn.Module):
     """
 
     def __init__(
-        self, hidden_size: int, position_embedding_type: str, max_position_embeddings: int, position_bias: float
+        self, hidden_size: int, position_embedding_type: str, max_position_embeddings: int | None, position_bias: float
     ):
         super().__init__()
         self.position_embedding_type = position_embedding_type
@@ -91,6 +93,7 @@ class PositionModulation(nn.Module):
         if self.position_embedding_type == "none":
             return inputs_embeds * self.position_bias
         if self.position_embedding_type == "learned":
+            position_ids = position_ids.expand(inputs_embeds.shape[0], -1)
             positions = learned_positions(self.position_embeddings, position_ids, self.max_position_embeddings)
         else:
             positions = sinusoidal_positions(position_ids, inputs_embeds.shape[-1])

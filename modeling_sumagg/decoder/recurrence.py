@@ -4,8 +4,15 @@ A recurrence is a function of a segment and of the state before it, which return
 
     operator(x, *, initial_state, attention_mask, document_ids, **parameters) -> (y, state)
 
-with `x` `[B, ...]`, and as state a tensor `[B, ...]` or a tuple of several. A masked token is transparent, and the state
-of no tokens is zero (or `None`).
+- `x` `[B, ...]` holds `T` tokens in any layout, and `y` one output for each. Where a sequence is cut into segments makes
+  no difference: this one contract is prefill, decoding, packed training, streams, and going back over tokens.
+- A state is a tensor `[B, ...]` whose size does not depend on `T`, or a tuple of several; those of sums are in float32 at
+  least. The state of no tokens is zero, for which `initial_state` may also be `None`.
+- `attention_mask` `[B, T]`, bool, or `None` where all tokens are real. A masked token is transparent: it leaves no trace
+  in the state and in the outputs of real tokens, whatever its values, and its own output is read by nobody.
+- `document_ids` `[B, T]`, int64, or `None`. It counts up at each real token that begins another document, and nothing of
+  the documents before reaches that one. The state before belongs to the first id, the state after to the last.
+- It is a function of a module, so that it is found again by its name when a cache is copied or pickled.
 """
 
 from collections.abc import Callable
@@ -111,6 +118,7 @@ class RecurrentLayer(CacheLayerMixin):
         states (`dict[str, tuple[torch.Tensor, ...]]`): by the name of an operator, its state after the last token.
         cumulative_length (`int`, or a 0-d tensor in a static cache): the tokens seen, padding included.
         record_past (`bool`): whether what `crop` needs is kept from one `crop` to the next.
+        starts_over (`bool`): whether a `crop` beyond that forgets everything, because all tokens will be read again.
         recorded (`int`): the tokens seen since the last `crop`, as far as they were recorded.
     """
 
@@ -123,6 +131,7 @@ class RecurrentLayer(CacheLayerMixin):
         self.records: dict[str, list[Record]] = {}
         self.cumulative_length = 0
         self.record_past = False
+        self.starts_over = False
         self.recorded = 0
 
     @property
@@ -197,7 +206,8 @@ class RecurrentLayer(CacheLayerMixin):
         Go back by `-tokens_to_remove` tokens, and forget what was recorded.
 
         Raises:
-            `ValueError`: the argument is positive, or more tokens would be removed than were recorded.
+            `ValueError`: the argument is positive, or more tokens would be removed than were recorded (unless
+                `starts_over`).
         """
         # transformers 5.17 counts in tensors, which must not become the length.
         length = -int(tokens_to_remove)
@@ -205,6 +215,8 @@ class RecurrentLayer(CacheLayerMixin):
             raise ValueError(f"`crop` takes the tokens to remove as a negative number, got {-length}.")
         if not self.is_initialized:
             return
+        if length > self.recorded and self.starts_over:
+            return self.reset()
         if length > self.recorded:
             raise ValueError(
                 f"Cannot remove {length} tokens: {self.recorded} were recorded since the last `crop`. Call "
@@ -242,7 +254,7 @@ class RecurrentLayer(CacheLayerMixin):
     def map_batch(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Replace every tensor held, whose first dimension is the batch, by `function` of it."""
 
-        def of_state(state: State | None) -> State | None:
+        def of_state(state):
             return None if state is None else tuple(function(tensor) for tensor in state)
 
         self.states = {name: of_state(state) for name, state in self.states.items()}

@@ -5,8 +5,8 @@ import os
 from .documents import document_runs
 from .kernels.kernel_dispatch import set_kernels
 from .sliding_attention import sliding_window_attention
-from .summation import bidirectional_sum, causal_sum, causal_sum_reference
-from .token_blocks import activated_linear, token_wise
+from .summation import bidirectional_sum, causal_mean, causal_sum
+from .summation_reference import causal_sum_reference
 from .token_statistics.formula import TokenStatisticsState
 from .token_statistics.operators import (
     causal_token_membership,
@@ -20,8 +20,8 @@ from .token_statistics.operators import (
 
 __all__ = [
     "TokenStatisticsState",
-    "activated_linear",
     "bidirectional_sum",
+    "causal_mean",
     "causal_sum",
     "causal_sum_reference",
     "causal_token_membership",
@@ -33,7 +33,6 @@ __all__ = [
     "token_membership",
     "token_statistics",
     "token_statistics_reference",
-    "token_wise",
 ]
 
 set_kernels(os.environ.get("MODELING_SUMAGG_KERNELS", "auto"))

@@ -16,17 +16,29 @@ def document_runs(document_ids: torch.Tensor, attention_mask: torch.Tensor | Non
     Returns:
         `torch.Tensor` of shape `[B, T]`, int64, never decreasing along a row.
     """
-    if document_ids.shape[1] == 0:
-        return document_ids.long()
-    if attention_mask is not None:
-        real = attention_mask.bool()
-        index = torch.arange(real.shape[1], device=real.device).expand_as(real)
-        last_real = torch.where(real, index, -1).cummax(dim=1)[0]
-        first_real = real.int().argmax(dim=1, keepdim=True)
-        document_ids = document_ids.gather(1, torch.where(last_real < 0, first_real, last_real))
+    return document_starts(document_ids, attention_mask).long().cumsum(dim=1)
+
+
+def document_starts(document_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+    """
+    The first tokens of the documents of each row but the first one, bool `[B, T]`; the arguments are those of
+    [`document_runs`].
+    """
+    document_ids = ids_of_tokens(document_ids, attention_mask)
     # With one difference for each token an exported graph holds for T = 2 as well.
-    changes = document_ids.diff(dim=1, prepend=document_ids[:, :1]) != 0
-    return changes.long().cumsum(dim=1)
+    padded = torch.cat([document_ids[:, :1], document_ids], dim=1)
+    return padded[:, 1:] != padded[:, :-1]
+
+
+def ids_of_tokens(document_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+    """`document_ids` `[B, T]` in which masked positions have the id of the real token before them, else of the first."""
+    if attention_mask is None or document_ids.shape[1] == 0:
+        return document_ids
+    # The ids of the real tokens of a row by their rank, which is 1 for the first; what is masked is written to 0.
+    real = attention_mask.bool()
+    rank = real.long().cumsum(dim=1)
+    ids = torch.zeros_like(torch.cat([document_ids, document_ids[:, :1]], dim=1))
+    return ids.scatter(1, rank * real, document_ids).gather(1, rank.clamp_min(1))
 
 
 def check_tokens(

@@ -39,13 +39,16 @@ def sliding_window_attention(
         raise ValueError(
             f"A window of {sliding_window} takes 0 to {sliding_window - 1} keys before the first query, got {past}."
         )
-    num_blocks = -(-length // sliding_window)
+    # Of positive numbers, as ONNX rounds a negative quotient up.
+    num_blocks = (length + sliding_window - 1) // sliding_window
     end = num_blocks * sliding_window - length
 
     def blocks(x: torch.Tensor) -> torch.Tensor:
         """Keys as `[B · blocks, H, 2 windows, p]`, the first block beginning one window before the first query."""
-        x = F.pad(x, (0, 0, sliding_window - past, end)).unfold(2, 2 * sliding_window, sliding_window)
-        return x.permute(0, 2, 1, 4, 3).reshape(batch_size * num_blocks, num_heads, 2 * sliding_window, -1)
+        x = F.pad(x, (0, 0, sliding_window - past, end))
+        x = x.reshape(batch_size, num_heads, num_blocks + 1, sliding_window, x.shape[3])
+        pairs = torch.cat([x[:, :, :-1], x[:, :, 1:]], dim=3)
+        return pairs.transpose(1, 2).flatten(0, 1)
 
     query = F.pad(query, (0, 0, 0, end)).unflatten(2, (num_blocks, sliding_window)).transpose(1, 2).flatten(0, 1)
     rows = torch.arange(sliding_window, device=query.device)[:, None]

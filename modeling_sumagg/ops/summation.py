@@ -7,63 +7,30 @@ TechRxiv 2025, doi 10.36227/techrxiv.175790522.25734653.
 import re
 
 import torch
-import torch.nn.functional as F
 
-from .documents import check_tokens, document_runs
-from .kernels.kernel_dispatch import takes_kernels
-from .token_blocks import token_wise
+from .documents import check_tokens, document_runs, document_starts
+from .kernels.kernel_dispatch import is_recorded, is_transformed, kernel, takes_kernels
+from .scan import scan, state_dtype
 
-
-# Long enough for the triangular product to be a matrix product, short enough for its C·T·D work to stay small.
-CHUNK_SIZE = 32
 
 # Registered operators are global, and a checkpoint may bring its own copy of this file.
 _NAMESPACE = re.sub(r"\W", "_", __name__)
 
 
-def causal_sum_reference(
-    x: torch.Tensor,
-    *,
-    initial_state: torch.Tensor | None = None,
-    attention_mask: torch.Tensor | None = None,
-    document_ids: torch.Tensor | None = None,
-    relu: bool = False,
-    scale: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """[`causal_sum`], one token at a time: slow, and the definition of every other path."""
-    batch_size, length, hidden_size = x.shape
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    state = x.new_zeros(batch_size, hidden_size, dtype=dtype) if initial_state is None else initial_state.to(dtype)
-    document: list[int | None] = [None] * batch_size
-    outputs = []
-    for t in range(length):
-        rows = []
-        for b in range(batch_size):
-            row = state[b]
-            if attention_mask is None or attention_mask[b, t]:
-                if document_ids is not None:
-                    if document[b] is not None and document[b] != document_ids[b, t].item():
-                        row = torch.zeros_like(row)
-                    document[b] = document_ids[b, t].item()
-                row = row + (x[b, t].relu() if relu else x[b, t]).to(dtype)
-            rows.append(row)
-        state = torch.stack(rows) if rows else state
-        outputs.append(state)
-    y = torch.stack(outputs, dim=1) if outputs else x.to(dtype)
-    return _scaled(y, scale).to(x.dtype), state
-
-
 def causal_sum(
     x: torch.Tensor,
     *,
+    log_decay: torch.Tensor | None = None,
     initial_state: torch.Tensor | None = None,
     attention_mask: torch.Tensor | None = None,
     document_ids: torch.Tensor | None = None,
     relu: bool = False,
     scale: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    return_log_decay: bool = False,
+) -> tuple[torch.Tensor, ...]:
     r"""
-    Running sum over time, `s_t = s_{t-1} + x_t`, the causal summation aggregator of the summation paper.
+    Running sum over time, `s_t = a_t s_{t-1} + x_t`; without decays, `a_t = 1`, the causal summation aggregator of the
+    summation paper.
 
     Prefill, decoding, packed training and streaming are this one call: pass the state that the previous call
     returned, and the sums go on as if the segments had been one.
@@ -71,75 +38,153 @@ def causal_sum(
     Args:
         x (`torch.Tensor` of shape `[B, T, D]`, any floating dtype):
             The terms. `T` may be 0 or 1.
-        initial_state (`torch.Tensor` of shape `[B, D]`, float32, *optional*):
+        log_decay (`torch.Tensor` of shape `[K]` or `[B or 1, T, K]`, floating, *optional*):
+            `log a`, not positive, the same for all tokens or one for each. `K` divides `D`: each of the `K` decays is
+            that of a head of `D / K` consecutive channels, so that `K = D` is one decay for each channel. The decay of
+            a token acts on the sum before it. In float32 a decay of `1 - 1e-6` is exact to six digits as its logarithm,
+            and to one as itself.
+        initial_state (`torch.Tensor` of shape `[B, D]`, floating, *optional*):
             The sum before the first token. It belongs to the document of the first real token. Zero if not given.
         attention_mask (`torch.Tensor` of shape `[B, T]`, bool or 0/1, *optional*):
-            True where a token is real. A masked position adds nothing, whatever its values (NaN included), and
-            repeats the sum before it.
+            True where a token is real. A masked position adds nothing, whatever its values (NaN included), lets nothing
+            decay, and repeats the sum before it.
         document_ids (`torch.Tensor` of shape `[B, T]`, integer, *optional*):
             A change of id from one real token to the next restarts the sum. Terms of different documents are never
             added to each other, so that no rounding of an earlier document reaches a later one.
         relu (`bool`, *optional*, defaults to `False`):
-            Sum `max(x, 0)` instead of `x`: on a GPU without a pass over memory of its own.
-        scale (`torch.Tensor` of shape `[B, T]` or `[1, T]`, floating, *optional*):
+            Sum `max(x, 0)` instead of `x`: without a pass over memory of its own.
+        scale (`torch.Tensor` of shape `[B or 1, T]` or `[B or 1, T, K]`, floating, *optional*):
             Multiplies the sums, and not the final state, before they are rounded to the dtype of `x`; `1 / t` makes
-            them means. A constant: it gets no gradient.
+            them means. A constant, which gets no gradient; one for each of the `K` heads of `log_decay` gets one.
+        return_log_decay (`bool`, *optional*, defaults to `False`):
+            Return a third tensor, the logarithm of the decay of the whole segment: what the initial state is multiplied
+            by in the final one. Whoever joins segments that were summed apart needs it.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: the sums `[B, T, D]` in the dtype of `x`, and the final state `[B, D]`
-        in float32. The accumulation is in float32 whatever the dtype of `x` (in float64 for float64).
+        `tuple`: the sums `[B, T, D]` in the dtype of `x`; the final state `[B, D]` in float64 (float32 on devices that
+        have no float64); and if asked for the decay of the segment, `[B, K]` (`[B, 1]` without `log_decay`) in the same
+        dtype, `-inf` where another document begins.
+
+        Within a segment the accumulation is in float32 whatever the dtype of `x` (in float64 for float64), and from
+        segment to segment, so from one decode step to the next, in that of the state: without decays a step adds
+        nothing after 2^53 terms of one size, in float32 it would not after 2^24. No decay is divided by.
+
+        A NaN or an infinity reaches the tokens after it in its document. None before it and no other document, on a CPU
+        and without compilation: elsewhere, and in a compiled graph, a matrix product may spread it within a chunk.
 
     Raises:
-        `TypeError`: `x` is not floating, or `document_ids` is not integer.
+        `TypeError`: `x` or `log_decay` is not floating, or `document_ids` is not integer.
         `ValueError`: a shape does not fit `x`.
     """
     _check_sequence(x, attention_mask, document_ids)
     batch_size, length, hidden_size = x.shape
-    if initial_state is not None and initial_state.shape != (batch_size, hidden_size):
-        raise ValueError(
-            f"`initial_state` must have the shape [B, D] = [{batch_size}, {hidden_size}] of `x`, got "
-            f"{list(initial_state.shape)}."
-        )
-    if scale is not None and scale.shape not in ((1, length), (batch_size, length)):
-        raise ValueError(
-            f"`scale` must have the shape [B, T] = [{batch_size}, {length}] of `x` or [1, {length}], got "
-            f"{list(scale.shape)}."
-        )
+    state = _state("initial_state", initial_state, (batch_size, hidden_size), x)
+    _check_scale(x, scale, log_decay)
+    decays = None if log_decay is None else _per_token("log_decay", log_decay, x, attention_mask)
+    starts = None
+    if document_ids is not None and length > 1:
+        starts = document_starts(document_ids, attention_mask)
+    y, state = _causal_sum(x, decays, state, attention_mask, starts, relu, scale)
+    if not return_log_decay:
+        return y, state
+    if decays is None:
+        decays = state.new_zeros(batch_size, length, 1)
+    if starts is not None:
+        decays = torch.where(starts[..., None], -torch.inf, decays)
+    return y, state, decays.to(state.dtype).sum(dim=1).expand(batch_size, -1)
 
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    if initial_state is None:
-        initial_state = x.new_zeros(batch_size, hidden_size, dtype=dtype)
-    initial_state = initial_state.to(dtype)
+
+def _causal_sum(x, decays, state, attention_mask, starts, relu, scale):
+    length = x.shape[1]
     # A compiler fuses a single step with what is around it.
-    if takes_kernels(x) and not (length == 1 and torch.compiler.is_compiling()):
+    if decays is None and takes_kernels(x) and not (length == 1 and torch.compiler.is_compiling()):
         mask = None if attention_mask is None else attention_mask.bool()
-        runs = None if document_ids is None or length == 1 else document_runs(document_ids, mask)
-        return _kernel_sum(x, None, scale, initial_state, mask, runs, relu, False)
-
-    terms = _masked_terms(x, attention_mask)
+        runs = None if starts is None else starts.long().cumsum(dim=1)
+        return _kernel_sum(x, None, scale, state, mask, runs, relu, False)
     if length == 0:
-        return x, initial_state
-    is_chunked = length > 1 and document_ids is None and x.device.type == "cpu" and not torch.compiler.is_exporting()
-    if relu and not is_chunked:
-        terms = terms.relu()
+        return x, state
+    terms = _masked_terms(x, attention_mask)
     if length == 1:
-        y = terms + initial_state[:, None]
-        return _scaled(y, scale).to(x.dtype), y[:, 0]
+        decay = None if decays is None else decays[:, 0].to(state.dtype).exp()
+        state = _step(terms[:, 0].relu() if relu else terms[:, 0], decay, state)
+        return scaled(state[:, None], scale).to(x.dtype), state
+    y, state = scan(terms, decays, state, starts, relu=relu)
+    # With decays the sums are kept for backward.
+    in_place = (decays is None or not torch.is_grad_enabled()) and not is_recorded() and not is_transformed()
+    return scaled(y, scale, in_place).to(x.dtype), state
 
-    # A matrix product in reduced precision would round the sums.
-    with torch.autocast(x.device.type, enabled=False):
-        if document_ids is not None:
-            runs = document_runs(document_ids, attention_mask)
-            y = _segmented_sum(terms, runs, initial_state, runs[:, 0])
-        elif is_chunked:
-            y = _chunked_sum(terms, initial_state, relu)
-        else:
-            y = torch.cumsum(terms, dim=1) + initial_state[:, None]
-    # A slice would keep the sums of the whole segment alive for as long as the state.
-    final_state = y[:, -1].clone()
-    if scale is not None:
-        y *= scale.detach()[..., None]
-    return y.to(x.dtype), final_state
+
+def _step(terms: torch.Tensor, decay: torch.Tensor | None, state: torch.Tensor) -> torch.Tensor:
+    """The sum after one token of terms `[B, D]`, in as few operations as there can be: launching them is the cost."""
+    if decay is None:
+        return state + terms
+    heads = state.view(state.shape[0], decay.shape[1], -1)
+    return (heads * decay.unsqueeze(-1)).flatten(1) + terms
+
+
+def causal_mean(
+    x: torch.Tensor,
+    *,
+    log_decay: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    initial_state: tuple[torch.Tensor, torch.Tensor] | None = None,
+    attention_mask: torch.Tensor | None = None,
+    document_ids: torch.Tensor | None = None,
+    relu: bool = False,
+) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+    r"""
+    Weighted mean over time, in which what lies back has decayed, exact from the first token on:
+
+        m_t = s_t / n_t,    s_t = a_t s_{t-1} + v_t x_t,    n_t = a_t n_{t-1} + v_t
+
+    With weights `v = 1` and without decay it is the plain mean; with `v_t = 1 - a_t`, that is
+    `weight=-torch.expm1(log_decay)`, `s_t` is the moving average whose first tokens are too small by `n_t`.
+
+    Args:
+        x, log_decay, attention_mask, document_ids, relu: as for [`causal_sum`].
+        weight (`torch.Tensor` of shape `[K]` or `[B or 1, T, K]`, floating, *optional*):
+            v, not negative, for the heads of `log_decay`. 1 if not given.
+        initial_state (`tuple[torch.Tensor, torch.Tensor]`, *optional*):
+            The sums before the first token, s `[B, D]` and n `[B, K]`. Zero if not given.
+
+    Returns:
+        `tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]`: the means `[B, T, D]` in the dtype of `x`, rounded once,
+        zero where the weights are; and the final state, in the dtype of that of [`causal_sum`].
+
+    Raises:
+        `TypeError`: `x`, `log_decay` or `weight` is not floating, or `document_ids` is not integer.
+        `ValueError`: a shape does not fit `x`, or `weight` has other heads than `log_decay`.
+    """
+    _check_sequence(x, attention_mask, document_ids)
+    decays = _per_token("log_decay", log_decay, x, attention_mask)
+    batch_size, length, heads = x.shape[0], decays.shape[1], decays.shape[2]
+    if weight is not None and weight.shape[-1] != heads:
+        raise ValueError(
+            f"`weight` must be given for the {heads} heads of `log_decay`, got the shape {list(weight.shape)}."
+        )
+    weights = _per_token("weight", x.new_ones(heads) if weight is None else weight, x, attention_mask)
+    sums, total = (None, None) if initial_state is None else initial_state
+    sums = _state("initial_state[0]", sums, (batch_size, x.shape[2]), x)
+    total = _state("initial_state[1]", total, (batch_size, heads), x)
+    terms, mask = x, attention_mask
+    if weight is not None:
+        terms, mask = _masked_terms(x, mask), None
+        terms = ((terms.relu() if relu else terms).unflatten(2, (heads, -1)) * weights[..., None]).flatten(2)
+    weights = weights.expand(batch_size, length, heads)
+
+    if length == 1:
+        terms = _masked_terms(terms, mask)[:, 0]
+        decay = decays[:, 0].to(total.dtype).exp()
+        total = _step(weights[:, 0], decay, total)
+        sums = _step(terms.relu() if relu else terms, decay, sums)
+        # Where nothing has a weight yet the sum is zero.
+        means = sums.view(batch_size, heads, -1) / total.masked_fill(total == 0, 1).unsqueeze(-1)
+        return means.view(x.shape).to(x.dtype), (sums, total)
+    starts = None if document_ids is None else document_starts(document_ids, attention_mask)
+    totals, total = _causal_sum(weights, decays, total, None, starts, False, None)
+    scale = totals.masked_fill(totals == 0, 1).reciprocal()
+    means, sums = _causal_sum(terms, decays, sums, mask, starts, relu, scale)
+    return means.to(x.dtype), (sums, total)
 
 
 def bidirectional_sum(
@@ -158,6 +203,8 @@ def bidirectional_sum(
             masked positions add nothing.
         document_ids (`torch.Tensor` of shape `[B, T]`, integer, *optional*): with it, every position gets the sum
             of its own document, as [`causal_sum`] delimits documents.
+        scale (`torch.Tensor` of shape `[B or 1, T or 1]`, floating, *optional*): multiplies the sums before they are
+            rounded to the dtype of `x`; `1 / n` makes them means. A constant: it gets no gradient.
 
     Returns:
         `torch.Tensor` of shape `[B, T, D]` in the dtype of `x`, accumulated in float32 (float64 for float64).
@@ -167,12 +214,16 @@ def bidirectional_sum(
         `ValueError`: a shape does not fit `x`.
     """
     _check_sequence(x, attention_mask, document_ids)
+    if scale is not None and scale.shape[1:] == (1,):
+        _check_scale(x[:, :1], scale, None)
+    else:
+        _check_scale(x, scale, None)
     terms = _masked_terms(x, attention_mask)
     if document_ids is None:
-        return _scaled(terms.sum(dim=1, keepdim=True).expand_as(terms), scale).to(x.dtype)
+        return scaled(terms.sum(dim=1, keepdim=True), scale).to(x.dtype).expand_as(x)
     runs = document_runs(document_ids, attention_mask)[..., None].expand_as(terms)
     totals = torch.zeros_like(terms).scatter_add(1, runs, terms)
-    return _scaled(totals.gather(1, runs), scale).to(x.dtype)
+    return scaled(totals.gather(1, runs), scale).to(x.dtype)
 
 
 def _check_sequence(x: torch.Tensor, attention_mask: torch.Tensor | None, document_ids: torch.Tensor | None) -> None:
@@ -180,7 +231,49 @@ def _check_sequence(x: torch.Tensor, attention_mask: torch.Tensor | None, docume
         raise ValueError(f"`x` must have the shape [B, T, D], got {list(x.shape)}.")
     if not x.is_floating_point():
         raise TypeError(f"`x` must be of a floating dtype, got {x.dtype}.")
-    check_tokens("x", *x.shape[:2], attention_mask, document_ids)
+    check_tokens("x", x.shape[0], x.shape[1], attention_mask, document_ids)
+
+
+def _check_scale(x: torch.Tensor, scale: torch.Tensor | None, log_decay: torch.Tensor | None) -> None:
+    if scale is None:
+        return
+    batch_size, length = x.shape[:2]
+    heads = () if log_decay is None else log_decay.shape[-1:]
+    # By parts: comparing shapes of two sizes would tie one to the other in an exported graph.
+    is_fitting = scale.dim() in (2, 2 + len(heads)) and scale.shape[0] in (1, batch_size)
+    if not (is_fitting and scale.shape[1] == length and scale.shape[2:] in ((), heads)):
+        raise ValueError(
+            f"`scale` must have the shape [B, T] = [{batch_size}, {length}] of `x` or [1, {length}]"
+            f"{f', or one more dimension of the {heads[0]} heads of `log_decay`' if heads else ''}, got "
+            f"{list(scale.shape)}."
+        )
+
+
+def _state(name: str, state: torch.Tensor | None, shape: tuple[int, int], x: torch.Tensor) -> torch.Tensor:
+    if state is None:
+        return x.new_zeros(shape, dtype=state_dtype(x))
+    if state.shape != shape:
+        raise ValueError(f"`{name}` must have the shape {list(shape)} of `x`, got {list(state.shape)}.")
+    return state.to(state_dtype(x))
+
+
+def _per_token(name: str, values: torch.Tensor, x: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """`values` `[K]` or `[B or 1, T, K]` as `[B or 1, T, K]` in the dtype of the sums, zero where masked."""
+    batch_size, length, hidden_size = x.shape
+    if not values.is_floating_point():
+        raise TypeError(f"`{name}` must be of a floating dtype, got {values.dtype}.")
+    is_fitting = values.dim() in (1, 3) and values.shape[-1] > 0 and hidden_size % values.shape[-1] == 0
+    if not is_fitting or (
+        values.dim() == 3 and not (values.shape[0] in (1, batch_size) and values.shape[1] == length)
+    ):
+        raise ValueError(
+            f"`{name}` must have the shape [K], where K divides D = {hidden_size} of `x`, or [B, T, K] = "
+            f"[{batch_size}, {length}, K] or [1, {length}, K], got {list(values.shape)}."
+        )
+    values = values.to(torch.promote_types(x.dtype, torch.float32))
+    if values.dim() == 1:
+        values = values.expand(1, length, -1)
+    return values if attention_mask is None else values.masked_fill(~attention_mask.bool()[..., None], 0)
 
 
 def _masked_terms(x: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
@@ -191,68 +284,16 @@ def _masked_terms(x: torch.Tensor, attention_mask: torch.Tensor | None) -> torch
     return terms
 
 
-def _scaled(y: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
-    return y if scale is None else y * scale.detach()[..., None]
-
-
-def _to_chunks(x: torch.Tensor) -> torch.Tensor:
-    """`[B, T, D]` as `[B, ceil(T / C), C, D]`, the end filled with zeros."""
-    # Written so that a compiler meets one quotient; remainders make its symbolic shapes several times slower.
-    num_chunks = (x.shape[1] + CHUNK_SIZE - 1) // CHUNK_SIZE
-    padding = num_chunks * CHUNK_SIZE - x.shape[1]
-    # A compiled graph pads always (by nothing, fused) and so serves every length.
-    if torch.compiler.is_compiling() or padding:
-        x = F.pad(x, (0, 0, 0, padding))
-    return x.unflatten(1, (num_chunks, CHUNK_SIZE))
-
-
-def _chunked_sum(terms: torch.Tensor, initial_state: torch.Tensor, relu: bool) -> torch.Tensor:
-    """
-    Running sum `[B, T, D]` as a product with a lower triangle of ones inside each chunk plus the sum before the chunk.
-
-    Several times faster on a CPU than `torch.cumsum` along time, which walks memory with stride D. Linear but for the
-    sign of the terms, so that autograd differentiates it any number of times and saves no more than that needs.
-    """
-    length, hidden_size = terms.shape[1:]
-    triangle = torch.ones(CHUNK_SIZE, CHUNK_SIZE, dtype=terms.dtype, device=terms.device).tril()
-
-    def sum_chunks(chunks: torch.Tensor) -> torch.Tensor:
-        chunks = chunks.unflatten(-1, (CHUNK_SIZE, hidden_size))
-        return torch.matmul(triangle, chunks.relu() if relu else chunks).flatten(-2)
-
-    y = token_wise(sum_chunks, _to_chunks(terms).flatten(2)).unflatten(2, (CHUNK_SIZE, hidden_size))
-    totals = torch.cat([initial_state[:, None], y[:, :-1, -1]], dim=1)
-    y += totals.cumsum(dim=1)[:, :, None]
-    return y.flatten(1, 2)[:, :length]
-
-
-def _segmented_sum(
-    terms: torch.Tensor, runs: torch.Tensor, initial_state: torch.Tensor, initial_run: torch.Tensor
-) -> torch.Tensor:
-    """
-    Running sum `[B, T, D]` that restarts where `runs` `[B, T]` changes, begun with `initial_state` for `initial_run` `[B]`.
-
-    The same chunks, with the triangle cut at the borders of the documents. What a chunk hands on is the sum over its
-    last document only; these sums are themselves a segmented running sum over chunks, a sequence C times shorter.
-    """
-    length = terms.shape[1]
-    chunks = _to_chunks(terms)
-    num_chunks = chunks.shape[1]
-    # The filling goes on with the last document, so that the last chunk ends in it too.
-    filling = runs[:, -1:].expand(-1, num_chunks * CHUNK_SIZE - length)
-    runs = torch.cat([runs, filling], dim=1).unflatten(1, (num_chunks, CHUNK_SIZE))
-    same_document = (runs[..., :, None] == runs[..., None, :]).to(terms.dtype).tril()
-    y = same_document @ chunks
-
-    handed_on, handed_runs = initial_state[:, None], initial_run[:, None]
-    if num_chunks > 1:
-        last_runs = runs[:, :, -1]
-        later = _segmented_sum(y[:, :, -1], last_runs, initial_state, initial_run)
-        handed_on = torch.cat([handed_on, later[:, :-1]], dim=1)
-        handed_runs = torch.cat([handed_runs, last_runs[:, :-1]], dim=1)
-    continues = runs == handed_runs[..., None]
-    y = y + torch.where(continues[..., None], handed_on[:, :, None], 0)
-    return y.flatten(1, 2)[:, :length]
+def scaled(y: torch.Tensor, scale: torch.Tensor | None, in_place: bool = False) -> torch.Tensor:
+    if scale is None:
+        return y
+    heads = y
+    if scale.dim() == 2:
+        scale = scale.detach()
+    else:
+        heads = y.reshape(*y.shape[:2], scale.shape[2], -1)
+    scale = scale.unsqueeze(-1)
+    return (heads.mul_(scale) if in_place else heads * scale).flatten(2)
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::running_sum", mutates_args=())
@@ -267,9 +308,7 @@ def _kernel_sum(
     reverse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The Triton kernel of `causal_sum`, or with `reverse` of its adjoint. The kernel documents the arguments."""
-    from .kernels.running_sum_kernels import running_sum
-
-    return running_sum(x, gate, scale, initial, mask, runs, relu=relu, reverse=reverse)
+    return kernel("running_sum")(x, gate, scale, initial, mask, runs, relu=relu, reverse=reverse)
 
 
 @_kernel_sum.register_fake

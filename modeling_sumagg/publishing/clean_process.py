@@ -1,13 +1,15 @@
 """Load a checkpoint folder where this package cannot be imported, and run it. Started by `modeling_sumagg.hub`."""
 
 import json
+import re
 import sys
+import warnings
 from pathlib import Path
 
 import torch
 import transformers
 from safetensors import safe_open
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 # transformers 5.17 takes the top-level name away where torchvision is missing, though it needs none.
@@ -15,10 +17,16 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import logging
 
 
-def check_files(folder: Path) -> dict[str, str]:
-    """The `auto_map` of the checkpoint, whose weights are whole and in safetensors only, and whose code is there."""
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} holds no config.json: it is not a checkpoint.")
+ADAPTED_TASKS = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+
+
+def check_weights(folder: Path) -> dict[str, list[int]]:
+    """The shapes of the tensors by name; they must be whole, and in safetensors only."""
     others = sorted(
         path.name for ending in ("*model*.bin", "*.ckpt", "*.h5", "*.msgpack") for path in folder.glob(ending)
     )
@@ -27,12 +35,22 @@ def check_files(folder: Path) -> dict[str, str]:
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         raise ValueError(f"{folder} holds no safetensors file.")
+    shapes = {}
     for path in weights:
         try:
             with safe_open(path, framework="pt") as tensors:
+                shapes.update({name: tensors.get_slice(name).get_shape() for name in tensors.keys()})
                 print(f"{path.name}: {len(tensors.keys())} tensors")
         except Exception as error:
             raise ValueError(f"{path} is truncated or corrupted: {error}") from error
+    return shapes
+
+
+def check_files(folder: Path) -> dict[str, str]:
+    """The `auto_map` of the checkpoint, whose weights are whole and in safetensors only, and whose code is there."""
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} holds no config.json: it is not a checkpoint.")
+    check_weights(folder)
     auto_map = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("auto_map", {})
     if "AutoConfig" not in auto_map:
         raise ValueError(
@@ -41,8 +59,8 @@ def check_files(folder: Path) -> dict[str, str]:
     return auto_map
 
 
-def run(model: transformers.PreTrainedModel) -> None:
-    """One forward pass, and a short generation where the model can."""
+def run(model: torch.nn.Module) -> list[torch.Tensor]:
+    """One forward pass, whose tensors are returned, and a short generation where the model can."""
     config, inputs = model.config, {}
     if getattr(config, "vocab_size", None):
         inputs["input_ids"] = torch.arange(8)[None] % config.vocab_size
@@ -58,12 +76,30 @@ def run(model: transformers.PreTrainedModel) -> None:
         raise ValueError("The forward pass gives values that are not finite.")
     print(f"forward: {', '.join(str(list(tensor.shape)) for tensor in tensors)}, finite")
     if model.can_generate():
-        generated = model.generate(**inputs, max_new_tokens=4, min_new_tokens=4, do_sample=False)
-        print(f"generate: {generated[0, -4:].tolist()}")
+        generate = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+        # A padding token among the ids would be masked by `generate`, and not by the pass over all tokens.
+        mask = torch.ones_like(inputs["input_ids"])
+        made = model.generate(
+            **inputs, attention_mask=mask, **generate, output_logits=True, return_dict_in_generate=True
+        )
+        with torch.no_grad():
+            expected = model(made.sequences[:, :-1]).logits[:, -4:]
+        difference = (torch.stack(made.logits, dim=1) - expected).abs().max() / expected.abs().max()
+        if difference > torch.finfo(model.dtype).eps ** 0.5:
+            raise ValueError(
+                f"`generate` is wrong: its logits are off by {difference:.1e} of what a pass over all tokens gives. The code "
+                f"in the folder does not fit transformers {transformers.__version__}: `python -m modeling_sumagg.hub "
+                "--update FOLDER` brings it to the installed version of modeling-sumagg."
+            )
+        print(f"generate: {made.sequences[0, -4:].tolist()}")
+    return tensors
 
 
 def check_checkpoint(folder: Path) -> None:
     """Load and run everything in the folder; raises where something is wrong."""
+    if (folder / "adapter_config.json").is_file():
+        check_adapter(folder)
+        return
     auto_map = check_files(folder)
     classes = {name: get_class_from_dynamic_module(reference, str(folder)) for name, reference in auto_map.items()}
     config = classes["AutoConfig"].from_pretrained(folder)
@@ -86,9 +122,47 @@ def check_checkpoint(folder: Path) -> None:
         print(f"image processor: {type(AutoImageProcessor.from_pretrained(folder)).__name__}")
 
 
+def check_adapter(folder: Path) -> None:
+    """Load and run the base model with the adapter, twice: what is new in it must come from the adapter's file."""
+    from peft import PeftModel, get_peft_model_state_dict
+
+    shapes = check_weights(folder)
+    adapter = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    base = adapter.get("base_model_name_or_path")
+    if not base:
+        raise ValueError(f"The adapter_config.json in {folder} names no base model.")
+    config = AutoConfig.from_pretrained(base, trust_remote_code=True)
+    adapted_class = (adapter.get("auto_mapping") or {}).get("base_model_class")
+    classes = {reference.rpartition(".")[2]: name for name, reference in getattr(config, "auto_map", {}).items()}
+    auto_name = ADAPTED_TASKS.get(adapter.get("task_type")) or classes.get(adapted_class)
+    if auto_name is None:
+        raise ValueError(f"The adapter_config.json in {folder} names neither a task nor a class of {base}.")
+    arguments = {}
+    heads = [shape[0] for name, shape in shapes.items() if re.search(r"model\.(score|classifier)\.weight$", name)]
+    if heads:
+        arguments = {"num_labels": heads[0], "ignore_mismatched_sizes": True}
+    outputs = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        model = getattr(transformers, auto_name).from_pretrained(base, trust_remote_code=True, **arguments)
+        model = PeftModel.from_pretrained(model, folder)
+        wrong = sorted(set(get_peft_model_state_dict(model)) ^ set(shapes))
+        if wrong:
+            raise ValueError(f"The adapter's weights do not fit {type(model.get_base_model()).__name__}: {wrong}.")
+        outputs.append(run(model.eval()))
+    if not all(torch.equal(*pair) for pair in zip(*outputs, strict=True)):
+        raise ValueError(
+            f"Loaded twice, the adapter gives different outputs: {base} lacks weights that the adapter does not hold. "
+            "Name their modules in `modules_to_save` of its config, and train it again."
+        )
+    print(f"{auto_name}: {type(model.get_base_model()).__name__} of {base}, {adapter['peft_type']}")
+
+
 if __name__ == "__main__":
-    # The documented way to make an import fail, which the type of `sys.modules` does not know.
-    sys.modules["modeling_sumagg"] = None  # type: ignore[assignment]
+    for blocked in {"modeling_sumagg", *sys.argv[2:]}:
+        # The documented way to make an import fail, which the type of `sys.modules` does not know.
+        sys.modules[blocked] = None  # type: ignore[assignment]
+    warnings.simplefilter("ignore")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:

@@ -24,16 +24,14 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import CONFIG_NAME, is_vision_available
 
 from ..families import FAMILIES, Family
-from ..registration import register
+from ..registration import register_class_names, register_lora_target_modules
 
 
 PACKAGE = __name__.partition(".")[0]
-REGISTRATION = register.__module__
+REGISTRATION = register_class_names.__module__
 HEADER = """\
 # From the Python package {origin}, module {module}.
-# Written beside the checkpoint so that it loads with `trust_remote_code=True` where the package is not installed: the
-# source unchanged but for this header, its imports of modules of this folder, and what it registers at its end, if
-# anything, so that the code is carried on when the model is saved again and its classes are known by their names.
+# The source but for its imports of modules of this folder, and what it registers at its end (`trust_remote_code=True`).
 """
 HEADER_PATTERN = re.compile(r"# From the Python package .*modeling-sumagg ([^ ,]+).*, module ([\w.]+)\.$")
 
@@ -75,7 +73,9 @@ def register_family(
             )
     if not config_class.__module__.startswith(f"{PACKAGE}."):
         flat_sources(family)
-    register(config_class, models, lora_target_modules=lora_target_modules)
+    register_class_names(config_class.model_type, models)
+    if lora_target_modules:
+        register_lora_target_modules(config_class, lora_target_modules)
     AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
     for auto_name, model_class in models.items():
         getattr(transformers, auto_name).register(config_class, model_class, exist_ok=True)
@@ -156,7 +156,7 @@ def read_header(path: Path) -> tuple[str, str] | None:
 
 
 def _source(module: str) -> str:
-    spec = getattr(sys.modules.get(module), "__spec__", None) or importlib.util.find_spec(module)
+    spec = sys.modules[module].__spec__ if module in sys.modules else importlib.util.find_spec(module)
     source = spec.loader.get_source(module) if spec is not None and hasattr(spec.loader, "get_source") else None
     if source is None:
         raise ValueError(f"The source of the module {module} cannot be read, so no checkpoint can carry it.")
@@ -169,22 +169,27 @@ def _last_name(module: str) -> str:
 
 def _registering(module: str, family: Family) -> str:
     """What the file of a module does at its end for the classes that it defines, in the formatting of this project."""
-    here = {name: cls.__name__ for name, cls in family.models.items() if cls.__module__ == module}
-    lines = []
+    imported, lines = [], []
+    # The loader may load the module of the config and that of the models into separate packages.
     if family.config_class.__module__ == module:
-        lines.append(f'{family.config_class.__name__}.register_for_auto_class("AutoConfig")')
-    lines += [f'{cls}.register_for_auto_class("{name}")' for name, cls in here.items()]
-    if not here:
-        return "".join(["\n\n", *(f"{line}\n" for line in lines)]) if lines else ""
-    lines += ["register(", f"    {next(iter(here.values()))}.config_class,", "    {"]
-    lines += [f'        "{name}": {cls},' for name, cls in here.items()]
-    lines += ["    },"]
-    if family.lora_target_modules:
-        names = (f'        "{name}",' for name in family.lora_target_modules)
-        lines += ["    lora_target_modules=[", *names, "    ],"]
-    lines += [")"]
-    start = f"\n\nfrom .{_last_name(REGISTRATION)} import {register.__name__}  # noqa: E402\n\n\n"
-    return start + "".join(f"{line}\n" for line in lines)
+        config = family.config_class.__name__
+        lines.append(f'{config}.register_for_auto_class("AutoConfig")')
+        if family.lora_target_modules:
+            imported.append(register_lora_target_modules.__name__)
+            entries = [f'        "{name}",' for name in family.lora_target_modules]
+            lines += [f"{imported[-1]}(", f"    {config},", "    [", *entries, "    ],", ")"]
+    models = {name: cls.__name__ for name, cls in family.models.items() if cls.__module__ == module}
+    lines += [f'{cls}.register_for_auto_class("{name}")' for name, cls in models.items()]
+    if models:
+        imported.append(register_class_names.__name__)
+        entries = [f'        "{name}": {cls},' for name, cls in models.items()]
+        lines += [f"{imported[-1]}(", f'    "{family.config_class.model_type}",', "    {", *entries, "    },", ")"]
+    if not lines:
+        return ""
+    if imported:
+        names = ", ".join(sorted(imported))
+        lines = [f"from .{_last_name(REGISTRATION)} import {names}  # noqa: E402", "", "", *lines]
+    return "".join(f"{line}\n" for line in ["", "", *lines])
 
 
 def flatten_imports(source: str, module: str) -> tuple[str, list[str]]:
@@ -205,6 +210,7 @@ def flatten_imports(source: str, module: str) -> tuple[str, list[str]]:
     """
     tree = ast.parse(source)
     lines = source.splitlines(keepends=True)
+    package = module if _is_package(module) else module.rpartition(".")[0]
     calls = [node for node in tree.body if _calls_register_family(node)]
     for call in calls:
         _replace(call, "", lines)
@@ -221,7 +227,7 @@ def flatten_imports(source: str, module: str) -> tuple[str, list[str]]:
                 )
             _replace(node, "", lines)
         elif isinstance(node, ast.ImportFrom):
-            target = importlib.util.resolve_name("." * node.level + (node.module or ""), module.rpartition(".")[0])
+            target = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
             if node.level == 0 and not _is_carried(target, module):
                 continue
             if _is_package(target):
@@ -263,7 +269,7 @@ def _replace(node: ast.AST, text: str, lines: list[str]) -> None:
 
 
 def _is_package(module: str) -> bool:
-    return importlib.util.find_spec(module).submodule_search_locations is not None
+    return getattr(importlib.util.find_spec(module), "submodule_search_locations", None) is not None
 
 
 def _is_carried(target: str, module: str) -> bool:

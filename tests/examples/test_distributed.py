@@ -1,7 +1,6 @@
 """Two processes of this machine train as one does, and a killed run goes on where it was."""
 
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -17,6 +16,7 @@ from accelerate import DeepSpeedPlugin, FullyShardedDataParallelPlugin
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from accelerate.utils.launch import prepare_multi_gpu_env
+from running import EXAMPLES, environment, losses
 from torch.distributed.fsdp import FSDPModule, StateDictType
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from transformers import AutoModelForCausalLM, PreTrainedConfig
@@ -24,7 +24,6 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from modeling_sumagg import SumAggConfig, ToSTTextConfig
 
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
 ACCELERATE = EXAMPLES / "accelerate"
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 TEXT = "def add(first, second):\n    return first + second\n\n\nclass Sum:\n    def __init__(self, terms):\n        pass\n"
@@ -37,15 +36,6 @@ def command(launcher: list[object], tmp_path: Path, output_dir: Path, *arguments
     options |= {"eval_strategy": "no", "output_dir": output_dir}
     flags = [item for name, value in options.items() for item in (f"--{name}", value)]
     return [str(item) for item in (sys.executable, *launcher, EXAMPLES / "run_clm.py", *flags, *arguments)]
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
-
-
-def losses(folder: Path) -> list[float]:
-    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    return [entry["loss"] for entry in history if "loss" in entry]
 
 
 def accelerate_launch(num_machines: int = 1, machine_rank: int = 0, port: int = 0) -> list[object]:

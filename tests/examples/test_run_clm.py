@@ -1,16 +1,37 @@
+import importlib.util
 import json
 import math
+import re
 
+import numpy as np
 import pytest
 import torch
+from datasets import load_dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import PeftConfig
+from PIL import Image
+from running import EXAMPLES, config_overrides, losses, metrics
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     DataCollatorForSeq2Seq,
     DataCollatorWithFlattening,
+    GPT2Tokenizer,
+    TrainingArguments,
 )
 
 from modeling_sumagg import SumAggConfig, ToSTTextConfig
+from modeling_sumagg.families import FAMILIES
+from modeling_sumagg.training import decay_parameter_names
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("run_clm", EXAMPLES / "run_clm.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def held_out_perplexity(folder, texts: list[str], length: int) -> float:
@@ -28,65 +49,112 @@ def held_out_perplexity(folder, texts: list[str], length: int) -> float:
     return math.exp(sum(losses) / len(losses))
 
 
-def losses(folder) -> list[float]:
-    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    return [entry["loss"] for entry in history if "loss" in entry]
-
-
-@pytest.mark.parametrize("family", ["sumagg", "tost_text"])
-@pytest.mark.parametrize("packing", ["flattened", "padded"])
-def test_perplexity_is_that_of_each_document_alone(
-    run_script, csv_files, short_run, config_overrides, family, packing, capsys
-):
-    from datasets import load_dataset
-
-    folder = run_script(
-        "run_clm.py", *short_run, *csv_files, *config_overrides(family), "--packing", packing, "--block_size", 24
+@pytest.mark.parametrize(("family", "packing"), [("sumagg", "flattened"), ("tost_text", "padded"), ("gpt2", "padded")])
+def test_perplexity_is_that_of_each_document_alone(language_model, csv_files, family, packing):
+    run = language_model(family, packing)
+    texts = load_dataset("csv", data_files=str(csv_files[3]), split="train", keep_default_na=False)["text"]
+    assert metrics(run.folder)["eval_perplexity"] == pytest.approx(
+        held_out_perplexity(run.folder, texts, 24), rel=1e-4
     )
-    reported = json.loads((folder / "eval_results.json").read_text())["eval_perplexity"]
-    texts = load_dataset("csv", data_files=csv_files[3], split="train", keep_default_na=False)["text"]
-    assert reported == pytest.approx(held_out_perplexity(folder, texts, 24), rel=1e-4)
-    assert "is no better than: unigram frequencies." in capsys.readouterr().out
-    assert "unigram frequencies" in (folder / "README.md").read_text()
-    assert (folder / "training.png").read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.parametrize("ending", ["txt", "jsonl", "parquet"])
-@pytest.mark.parametrize("streaming", [False, True])
-def test_every_kind_of_file_trains_streamed_or_not(
-    run_script, tmp_path, short_run, config_overrides, ending, streaming
-):
-    from datasets import Dataset
-
-    rows = Dataset.from_dict({"body": ["one two three four five six seven " * 40] * 4})
-    path = tmp_path / f"text.{ending}"
-    if ending == "txt":
-        path.write_text("\n".join(rows["body"]))
+    tokenizer = AutoTokenizer.from_pretrained(run.folder)
+    assert (tokenizer.padding_side, tokenizer.model_max_length) == ("left", 128)
+    assert re.search(r"unigram frequencies: [\d.]+ \(the model is no better\)", run.printed)
+    assert np.asarray(Image.open(run.folder / "training.png").convert("L")).std() > 5
+    card = run.folder / "README.md"
+    if family in FAMILIES:
+        assert "unigram frequencies" in card.read_text()
     else:
-        getattr(rows, "to_json" if ending == "jsonl" else "to_parquet")(path)
-    files = ["--train_file", path, *(["--validation_file", path] if ending == "txt" else ["--held_out_rows", 1])]
-    column = "text" if ending == "txt" else "body"
-    folder = run_script(
-        "run_clm.py", *short_run, *files, *config_overrides("sumagg"), "--block_size", 16,
-        "--text_column_name", column, "--streaming", streaming,
+        assert not card.exists()
+
+
+def test_the_first_line_says_what_it_will_do(language_model, csv_files):
+    first, second, *_ = language_model("sumagg", "flattened").printed.splitlines()
+    assert first == f"Trains a language model on {csv_files[1]} and saves it to out (the progress bar shows how long)."
+    assert re.fullmatch(r"SumAggForCausalLM, [\d,]+ parameters; a tokenizer of \d+ tokens\.", second)
+
+
+def test_unigram_perplexity(script):
+    training, held_out = [{"input_ids": [0, 1, 1, 1]}, {"input_ids": [1, 2]}], [{"input_ids": [2, 1, 0]}]
+    # Of 6 tokens and 4 of the smoothing: 0 twice, 1 five times.
+    expected = math.exp(-(math.log(5 / 10) + math.log(2 / 10)) / 2)
+    assert script.unigram_perplexity(training, held_out, 4) == pytest.approx(expected)
+
+
+class OneTokenPerCharacter:
+    eos_token_id = 0
+
+    def __call__(self, texts, add_special_tokens):
+        return {"input_ids": [[ord(character) for character in text] for text in texts]}
+
+
+@given(texts=st.lists(st.text("abc", max_size=12), max_size=8), block_size=st.integers(2, 7))
+def test_blocks_are_the_joined_documents(script, texts, block_size):
+    blocks = script.to_sequences(texts, OneTokenPerCharacter(), "blocks", block_size)["input_ids"]
+    joined = [token for text in texts for token in (*map(ord, text), 0)]
+    assert all(len(block) == block_size for block in blocks)
+    assert [token for block in blocks for token in block] == joined[: len(joined) // block_size * block_size]
+
+
+@given(text=st.text(), vocab_size=st.sampled_from([300, 400]))
+@settings(deadline=None, max_examples=30)
+def test_the_learned_tokenizer_gives_every_text_back(text, vocab_size):
+    tokenizer = GPT2Tokenizer(pad_token="<|endoftext|>").train_new_from_iterator(
+        ["def run(self):\n        return self.value\n" * 3], vocab_size, show_progress=False
+    )
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_trainer_decays_maps_and_embeddings_and_nothing_else(script, tmp_path):
+    model = AutoModelForCausalLM.from_config(ToSTTextConfig(vocab_size=20, hidden_size=32, num_attention_heads=2))
+    trainer = script.DecayTrainer(model, TrainingArguments(str(tmp_path), weight_decay=0.1, report_to="none"))
+    trainer.create_optimizer()
+    decayed, rest = trainer.optimizer.param_groups
+    assert (decayed["weight_decay"], rest["weight_decay"]) == (0.1, 0.0)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert {names[id(parameter)] for parameter in decayed["params"]} == set(decay_parameter_names(model))
+    assert len(decayed["params"]) + len(rest["params"]) == len(names)
+
+
+def test_a_stream_is_trained_on(run_script, tmp_path, short_run):
+    rows = [json.dumps({"body": "one two three four five six seven " * 40})] * 4
+    (tmp_path / "text.jsonl").write_text("\n".join(rows))
+    run = run_script(
+        "run_clm.py", *short_run, *config_overrides("sumagg"), "--train_file", "text.jsonl", "--held_out_rows", 1,
+        "--text_column_name", "body", "--streaming", "--block_size", 16,
     )  # fmt: skip
-    assert json.loads((folder / "all_results.json").read_text())["eval_perplexity"] > 1
-    assert len(AutoModelForCausalLM.from_pretrained(folder).config.layer_types) == 2
+    assert metrics(run.folder)["eval_perplexity"] > 1
 
 
-def test_a_preset_is_trained_with_overrides_and_a_checkpoint_is_trained_on(run_script, csv_files, short_run):
+def test_a_preset_is_trained_with_overrides(run_script, csv_files, short_run):
     small = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64}
-    folder = run_script(
+    run = run_script(
         "run_clm.py", *short_run, *csv_files, "--preset", "sumagg-published-lm", "--block_size", 16,
         "--config_overrides", json.dumps({**small, "layer_types": ["summation"] * 3}),
     )  # fmt: skip
-    config = AutoModelForCausalLM.from_pretrained(folder).config
+    config = AutoModelForCausalLM.from_pretrained(run.folder).config
     assert (config.norm_position, config.sum_normalization, config.hidden_size) == ("post", "none", 32)
-    again = run_script(
-        "run_clm.py", *short_run, *csv_files, "--model_name_or_path", folder, "--block_size", 16, output_dir="again"
-    )
-    losses = [json.loads((each / "all_results.json").read_text())["eval_loss"] for each in (folder, again)]
-    assert losses[1] < losses[0]
+
+
+def test_lora_goes_on_from_a_checkpoint_and_is_merged(
+    language_model, run_script, csv_files, short_run, in_a_clean_process
+):
+    base = language_model("sumagg", "flattened")
+    run = run_script(
+        "run_clm.py", *short_run, *csv_files, "--model_name_or_path", base.folder, "--packing", "flattened",
+        "--block_size", 24, "--lora_rank", 4, "--learning_rate", 2e-2, "--max_steps", 20,
+    )  # fmt: skip
+    before, after = (metrics(each.folder)["eval_perplexity"] for each in (base, run))
+    assert after < before - 1
+    assert f"before training: {before:.4g}" in run.printed
+    assert PeftConfig.from_pretrained(run.folder).target_modules == set(FAMILIES["sumagg"].lora_target_modules)
+    # Merged into plain weights, it is the same model.
+    texts = load_dataset("csv", data_files=str(csv_files[3]), split="train", keep_default_na=False)["text"]
+    assert held_out_perplexity(run.folder / "merged", texts, 24) == pytest.approx(after, rel=1e-3)
+    # Cards of ours, for the adapters too.
+    for folder in (run.folder, run.folder / "merged"):
+        assert "unigram frequencies" in (folder / "README.md").read_text()
+    assert [str(folder) for folder in in_a_clean_process[-2:]] == ["out", "out/merged"]
+    assert not [line for line in run.printed.splitlines() if "Warning" in line]
 
 
 @pytest.mark.parametrize(
@@ -112,9 +180,7 @@ def test_a_preset_is_trained_with_overrides_and_a_checkpoint_is_trained_on(run_s
     ids=["sumagg", "tost_text"],
 )
 def test_flattened_documents_have_the_loss_and_gradients_of_the_padded_batch(config):
-    from training_utils import train_tokenizer
-
-    tokenizer = train_tokenizer([], 257)
+    tokenizer = GPT2Tokenizer(pad_token="<|endoftext|>")
     generator = torch.Generator().manual_seed(0)
     features = []
     for length in (5, 1, 11, 7):
@@ -135,43 +201,59 @@ def test_flattened_documents_have_the_loss_and_gradients_of_the_padded_batch(con
         torch.testing.assert_close(flattened[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize("family", ["sumagg", "tost_text"])
-def test_training_resumes_on_the_same_loss_curve(run_script, csv_files, short_run, config_overrides, family):
+@pytest.mark.parametrize("family", ["sumagg", pytest.param("tost_text", marks=pytest.mark.slow)])
+def test_training_resumes_on_the_same_loss_curve(run_script, csv_files, short_run, family):
     arguments = [
         *short_run, "--max_steps", 8, *csv_files, *config_overrides(family, hidden_dropout=0.1), "--logging_steps", 1,
         "--block_size", 16, "--save_strategy", "steps", "--save_steps", 3,
     ]  # fmt: skip
 
-    whole = run_script("run_clm.py", *arguments, output_dir="whole")
+    whole = run_script("run_clm.py", *arguments, output_dir="whole").folder
     resumed = run_script(
         "run_clm.py", *arguments, "--resume_from_checkpoint", whole / "checkpoint-3", output_dir="resumed"
-    )
+    ).folder
     assert len(losses(whole)) == 8 and losses(whole)[-1] < losses(whole)[0]
     assert losses(resumed) == losses(whole)
     assert (resumed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
-def test_the_options_of_trainer_reach_the_models(run_script, csv_files, short_run, config_overrides):
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--learning_rat", 1], r"not used .*'--learning_rat'"),
+        (
+            ["--config_overrides", '{"hiden_size": 64}'],
+            r"SumAggConfig has no field 'hiden_size'. Did you mean 'hidden_size'\?",
+        ),
+        (["--streaming"], "--streaming needs --max_steps"),
+        (["--block_size", 100_000], "makes 0 training and 0 held-out sequences.*smaller --block_size"),
+    ],
+)
+def test_what_cannot_be_trained_is_said_in_one_line(error_of, csv_files, arguments, message):
+    assert re.search(message, error_of("run_clm.py", *csv_files, "--vocab_size", 300, *arguments))
+
+
+@pytest.mark.slow
+def test_the_options_of_trainer_reach_the_models(run_script, csv_files, short_run):
     """bf16 weights and autocast, accumulated gradients and activation checkpointing, on one run."""
-    folder = run_script(
+    run = run_script(
         "run_clm.py", *short_run, *csv_files, *config_overrides("sumagg"), "--block_size", 16, "--bf16", True, "--use_cpu", True,
         "--gradient_accumulation_steps", 2, "--gradient_checkpointing", True, "--dtype", "bfloat16",
     )  # fmt: skip
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(run.folder)
     assert model.dtype == torch.bfloat16
-    assert json.loads((folder / "all_results.json").read_text())["eval_loss"] < math.log(300)
+    assert metrics(run.folder)["eval_loss"] < math.log(300)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["sumagg", "tost_text"])
-def test_autocast_to_bfloat16_has_the_losses_of_float32_up_to_rounding(
-    run_script, csv_files, short_run, config_overrides, family
-):
+def test_autocast_to_bfloat16_has_the_losses_of_float32_up_to_rounding(run_script, csv_files, short_run, family):
     arguments = [
         *short_run, "--max_steps", 20, *csv_files, *config_overrides(family), "--logging_steps", 1, "--block_size", 16,
         "--learning_rate", 5e-3, "--use_cpu", True,
     ]  # fmt: skip
-    exact = run_script("run_clm.py", *arguments, output_dir="float32")
-    rounded = run_script("run_clm.py", *arguments, "--bf16", True, output_dir="bfloat16")
+    exact = run_script("run_clm.py", *arguments, output_dir="float32").folder
+    rounded = run_script("run_clm.py", *arguments, "--bf16", True, output_dir="bfloat16").folder
     assert AutoModelForCausalLM.from_pretrained(rounded).dtype == torch.float32
     assert losses(exact)[-1] < losses(exact)[0] - 1
     assert losses(rounded) != losses(exact)
@@ -181,16 +263,14 @@ def test_autocast_to_bfloat16_has_the_losses_of_float32_up_to_rounding(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["sumagg", "tost_text"])
-def test_compiled_training_has_the_losses_of_eager_training(
-    run_script, csv_files, short_run, config_overrides, family
-):
+def test_compiled_training_has_the_losses_of_eager_training(run_script, csv_files, short_run, family):
     arguments = [
         *short_run, *csv_files, *config_overrides(family), "--logging_steps", 1, "--block_size", 16, "--use_cpu", True,
         "--learning_rate", 5e-3,
     ]  # fmt: skip
-    eager = run_script("run_clm.py", *arguments, output_dir="eager")
+    eager = run_script("run_clm.py", *arguments, output_dir="eager").folder
     torch._dynamo.utils.counters.clear()
-    compiled = run_script("run_clm.py", *arguments, "--torch_compile", True, output_dir="compiled")
+    compiled = run_script("run_clm.py", *arguments, "--torch_compile", True, output_dir="compiled").folder
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
     assert losses(eager)[-1] < losses(eager)[0] - 0.1
     assert losses(compiled) == pytest.approx(losses(eager), abs=1e-4)

@@ -13,13 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from running import EXAMPLES
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedTokenizerFast, set_seed
 
 from modeling_sumagg import SumAggConfig, SumAggForCausalLM, ToSTTextConfig
 
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "stream_generation.py"
+SCRIPT = EXAMPLES / "stream_generation.py"
 TEXT = (
     "".join(
         f"Line {i}: the sum of {i} and {i + 1} is {2 * i + 1}; naïve 和 ∑ says  {'so' * (i % 4)}.\n" for i in range(60)
@@ -140,7 +141,9 @@ def start(checkpoint: Path, *arguments: object, **kwargs) -> subprocess.Popen:
 def test_ctrl_c_saves_and_resume_gives_the_same_tokens(checkpoint, tmp_path):
     data = TEXT.encode()
     (tmp_path / "text.txt").write_bytes(data)
-    uninterrupted = start(checkpoint, "--input", tmp_path / "text.txt", "--state", tmp_path / "a.safetensors")
+    uninterrupted = start(
+        checkpoint, "--input", tmp_path / "text.txt", "--state", tmp_path / "a.safetensors", "--json"
+    )
     expected, errors = uninterrupted.communicate(timeout=300)
     assert uninterrupted.returncode == 0, errors
 
@@ -164,7 +167,7 @@ def test_ctrl_c_saves_and_resume_gives_the_same_tokens(checkpoint, tmp_path):
     assert interrupted.returncode == 130
     interrupted.stdin.close()
 
-    resumed = start(checkpoint, "--state", state, "--resume", stdin=subprocess.PIPE)
+    resumed = start(checkpoint, "--state", state, "--resume", "--json", stdin=subprocess.PIPE)
     output, errors = resumed.communicate(data[middle:], timeout=300)
     assert resumed.returncode == 0, errors
     assert output == expected
@@ -181,13 +184,24 @@ def _handles(pid: int, number: int) -> bool:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (GPT2Config(), "gpt2"),
-        (SumAggConfig(num_hidden_layers=2), r"Layers \[1\]"),
-        (SumAggConfig(num_hidden_layers=1, layer_types=["summation"]), "learned positions"),
-        (ToSTTextConfig(position_embedding_type="sinusoidal"), "use_membership_bias"),
+        (GPT2Config(), "type 'gpt2' has no state of constant size"),
+        (SumAggConfig(num_hidden_layers=2), r"Layers \[1\] of the model attend to the whole text"),
+        (SumAggConfig(num_hidden_layers=1, layer_types=["summation"]), r"after 1024 tokens \(learned positions\)"),
+        (ToSTTextConfig(position_embedding_type="sinusoidal"), r"after 1024 tokens \(use_membership_bias=True\)"),
     ],
     ids=["gpt2", "full attention", "learned positions", "membership bias"],
 )
-def test_models_without_a_constant_state_are_refused(example, config, message):
-    with pytest.raises(ValueError, match=message):
+def test_models_without_a_constant_state_are_refused_with_what_trains_a_fitting_one(example, config, message):
+    with pytest.raises(
+        ValueError, match=rf"{message}.*`python quickstart.py` trains a model .* --model runs/quickstart"
+    ):
         example.check_constant_state(config)
+
+
+def test_errors_of_users_are_one_line(error_of, checkpoint, tmp_path):
+    script, state = "stream_generation.py", ["--state", "s.safetensors", "--input", "a.txt"]
+    assert "'a.txt'" in error_of(script, "--model", checkpoint, *state, output_dir="").replace("PosixPath", "")
+    (tmp_path / "a.txt").touch()
+    assert "s.safetensors" in error_of(script, "--model", checkpoint, "--resume", *state, output_dir="")
+    (tmp_path / "s.safetensors").write_bytes(b"no state")
+    error_of(script, "--model", checkpoint, "--resume", *state, output_dir="")

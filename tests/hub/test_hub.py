@@ -8,9 +8,11 @@ import pytest
 import torch
 from checkpoints import save_with_outputs, text_config
 from huggingface_hub import ModelCard
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from testing import build, multimodal_config, sumagg_config, tost_config, tost_text_config
 from torch import nn
+from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
 from modeling_sumagg import (
     SumAggForCausalLM,
@@ -19,7 +21,7 @@ from modeling_sumagg import (
     ToSTForCausalLM,
     ToSTForImageClassification,
 )
-from modeling_sumagg.hub import check_card, create_model_card, decode_state_size, main
+from modeling_sumagg.hub import check_card, create_model_card, decode_state_size, main, save_model_card
 from modeling_sumagg.publishing.clean_process import check_files
 
 
@@ -83,7 +85,7 @@ def test_the_card_says_what_was_run(tmp_path, model_class, config, pipeline_tag,
         "| optimizer steps | 100 |",
         "| learning rate | 0.001 |\n| batch size | 8 |",
         "| hardware | a pocket calculator |",
-        "| | perplexity | accuracy |\n|---|---:|---:|\n| **this model** | 12.35 | 0.5 |\n"
+        "| | perplexity (per token) | accuracy (fraction) |\n|---|---:|---:|\n| **this model** | 12.35 | 0.5 |\n"
         "| feed-forward only | 23.46 | 0.25 |",
         f"| parameters | {sum(p.numel() for p in model.parameters()):,} |",
         "Knows no verbs.",
@@ -94,12 +96,49 @@ def test_the_card_says_what_was_run(tmp_path, model_class, config, pipeline_tag,
     assert check_card(tmp_path / "card.md")
 
 
+@pytest.mark.parametrize(
+    ("config", "length", "limit"),
+    [
+        (sumagg_config(), "64 tokens", True),
+        (sumagg_config(position_embedding_type="sinusoidal"), "unlimited", False),
+        (tost_text_config(), "64 tokens", True),
+        (tost_text_config(position_embedding_type="none"), "64 tokens", True),
+        (tost_text_config(position_embedding_type="none", use_membership_bias=False), "unlimited", False),
+    ],
+)
+def test_the_card_names_context_length_units_and_a_sample_and_generates(config, length, limit):
+    model = build(SumAggForCausalLM if config.model_type == "sumagg" else ToSTForCausalLM, config)
+    units = {"perplexity": "per character"}
+    card = create_model_card(model, **RUN, units=units, sample="To be, or not\n\nto be")
+    for text in (
+        f"| context length | {length} |",
+        "| | perplexity (per character) | accuracy (fraction) |",
+        "## Sample\n\n~~~text\nTo be, or not\n\nto be\n~~~\n",
+        'model.generate(**tokenizer("Once upon a time", return_tensors="pt"), max_new_tokens=50)\n',
+        "skip_special_tokens=True",
+    ):
+        assert text in card.text, text
+    assert ("longer input is refused" in card.text) == limit
+    limits = card.text.partition("## Limits")[2].partition("## Citation")[0].strip()
+    assert all(line.startswith("- ") for line in limits.splitlines()), limits
+
+
+def test_cards_of_other_tasks_do_not_generate():
+    for model in (
+        build(SumAggForSequenceClassification, text_config()),
+        build(ToSTForImageClassification, tost_config()),
+    ):
+        text = create_model_card(model, **RUN).text
+        assert "generate(" not in text and "## Sample" not in text
+        assert ("context length" in text) == hasattr(model.config, "vocab_size")
+
+
 def test_state_size_is_what_the_cache_holds():
-    # 2 summation layers of 16 float32, and 1 attention layer with 2 x 16 float32 a token.
-    assert decode_state_size(build(SumAggForCausalLM, sumagg_config("hybrid"))) == (2 * 16 * 4, 2 * 16 * 4)
-    assert decode_state_size(build(SumAggForCausalLM, sumagg_config("pure"))) == (2 * 16 * 4, 0)
+    # 2 summation layers of 16 float64, and 1 attention layer with 2 x 16 float32 a token.
+    assert decode_state_size(build(SumAggForCausalLM, sumagg_config("hybrid"))) == (2 * 16 * 8, 2 * 16 * 4)
+    assert decode_state_size(build(SumAggForCausalLM, sumagg_config("pure"))) == (2 * 16 * 8, 0)
     # 2 layers of 2 heads of 8 channels: two sums of squares a channel, and one of memberships a head.
-    assert decode_state_size(build(ToSTForCausalLM, tost_text_config("pure"))) == (2 * (2 * 16 + 2) * 4, 0)
+    assert decode_state_size(build(ToSTForCausalLM, tost_text_config("pure"))) == (2 * (2 * 16 + 2) * 8, 0)
     assert decode_state_size(build(ToSTForImageClassification, tost_config())) is None
 
 
@@ -111,6 +150,17 @@ def test_cards_that_would_hide_something_are_refused():
         create_model_card(model, **RUN | {"baselines": {}})
     with pytest.raises(ValueError, match="feed-forward only.*perplexity"):
         create_model_card(model, **RUN | {"baselines": {"feed-forward only": {"perplexity": 1.0}}})
+    with pytest.raises(
+        ValueError, match=r"`units` names \['loss'\], and the metrics are \['accuracy', 'perplexity'\]"
+    ):
+        create_model_card(model, **RUN, units={"loss": "nats"})
+    other = GPT2LMHeadModel(GPT2Config(vocab_size=11, n_embd=8, n_layer=1, n_head=2))
+    with pytest.raises(
+        ValueError, match="GPT2LMHeadModel is a class of none of the registered families, which are sumagg"
+    ):
+        create_model_card(other, **RUN)
+    with pytest.raises(ValueError, match="names no base model"):
+        create_model_card(get_peft_model(model, LoraConfig()), **RUN)
 
 
 def test_cards_that_lack_something_fail_the_check(tmp_path):
@@ -151,11 +201,21 @@ def run_main(folder: Path, monkeypatch) -> None:
     main()
 
 
-def test_a_folder_is_checked_in_a_clean_process(tmp_path, monkeypatch, capfd):
-    model = build(SumAggForCausalLM, text_config())
-    save_with_outputs(model, tmp_path / "model")
-    create_model_card(model, **RUN).save(tmp_path / "model" / "README.md")
-    run_main(tmp_path / "model", monkeypatch)
+def without_model_id_and_type() -> dict:
+    return {name: value for name, value in RUN.items() if name not in ("model_id", "dataset_type")}
+
+
+def test_one_call_writes_the_card_and_checks_the_folder_in_a_clean_process(tmp_path, monkeypatch, capfd):
+    model, folder = build(SumAggForCausalLM, text_config()), tmp_path / "model"
+    with pytest.raises(ValueError, match="model holds no model: save it there first"):
+        save_model_card(model, folder, **without_model_id_and_type())
+    save_with_outputs(model, folder)
+    card = save_model_card(model, folder, **without_model_id_and_type())
+    assert (folder / "README.md").read_text() == str(card)
+    assert '.from_pretrained(\n    "model",' in card.text
+    assert {(result.dataset_type, result.dataset_name) for result in card.data.eval_results} == {
+        ("other", "Wikitext, 2 MB")
+    }
     printed = capfd.readouterr().out
     for text in (
         "AutoModelForCausalLM: SumAggForCausalLM",
@@ -168,6 +228,68 @@ def test_a_folder_is_checked_in_a_clean_process(tmp_path, monkeypatch, capfd):
         assert text in printed, printed
 
 
+def adapter(base: Path, folder: Path, **kwargs) -> PeftModel:
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=3)
+    model = get_peft_model(model, LoraConfig(init_lora_weights=False, **kwargs))
+    model.save_pretrained(folder)
+    return model
+
+
+def test_an_adapter_gets_a_card_of_ours_and_is_loaded_on_its_base(tmp_path, capfd):
+    base, folder = tmp_path / "base", tmp_path / "adapter"
+    build(SumAggForCausalLM, text_config(pooling="last")).save_pretrained(base)
+    model = adapter(base, folder, task_type="SEQ_CLS")
+    save_model_card(model, folder, **without_model_id_and_type(), model_id="user/adapter")
+    card = ModelCard.load(folder / "README.md")
+    assert (card.data.library_name, card.data.base_model, card.data.pipeline_tag) == (
+        "peft",
+        str(base),
+        "text-classification",
+    )
+    assert {"lora", "sumagg"} <= set(card.data.tags) and "custom_code" not in card.data.tags
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    for text in (
+        f"An adapter (LORA) of the model `{base}`",
+        f'base = AutoModelForSequenceClassification.from_pretrained(\n    "{base}"',
+        "num_labels=3",
+        'model = PeftModel.from_pretrained(base, "user/adapter")',
+        f"of which the adapter trains {trained:,} |",
+        "| **this model** | 12.35 | 0.5 |",
+    ):
+        assert text in card.text, text
+    assert "[More Information Needed]" not in card.text
+    printed = capfd.readouterr().out
+    assert f"AutoModelForSequenceClassification: SumAggForSequenceClassification of {base}, LORA" in printed
+    assert printed.count("forward: [1, 3], finite") == 2
+
+
+@pytest.mark.slow
+def test_an_adapter_that_lacks_what_is_new_in_its_model_fails_the_check(tmp_path, monkeypatch):
+    base, folder = tmp_path / "base", tmp_path / "adapter"
+    build(SumAggForCausalLM, text_config(pooling="last")).save_pretrained(base)
+    # Without a task PEFT does not save the new output layer.
+    save_model_card(adapter(base, folder), folder, check=False, **without_model_id_and_type())
+    with pytest.raises(
+        SystemExit, match="error: .*Loaded twice, the adapter gives different outputs: .*modules_to_save"
+    ):
+        run_main(folder, monkeypatch)
+
+
+@pytest.mark.slow
+def test_code_that_decodes_something_else_fails_the_check(tmp_path, monkeypatch):
+    build(SumAggForCausalLM, text_config()).save_pretrained(tmp_path)
+    with (tmp_path / "modeling_sumagg.py").open("a") as file:
+        file.write(
+            "import functools\n\nknowing = SumAggForCausalLM.forward\n\n\n@functools.wraps(knowing)\n"
+            "def forward(self, input_ids=None, **kwargs):\n"
+            "    if input_ids.shape[1] == 1:\n        input_ids = (input_ids + 1) % 61\n"
+            "    return knowing(self, input_ids=input_ids, **kwargs)\n\n\n"
+            "SumAggForCausalLM.forward = forward\n"
+        )
+    with pytest.raises(SystemExit, match="`generate` is wrong: .* does not fit transformers .*--update"):
+        run_main(tmp_path, monkeypatch)
+
+
 @pytest.mark.slow
 def test_weights_that_do_not_fit_and_missing_code_fail_the_check(tmp_path, monkeypatch):
     folder = tmp_path / "model"
@@ -177,6 +299,8 @@ def test_weights_that_do_not_fit_and_missing_code_fail_the_check(tmp_path, monke
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(SystemExit, match="error: .*do not fit.*model.norm.weight"):
         run_main(folder, monkeypatch)
-    (folder / "cache.py").unlink()
-    with pytest.raises(SystemExit, match="error: .*cache.py"):
+    with pytest.raises(ValueError, match="do not fit"):
+        save_model_card(build(SumAggForCausalLM, text_config()), folder, **without_model_id_and_type())
+    (folder / "summation.py").unlink()
+    with pytest.raises(SystemExit, match="error: .*summation.py"):
         run_main(folder, monkeypatch)

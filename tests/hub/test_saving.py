@@ -48,7 +48,7 @@ def test_every_way_of_saving_writes_the_code(tmp_path):
     adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
 
     expected = {path.name for path in (tmp_path / "config").glob("*.py")}
-    assert {"modeling_sumagg.py", "configuration_sumagg.py", "cache.py", "summation.py"} <= expected
+    assert {"modeling_sumagg.py", "configuration_sumagg.py", "registration.py", "summation.py"} <= expected
     for folder in ("trainer/checkpoint-1", "trainer/checkpoint-2", "saved", "merged"):
         assert {path.name for path in (tmp_path / folder).glob("*.py")} == expected
         assert auto_map(tmp_path / folder) == {
@@ -183,8 +183,8 @@ def test_broken_checkpoints_are_refused(tmp_path):
     assert "middle" in str(raised.value)
 
     folder = broken("missing module")
-    (folder / "cache.py").unlink()
-    with pytest.raises(OSError, match="cache.py"):
+    (folder / "summation.py").unlink()
+    with pytest.raises(OSError, match="summation.py"):
         load("modeling_sumagg.SumAggForCausalLM", str(folder))
 
 

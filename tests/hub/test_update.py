@@ -11,6 +11,7 @@ from checkpoints import auto_map, text_config
 from safetensors import safe_open
 from safetensors.torch import save_file
 from testing import build
+from transformers import dynamic_module_utils as dynamic
 
 from modeling_sumagg import SumAggForCausalLM
 from modeling_sumagg.hub import check_folder, create_model_card, main, update_folder
@@ -67,8 +68,8 @@ def old_folder(tmp_path) -> Path:
 
 
 def test_old_code_is_replaced_and_the_checkpoint_loads_again(old_folder, tmp_path, monkeypatch, capsys):
-    with pytest.raises(ValueError, match="name_of_an_old_version"):
-        check_folder(old_folder)
+    with pytest.raises(ImportError, match="name_of_an_old_version"):
+        dynamic.get_class_from_dynamic_module("modeling_sumagg.SumAggForCausalLM", str(old_folder))
     before = snapshot(old_folder)
     build(SumAggForCausalLM, text_config()).save_pretrained(tmp_path / "new")
     capsys.readouterr()
@@ -165,26 +166,20 @@ def test_where_folders_cannot_be_exchanged_in_one_step(old_folder, monkeypatch, 
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_FSIZE, and folders exchanged in one step")
-@pytest.mark.parametrize(
-    ("what", "every"),
-    [
-        ("update", 9),
-        pytest.param("update", 1, marks=pytest.mark.slow),
-        pytest.param("convert", 1, marks=pytest.mark.slow),
-    ],
-)
-def test_killed_or_out_of_space_leaves_the_old_folder_or_the_new_one(old_folder, tmp_path, what, every):
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["update", "convert"])
+def test_killed_or_out_of_space_leaves_the_old_folder_or_the_new_one(old_folder, tmp_path, what):
     golden = Path(__file__).parents[1] / "golden" / "sumagg_pure.safetensors"
     with safe_open(golden, framework="pt") as file:
         weights = {key.removeprefix("weights."): file.get_tensor(key) for key in file.keys() if "weights." in key}
     save_file(weights, tmp_path / "original.safetensors")
     script = Path(__file__).parent / "scripts" / "interrupt.py"
     process = subprocess.run(
-        [sys.executable, script, what, tmp_path / "original.safetensors", old_folder, str(every)],
+        [sys.executable, script, what, tmp_path / "original.safetensors", old_folder],
         capture_output=True,
         text=True,
     )
     assert process.returncode == 0, process.stderr[-3000:]
     left = json.loads(process.stdout.splitlines()[-1])
     assert left["broken steps"] == []
-    assert left["old"] > 20 // every and left["new"] > 0 and left["refused"] > 2
+    assert left["old"] > 20 and left["new"] > 2 and left["refused"] > 2

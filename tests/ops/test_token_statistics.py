@@ -206,7 +206,7 @@ def test_causal_is_the_loop(case, sizes):
         with mock.patch.multiple(blocks, **sizes):
             actual, actual_final = function(w, temperature, bias, **arguments)
             assert actual.dtype == w.dtype
-            assert {x.dtype for x in actual_final} == {torch.promote_types(w.dtype, torch.float32)}
+            assert {x.dtype for x in actual_final} == {torch.float64}
             assert mask is None or not actual.transpose(1, 2)[~mask].any()
             assert_gradients_close((actual, *actual_final), leaves, (out, *final), expected_leaves, mask)
             with torch.no_grad():
@@ -305,6 +305,18 @@ def test_nothing_of_an_earlier_document_is_left(begin, function):
     assert_close(out[:, :, begin:], expected, 1e-6)
     for sums, expected_sums in zip(final, expected_final, strict=True):
         assert_close(sums, expected_sums, 1e-6)
+
+
+def test_a_step_adds_its_terms_after_any_number_of_tokens():
+    (w, temperature, _, state), _ = draw(1, 2, 300, 3, dtype=torch.float32, masked=False, packed=False)
+    begin = state = TokenStatisticsState(*(sums.double() * 3e7 for sums in state))
+    _, _, expected = loop_causal(w.double(), temperature.double(), None, begin)
+    for token in w.split(1, dim=2):
+        _, state = causal_token_statistics(token, temperature, None, initial_state=state)
+    _, prefilled = causal_token_statistics(w.requires_grad_(), temperature, None, initial_state=begin)
+    for final in (state, prefilled):
+        for sums, expected_sums, begin_sums in zip(final, expected, begin, strict=True):
+            assert_close(sums - begin_sums, expected_sums - begin_sums, 1e-4)
 
 
 @pytest.mark.parametrize("function", CAUSAL)

@@ -1,9 +1,12 @@
-"""Which tensors the operators hand to the Triton kernels."""
+"""Which of its paths an operator takes: what it is called under, and which tensors go to the Triton kernels."""
 
 import functools
 import logging
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 
 logger = logging.getLogger(__name__)
@@ -11,6 +14,20 @@ logger = logging.getLogger(__name__)
 MODES = ("auto", "triton", "torch")
 
 _mode = "auto"
+# The code in a checkpoint has none: it computes by PyTorch's operations, and the kernels come with the package.
+_load: Callable[[str], Any] | None = None
+
+
+def provide_kernels(load: Callable[[str], Any]) -> None:
+    """Let the operators of this copy of the code use kernels: `load` finds one by its name."""
+    global _load
+    _load = load
+
+
+def kernel(name: str) -> Any:
+    """The kernel of a name, where [`takes_kernels`] holds."""
+    assert _load is not None
+    return _load(name)
 
 
 def set_kernels(mode: str) -> None:
@@ -43,9 +60,24 @@ def takes_kernels(x: torch.Tensor) -> bool:
         `ImportError`: the mode is `"triton"` and Triton cannot be imported.
         `ValueError`: the mode is `"triton"`, and `x` is neither on a CUDA device nor in Triton's interpreter.
     """
-    if _mode == "torch" or x.numel() == 0 or torch.compiler.is_exporting() or torch.jit.is_tracing():
+    if _load is None or _mode == "torch" or x.numel() == 0 or is_exported() or is_transformed():
         return False
     return _has_kernels(_mode, x.device.type)
+
+
+def is_exported() -> bool:
+    """Whether a graph is recorded that leaves this process: by `torch.export`, `torch.jit.trace` or for ONNX."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
+def is_recorded() -> bool:
+    """Whether the operations are recorded as a graph, exported or compiled, that serves every length."""
+    return torch.compiler.is_compiling() or is_exported()
+
+
+def is_transformed() -> bool:
+    """Whether a transform of `torch.func` or forward-mode differentiation acts on the operations, which must be plain."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 # A compiler takes the answer as a constant, and does not follow the imports.
@@ -53,9 +85,7 @@ def takes_kernels(x: torch.Tensor) -> bool:
 def _has_kernels(mode: str, device_type: str) -> bool:
     if mode == "auto":
         return device_type == "cuda" and _has_triton()
-    from .running_sum_kernels import INTERPRETED
-
-    if device_type != "cuda" and not INTERPRETED.value:
+    if device_type != "cuda" and not kernel("INTERPRETED").value:
         raise ValueError(
             f"The Triton kernels run on CUDA tensors, got one on {device_type!r}. Choose `set_kernels('auto')`, or "
             "set TRITON_INTERPRET=1 in the environment before Triton is imported."

@@ -34,6 +34,14 @@ INTERPRETED = tl.constexpr(not isinstance(_nothing, triton.JITFunction))
 
 
 @triton.jit
+def convert(x, dtype: tl.constexpr):
+    # The interpreter converts bfloat16 from and to float32 alone.
+    if x.dtype == tl.bfloat16 or dtype == tl.bfloat16:
+        x = x.to(tl.float32)
+    return x.to(dtype)
+
+
+@triton.jit
 def multiply(terms, x):
     # The interpreter would multiply bfloat16 by their bit patterns.
     if INTERPRETED and x.dtype == tl.bfloat16:
@@ -72,11 +80,11 @@ def running_sum_kernel(
     scale_ptr,  # [B, T]
     mask_ptr,  # [B, T]
     runs_ptr,  # [B, T]
-    initial_ptr,  # [B, D]
+    initial_ptr,  # [B, D], of any precision
     initial_run_ptr,  # [B]
-    totals_ptr,  # [B, segments, D]
+    totals_ptr,  # [B, segments, D], its dtype is that of the sums
     y_ptr,  # [B, T, D]
-    final_ptr,  # [B, D]
+    final_ptr,  # [B, D], like `initial`
     T,
     D,
     segment_tiles,
@@ -105,7 +113,7 @@ def running_sum_kernel(
     channel = (tl.program_id(0) % stripes) * BLOCK_D + tl.arange(0, BLOCK_D)
     segment = tl.program_id(1)
     in_channels = channel < D
-    dtype = initial_ptr.dtype.element_ty
+    dtype = totals_ptr.dtype.element_ty
     row = tl.arange(0, BLOCK_T)
 
     x_ptr += batch * x_stride_b + channel[None, :]
@@ -118,13 +126,16 @@ def running_sum_kernel(
 
     first_tile = segment * segment_tiles
     num_tiles = tl.minimum(segment_tiles, tl.cdiv(T, BLOCK_T) - first_tile)
-    # The sum so far, the same in every row of a tile, and the run that it is over.
+    # The sum so far but for `initial`, the same in every row of a tile, and the run that it is over.
     carry = tl.zeros([BLOCK_T, BLOCK_D], dtype)
     carry_run = 0
+    initial_run = 0
     if not TOTALS:
-        before = tl.load(initial_ptr + batch * D + channel, mask=in_channels, other=0.0)
+        initial = tl.load(initial_ptr + batch * D + channel, mask=in_channels, other=0.0)
+        rounded_initial = initial.to(dtype)[None, :]
         if HAS_RUNS:
-            carry_run = tl.load(initial_run_ptr + batch).to(tl.int32)
+            initial_run = tl.load(initial_run_ptr + batch).to(tl.int32)
+            carry_run = initial_run
         if SEGMENTS > 1:
             other = tl.arange(0, SEGMENTS)
             end = other * segment_tiles * BLOCK_T
@@ -141,15 +152,13 @@ def running_sum_kernel(
                 if (nearest >= 0) & (nearest < num_segments):
                     run = tl.load(runs_ptr + tl.sum(tl.where(other == nearest, end, 0), 0)).to(tl.int32)
                 is_before = is_before & (tl.load(runs_ptr + end, mask=is_before, other=-1).to(tl.int32) == run)
-                before = tl.where(carry_run == run, before, 0.0)
                 carry_run = run
             totals = tl.load(
                 totals_ptr + other[:, None] * D + channel[None, :],
                 mask=is_before[:, None] & in_channels[None, :],
                 other=0.0,
             )
-            before += tl.sum(totals, 0)
-        carry += before[None, :]
+            carry += tl.sum(totals, 0)[None, :]
 
     everything = row[:, None] == row[:, None] + 0 * row[None, :]
     ordered = row[:, None] <= row[None, :] if REVERSE else row[:, None] >= row[None, :]
@@ -175,7 +184,7 @@ def running_sum_kernel(
         # What forward does to its terms, the adjoint does to its results, and the other way round.
         if REVERSE:
             if HAS_SCALE:
-                x = x.to(dtype) * scale
+                x = convert(x, dtype) * scale
         else:
             if HAS_GATE:
                 x = tl.where(gate <= 0.0, 0.0, x)
@@ -186,11 +195,13 @@ def running_sum_kernel(
             end_run = tl.min(runs, 0) if REVERSE else tl.max(runs, 0)
 
         if not TOTALS:
-            y = carry
             if HAS_RUNS:
-                y = tl.where((runs == carry_run)[:, None], y, 0.0)
+                y = tl.where((runs == carry_run)[:, None], carry, 0.0)
+                y += tl.where((runs == initial_run)[:, None], rounded_initial, 0.0)
+            else:
+                y = carry + rounded_initial
             if BLOCK_T == 1:
-                y += x.to(dtype)
+                y += convert(x, dtype)
             elif HAS_RUNS:
                 y = sum_rows(ordered & (runs[:, None] == runs[None, :]), x, y)
             else:
@@ -203,13 +214,13 @@ def running_sum_kernel(
             else:
                 if HAS_SCALE:
                     y *= scale
-            tl.store(y_ptr + token[:, None] * y_stride_t, y.to(y_ptr.dtype.element_ty), mask=in_tile)
+            tl.store(y_ptr + token[:, None] * y_stride_t, convert(y, y_ptr.dtype.element_ty), mask=in_tile)
 
         if HAS_RUNS:
             carry = tl.where(carry_run == end_run, carry, 0.0)
             carry_run = end_run
         if TOTALS or BLOCK_T == 1:
-            carry += (tl.where((runs == end_run)[:, None], x, 0.0) if HAS_RUNS else x).to(dtype)
+            carry += convert(tl.where((runs == end_run)[:, None], x, 0.0) if HAS_RUNS else x, dtype)
         elif HAS_RUNS:
             carry = sum_rows(everything & (runs == end_run)[None, :], x, carry)
         else:
@@ -219,8 +230,14 @@ def running_sum_kernel(
         total = tl.sum(carry, 0)
         tl.store(totals_ptr + segment.to(tl.int64) * D + channel, total, mask=in_channels)
     elif segment == (0 if REVERSE else num_segments - 1):
+        # In the precision of the state: in that of the sums a long stream would stop growing.
+        final = carry.to(initial.dtype)
+        if HAS_RUNS:
+            final += tl.where(carry_run == initial_run, initial, 0.0)[None, :]
+        else:
+            final += initial[None, :]
         is_first = (row == 0)[:, None] & in_channels[None, :]
-        tl.store(final_ptr + batch * D + channel[None, :] + 0 * row[:, None], carry, mask=is_first)
+        tl.store(final_ptr + batch * D + channel[None, :] + 0 * row[:, None], final, mask=is_first)
 
 
 def on_its_device(function):
@@ -246,7 +263,6 @@ def running_sum(
     relu: bool = False,
     reverse: bool = False,
     initial_run: torch.Tensor | None = None,
-    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     The linear map of [`causal_sum`], or with `reverse` its adjoint.
@@ -259,21 +275,21 @@ def running_sum(
         x (`torch.Tensor` of shape `[B, T, D]`, any floating dtype, no dimension 0): the terms.
         gate (`torch.Tensor` of shape `[B, T, D]`, *optional*): see above; NaN counts as positive.
         scale (`torch.Tensor` of shape `[B, T]` or `[1, T]`, *optional*): see above.
-        initial (`torch.Tensor` of shape `[B, D]`, float32 or float64): its dtype is that of the sums.
+        initial (`torch.Tensor` of shape `[B, D]`, float32 or float64): see above. The sums are float32, or float64 for
+            float64 `x` and for one token.
         mask (`torch.Tensor` of shape `[B, T]`, bool, *optional*): True where a token is real.
         runs (`torch.Tensor` of shape `[B, T]`, integer, *optional*): never decreasing.
         relu (`bool`): take `max(x, 0)` for `x`.
         reverse (`bool`): the adjoint.
         initial_run (`torch.Tensor` of shape `[B]`, integer, *optional*): the run of `initial`, by default that of the
             first token, in reverse of the last.
-        out (`torch.Tensor` of shape `[B, T, D]`, *optional*): where to write y; it may be `x`.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: y in the dtype of `x`, and the last sum `[B, D]` in the dtype of `initial`.
     """
     batch_size, length, hidden_size = x.shape
     x = channels_last(x)
-    y = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
     initial = initial.contiguous()
     final = torch.empty_like(initial)
     if runs is not None:
@@ -284,12 +300,15 @@ def running_sum(
     scale = None if scale is None else scale.contiguous()
     mask = None if mask is None else mask.contiguous()
 
-    block_t = 1 if length == 1 else FLOAT64_BLOCK_T if initial.dtype == torch.float64 else BLOCK_T
+    dtype = initial.dtype if length == 1 else torch.promote_types(x.dtype, torch.float32)
+    block_t = 1 if length == 1 else FLOAT64_BLOCK_T if dtype == torch.float64 else BLOCK_T
     num_tiles = triton.cdiv(length, block_t)
     block_d, num_segments = _partition(x, num_tiles)
     segment_tiles = triton.cdiv(num_tiles, num_segments)
     num_segments = triton.cdiv(num_tiles, segment_tiles)
-    totals = initial.new_empty(batch_size, num_segments, hidden_size) if num_segments > 1 else initial
+    totals = final
+    if num_segments > 1 or dtype != initial.dtype:
+        totals = initial.new_empty(batch_size, num_segments, hidden_size, dtype=dtype)
     # An argument that its constant switches off is never read.
     arguments = [tensor if tensor is not None else x for tensor in (gate, scale, mask, runs)]
     for is_totals_pass in (True, False) if num_segments > 1 else (False,):

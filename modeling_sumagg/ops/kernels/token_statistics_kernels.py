@@ -12,7 +12,7 @@ Letters as in `token_statistics`: `w` `[B, T, K, p]`, `share` Π. `F` is the num
 
 import torch
 
-from .running_sum_kernels import channels_last, on_its_device, running_sum, sum_rows
+from .running_sum_kernels import channels_last, convert, on_its_device, running_sum, sum_rows
 
 
 try:
@@ -588,7 +588,7 @@ def step_kernel(
     offsets = (batch * K + head[:, None]) * P + channel[None, :]
 
     rows = w_ptr + batch * w_stride_b + head[:, None] * w_stride_k
-    w = tl.load(rows + channel[None, :], mask=in_tile & is_real, other=0.0).to(dtype)
+    w = convert(tl.load(rows + channel[None, :], mask=in_tile & is_real, other=0.0), dtype)
     w2 = w * w
     second = w2
     if HAS_STATE:
@@ -596,7 +596,7 @@ def step_kernel(
     score = tl.sum(w2 / tl.maximum(second, constant(MIN_SECOND_MOMENT, dtype)), 1)
     if HAS_BIAS:
         bias = tl.load(bias_ptr + batch * bias_stride_b + head * bias_stride_k, mask=is_head & is_real, other=0.0)
-        score += P * bias.to(dtype)
+        score += P * convert(bias, dtype)
     temperature = tl.load(temperature_ptr + head, mask=is_head, other=0.0)
     logits = tl.where(is_head, score * temperature, float("-inf"))
     share = tl.exp(logits - tl.max(logits, 0))
@@ -608,7 +608,7 @@ def step_kernel(
         total += tl.load(total_ptr + batch * K + head, mask=is_head, other=0.0)
     floored = total + constant(MIN_MEMBERSHIP, dtype)
     out = -w * (share * floored)[:, None] / (weighted + floored[:, None])
-    tl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), mask=in_tile)
+    tl.store(out_ptr + offsets, convert(out, out_ptr.dtype.element_ty), mask=in_tile)
     tl.store(new_second_ptr + offsets, second, mask=in_tile)
     tl.store(new_weighted_ptr + offsets, weighted, mask=in_tile)
     tl.store(new_total_ptr + batch * K + head, total, mask=is_head)
@@ -672,7 +672,8 @@ class _Launcher:
 
     def sum_over_tiles(self, totals, initial, runs, reverse=False):
         """
-        Make of the sums of each tile `[B, tiles, n]` in place the running sums with `initial` `[B, n]`.
+        Make of the sums of each tile `[B, tiles, n]` in place the running sums with `initial` `[B, n]`, added up in the
+        dtype of `initial`, and return the last of them in it.
 
         What a tile hands on is of its last run, in reverse of its first. `runs` `[B, T]` are those of the tokens.
         """
@@ -680,7 +681,10 @@ class _Launcher:
         if runs is not None:
             initial_run = runs[:, -1 if reverse else 0]
             runs = runs[:, ::size] if reverse else torch.cat([runs[:, size - 1 : -1 : size], runs[:, -1:]], dim=1)
-        running_sum(totals, None, None, initial, None, runs, initial_run=initial_run, reverse=reverse, out=totals)
+        wide = totals.to(initial.dtype)
+        wide, final = running_sum(wide, None, None, initial, None, runs, initial_run=initial_run, reverse=reverse)
+        totals.copy_(wide)
+        return final
 
 
 @on_its_device
@@ -692,7 +696,7 @@ def causal_forward(w, temperature, position_bias, initial, mask, runs, keep, dro
         w (`torch.Tensor` of shape `[B, T, K, p]`, any floating dtype, no dimension 0)
         temperature (`torch.Tensor` of shape `[K]`, float32 or float64): its dtype is that of the statistics.
         position_bias (`torch.Tensor` of shape `[B, T, K]` or `None`)
-        initial (`torch.Tensor` of shape `[B, F]`): the packed sums before the first token.
+        initial (`torch.Tensor` of shape `[B, F]`, float32 or float64): the packed sums before the first token.
         mask (`torch.Tensor` of shape `[B, T]`, bool, or `None`)
         runs (`torch.Tensor` of shape `[B, T]`, integer, never decreasing from 0, or `None`)
         keep (`torch.Tensor` of shape `[B, T, K, p]`, bool, or `None`): what dropout keeps.
@@ -701,24 +705,24 @@ def causal_forward(w, temperature, position_bias, initial, mask, runs, keep, dro
         block_t (`int`): tokens of a tile, a power of 2, at least 16.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: the output `[B, T, K, p]`, and the packed sums before every tile and after the
-        last, `[B, tiles + 1, F]`.
+        `tuple`: the output `[B, T, K, p]`, the packed sums before every tile and after the last `[B, tiles + 1, F]`, and
+        those after the last in the dtype of `initial` `[B, F]`.
     """
     launcher = _Launcher(w, temperature, mask, runs, keep, dropout_p, floors, block_t, is_causal=True)
     _, _, num_heads, head_dim = w.shape
     width = num_heads * head_dim
-    sums = initial.new_empty(w.shape[0], launcher.num_tiles + 1, initial.shape[1])
+    sums = temperature.new_empty(w.shape[0], launcher.num_tiles + 1, initial.shape[1])
     sums[:, 0] = initial
     totals = sums[:, 1:]
     launcher.set(sums=totals)
     launcher.run(second_moment_totals_kernel)
-    launcher.sum_over_tiles(totals[..., :width], initial[:, :width], runs)
+    final_second = launcher.sum_over_tiles(totals[..., :width], initial[:, :width], runs)
     launcher.find_memberships(sums, totals, position_bias)
-    launcher.sum_over_tiles(totals[..., width:], initial[:, width:], runs)
+    final_weighted = launcher.sum_over_tiles(totals[..., width:], initial[:, width:], runs)
     out = torch.empty_like(w, memory_format=torch.contiguous_format)
     launcher.set(out=out)
     launcher.run(output_kernel)
-    return out, sums
+    return out, sums, torch.cat([final_second, final_weighted], 1)
 
 
 @on_its_device
@@ -739,15 +743,16 @@ def causal_backward(
     after_second, after_weighted = after[..., :width], after[..., width:]
     launcher.set(grad=channels_last(grad_out), totals=after_weighted[:, :-1])
     launcher.run(weighted_grad_totals_kernel)
-    launcher.sum_over_tiles(after_weighted[:, :-1], grad_final[:, width:], runs, reverse=True)
+    grad_weighted = launcher.sum_over_tiles(after_weighted[:, :-1], grad_final[:, width:], runs, reverse=True)
     logit_grad, grad_w = torch.empty_like(score), torch.empty_like(w, memory_format=torch.contiguous_format)
     launcher.set(after=after_weighted[:, 1:], logit_grad=logit_grad, totals=after_second[:, :-1])
     launcher.run(logit_grad_kernel, per_head=False)
-    launcher.sum_over_tiles(after_second[:, :-1], grad_final[:, :width], runs, reverse=True)
+    grad_second = launcher.sum_over_tiles(after_second[:, :-1], grad_final[:, :width], runs, reverse=True)
     launcher.set(after_second=after_second[:, 1:], grad_w=grad_w)
     launcher.run(input_grad_kernel)
     # The bias is added to each of the p terms of a score.
-    return grad_w, (logit_grad * score).sum((0, 1)), logit_grad * (temperature * head_dim), after[:, 0].clone()
+    grad_bias = logit_grad * (temperature * head_dim)
+    return grad_w, (logit_grad * score).sum((0, 1)), grad_bias, torch.cat([grad_second, grad_weighted], 1)
 
 
 def _bidirectional_totals(launcher, temperature, num_sums):

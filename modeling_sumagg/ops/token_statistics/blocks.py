@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from ..kernels.kernel_dispatch import kernel
+from ..scan import without_autocast
 from .formula import (
     MIN_MEMBERSHIP,
     MIN_SECOND_MOMENT,
@@ -45,8 +47,8 @@ class _BlockSums:
     """
     Running sums over a block of n chunks of C tokens in g sequences, and their adjoint.
 
-    A triangular matrix product sums within a chunk. What is carried from chunk to chunk is added in the dtype of the
-    statistics: as a factor of a matrix product, which users may run in TF32 or less, a long sum would stop growing.
+    A triangular matrix product sums within a chunk. What is carried from chunk to chunk is added in its own dtype: as a
+    factor of a matrix product, which users may run in TF32 or less, a long sum would stop growing.
     """
 
     def __init__(self, w, runs, previous_run):
@@ -68,9 +70,9 @@ class _BlockSums:
     def prefix(self, x, initial):
         """`x` `[g, n, C, f]` and the sums before the block `[g, f]`: the sums up to each token, those after the block."""
         running = self.within.bmm(x.flatten(0, 1)).view_as(x)
-        carried = torch.cat([initial.unsqueeze(1), running[:, :, -1]], dim=1)
+        carried = torch.cat([initial.unsqueeze(1), running[:, :, -1].to(initial.dtype)], dim=1)
         carried = carried.cumsum(1) if self.across is None else self._sum_runs(self.across, carried)
-        running.addcmul_(self.opening, carried[:, :-1].unsqueeze(2))
+        running.addcmul_(self.opening, carried[:, :-1].to(running.dtype).unsqueeze(2))
         return running, carried[:, -1]
 
     def suffix(self, grad, grad_final):
@@ -110,7 +112,7 @@ def _compute_block(rows, start, stop, w, temperature, position_bias, initial, ma
     length, *heads = w.shape[1:]
     num_heads, head_dim = heads
     width = num_heads * head_dim
-    w = _chunked(w, rows, start, stop).to(initial.dtype)
+    w = _chunked(w, rows, start, stop).to(temperature.dtype)
     position = torch.arange(start, start + w.shape[1] * CHUNK_SIZE, device=w.device)
     valid = None
     if mask is not None:
@@ -170,11 +172,9 @@ def _row_groups(w, length):
 
 
 def _without_autocast(function):
-    """Autocast would run the matrix products in bfloat16 or float16, in which sums stop growing."""
-
     @functools.wraps(function)
     def wrapped(w, *args):
-        with torch.autocast(w.device.type, enabled=False):
+        with without_autocast(w):
             return function(w, *args)
 
     return wrapped
@@ -192,25 +192,26 @@ def causal_forward(
     keep: torch.Tensor | None,
     dropout_p: float,
     kernel_block: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
-    `w`, `keep` `[B, T, K, p]`, `temperature` `[K]`, `position_bias` `[B, T, K]`, `initial` `[B, K (2p + 1)]`: the output
-    like `w`, and the packed sums before every block and, last, after the sequence `[B, blocks + 1, K (2p + 1)]`. With
-    `kernel_block` not 0 by the Triton kernels, in blocks of that many tokens.
+    `w`, `keep` `[B, T, K, p]`, `temperature` `[K]`, whose dtype is that of the statistics, `position_bias` `[B, T, K]`,
+    `initial` `[B, K (2p + 1)]`: the output like `w`, the packed sums before every block and, last, after the sequence
+    `[B, blocks + 1, K (2p + 1)]`, and those after the sequence in the dtype of `initial`. With `kernel_block` not 0 by the
+    Triton kernels, in blocks of that many tokens.
     """
     if kernel_block:
-        from ..kernels.token_statistics_kernels import causal_forward as kernel
-
         arguments = w, temperature, position_bias, initial, mask, runs, keep, dropout_p
-        return kernel(*arguments, CAUSAL_FLOORS, kernel_block)
-    out, sums = _causal_forward_fake(w, temperature, position_bias, initial, mask, runs, keep, dropout_p, kernel_block)
+        return kernel("causal_forward")(*arguments, CAUSAL_FLOORS, kernel_block)
+    out, sums, final = _causal_forward_fake(
+        w, temperature, position_bias, initial, mask, runs, keep, dropout_p, kernel_block
+    )
     length = w.shape[1]
 
     # A function, so that the temporaries of a block are free for the next one.
     def forward_block(rows, index):
         start, stop = index * BLOCK_SIZE, min((index + 1) * BLOCK_SIZE, length)
-        block = _compute_block(rows, start, stop, w, temperature, position_bias, sums[rows, index], mask, runs)
-        sums[rows, index + 1] = block.final
+        block = _compute_block(rows, start, stop, w, temperature, position_bias, final[rows], mask, runs)
+        sums[rows, index + 1] = final[rows] = block.final
         # 1 / (1 + m) = total / (weighted + total)
         out_block = block.w * (block.membership * -block.total).unsqueeze(-1)
         if keep is not None:
@@ -219,11 +220,11 @@ def causal_forward(
         operands = (_unchunked(x, start, stop) for x in (out_block, divisor))
         torch.div(*operands, out=out[rows, start:stop])
 
-    sums[:, 0] = initial
+    sums[:, 0] = final[:] = initial
     for rows in _row_groups(w, min(length, BLOCK_SIZE)):
         for index in range(sums.shape[1] - 1):
             forward_block(rows, index)
-    return out, sums
+    return out, sums, final
 
 
 @causal_forward.register_fake
@@ -231,7 +232,8 @@ def _causal_forward_fake(w, temperature, position_bias, initial, mask, runs, kee
     out = torch.empty_like(w, memory_format=torch.contiguous_format)
     block_size = kernel_block or BLOCK_SIZE
     num_blocks = (w.shape[1] + block_size - 1) // block_size
-    return out, initial.new_empty(w.shape[0], num_blocks + 1, initial.shape[1])
+    sums = temperature.new_empty(w.shape[0], num_blocks + 1, initial.shape[1])
+    return out, sums, torch.empty_like(initial, memory_format=torch.contiguous_format)
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::causal_token_statistics_backward", mutates_args=())
@@ -251,10 +253,8 @@ def _causal_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients of `w`, `temperature`, `position_bias` (even of none) and `initial`."""
     if kernel_block:
-        from ..kernels.token_statistics_kernels import causal_backward
-
         arguments = w, temperature, position_bias, sums, mask, runs, keep, dropout_p
-        return causal_backward(*arguments, CAUSAL_FLOORS, kernel_block, grad_out, grad_final)
+        return kernel("causal_backward")(*arguments, CAUSAL_FLOORS, kernel_block, grad_out, grad_final)
     grads = _causal_backward_fake(
         w, temperature, position_bias, sums, mask, runs, keep, dropout_p, kernel_block, grad_out, grad_final
     )
@@ -304,7 +304,7 @@ def _causal_backward(
         return torch.cat([-minus_grad_initial, grad_weighted_initial], dim=1)
 
     for rows in _row_groups(w, min(length, BLOCK_SIZE)):
-        grad_state = grad_final[rows]
+        grad_state = grad_final[rows].to(sums.dtype)
         for index in reversed(range(sums.shape[1] - 1)):
             grad_state = backward_block(rows, index, grad_state)
         grad_initial[rows] = grad_state
@@ -328,13 +328,13 @@ def _causal_setup_context(ctx, inputs, output):
     ctx.save_for_backward(*tensors, output[1])
 
 
-def _causal_vjp(ctx, grad_out, grad_sums):
+def _causal_vjp(ctx, grad_out, _, grad_final):
     w, temperature, position_bias, initial, mask, runs, keep, sums = ctx.saved_tensors
-    grad_final = grad_sums[:, -1]
     if torch.is_grad_enabled():
         bias = None if position_bias is None else position_bias.mT
         state = unpack(initial, *w.shape[2:])
-        out, final = causal_formula(w.transpose(1, 2), temperature, bias, state, mask, runs, keep, ctx.dropout_p)
+        restarts = None if runs is None else F.pad(runs.diff(dim=1), (1, 0)) != 0
+        out, final = causal_formula(w.transpose(1, 2), temperature, bias, state, mask, restarts, keep, ctx.dropout_p)
         inputs = (w, temperature, position_bias, initial)
         grads = _formula_vjp(ctx, inputs, (out.transpose(1, 2), pack(final)), (grad_out, grad_final))
     else:
@@ -378,9 +378,9 @@ def bidirectional_forward(
 ) -> torch.Tensor:
     """`w` `[B, N, K, p]`, `temperature` `[K]`, `keep` `[B, 1, K, p]`: the output like `w`."""
     if kernel_block:
-        from ..kernels.token_statistics_kernels import bidirectional_forward as kernel
-
-        return kernel(w, temperature, mask, keep, dropout_p, _BIDIRECTIONAL_FLOORS, kernel_block)
+        return kernel("bidirectional_forward")(
+            w, temperature, mask, keep, dropout_p, _BIDIRECTIONAL_FLOORS, kernel_block
+        )
     out = _bidirectional_forward_fake(w, temperature, mask, keep, dropout_p, kernel_block)
     for rows in _row_groups(w, w.shape[1]):
         statistics = _compute_rows(rows, w, temperature, mask)
@@ -436,10 +436,8 @@ def _bidirectional_backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The gradients of `w` and `temperature`."""
     if kernel_block:
-        from ..kernels.token_statistics_kernels import bidirectional_backward
-
         arguments = w, temperature, mask, keep, dropout_p, _BIDIRECTIONAL_FLOORS, kernel_block
-        return bidirectional_backward(*arguments, grad_out)
+        return kernel("bidirectional_backward")(*arguments, grad_out)
     grad_w, grad_temperature = _bidirectional_backward_fake(
         w, temperature, mask, keep, dropout_p, kernel_block, grad_out
     )

@@ -3,11 +3,16 @@
 Source: Z. Wu et al., "Token Statistics Transformer: Linear-Time Attention via Variational Rate Reduction", ICLR 2025,
 arXiv 2412.17810. Letters as in the paper: w is the projected token, K the heads, p the channels of a head, Π
 (`membership`) the soft assignment of every token to the heads, m (`moment`) the second moment of w weighted by Π.
+
+The arguments are those of `operators`, with the mask `[B, T]` as bool or `None`, and `keep`, bool `[B, T or 1, K, p]` or
+`None`: the entries of `1 / (1 + m)` that dropout keeps.
 """
 
 from typing import NamedTuple
 
 import torch
+
+from ..scan import scan, state_dtype
 
 
 MIN_SECOND_MOMENT = 1e-12  # floor of D in the causal operator, of the norm (not its square) in the bidirectional one
@@ -16,7 +21,7 @@ MIN_MEMBERSHIP = 1e-8
 
 class TokenStatisticsState(NamedTuple):
     """
-    The running sums of [`causal_token_statistics`] after some tokens, in float32 (float64 for float64 w).
+    The running sums of [`causal_token_statistics`] after some tokens, in float64 (float32 on devices without float64).
 
     Attributes:
         second_moment (`torch.Tensor` of shape `[B, K, p]`): Σ w².
@@ -29,41 +34,83 @@ class TokenStatisticsState(NamedTuple):
     membership: torch.Tensor
 
 
-def bidirectional_formula(w, temperature, mask, keep, dropout_p):
-    w = real_tokens(w, mask)
-    w2, temperature = squares(w, temperature)
-    membership = bidirectional_membership(w2, temperature, mask).unsqueeze(-1)
+def bidirectional_formula(
+    w: torch.Tensor,
+    temperature: torch.Tensor,
+    mask: torch.Tensor | None,
+    keep: torch.Tensor | None,
+    dropout_p: float,
+) -> torch.Tensor:
+    """The output `[B, K, N, p]` of [`token_statistics`]."""
+    w = _real_tokens(w, mask)
+    w2 = _squares(w)
+    membership = _bidirectional_membership(w2, temperature, mask).unsqueeze(-1)
     moment = (membership * w2).sum(2, keepdim=True) / (membership.sum(2, keepdim=True) + MIN_MEMBERSHIP)
     return _output(w, mask, membership, moment, keep, dropout_p)
 
 
-def causal_formula(w, temperature, position_bias, initial_state, mask, runs, keep, dropout_p):
-    w = real_tokens(w, mask)
-    w2, temperature = squares(w, temperature)
+def bidirectional_membership(w: torch.Tensor, temperature: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Π `[B, K, N]` of [`token_statistics`]."""
+    return _bidirectional_membership(_squares(_real_tokens(w, mask)), temperature, mask)
+
+
+def causal_formula(
+    w: torch.Tensor,
+    temperature: torch.Tensor,
+    position_bias: torch.Tensor | None,
+    initial_state: TokenStatisticsState | None,
+    mask: torch.Tensor | None,
+    restarts: torch.Tensor | None,
+    keep: torch.Tensor | None,
+    dropout_p: float,
+) -> tuple[torch.Tensor, TokenStatisticsState]:
+    """The output `[B, K, T, p]` and the state of [`causal_token_statistics`]; `restarts` as in [`scan`]."""
+    w = _real_tokens(w, mask)
+    w2 = _squares(w)
     initial = (None, None, None) if initial_state is None else initial_state
-    second_moment = cumulative_sums(w2, initial[0], runs)
-    membership = causal_membership(w2, second_moment, temperature, position_bias, mask)
-    weighted = cumulative_sums(membership.unsqueeze(-1) * w2, initial[1], runs)
-    total = cumulative_sums(membership, initial[2], runs)
+    second_moment, last_second = _cumulative_sums(w2, initial[0], restarts)
+    membership = _causal_membership(w2, second_moment, temperature, position_bias, mask)
+    weighted, last_weighted = _cumulative_sums(membership.unsqueeze(-1) * w2, initial[1], restarts)
+    total, last_total = _cumulative_sums(membership, initial[2], restarts)
     moment = weighted / (total + MIN_MEMBERSHIP).unsqueeze(-1)
     out = _output(w, mask, membership.unsqueeze(-1), moment, keep, dropout_p)
-    if w.shape[2] > 0:
-        # A slice would keep the sums up to every token alive for as long as the state.
-        return out, TokenStatisticsState(*(sums[:, :, -1].clone() for sums in (second_moment, weighted, total)))
-    if initial_state is None:
-        initial_state = TokenStatisticsState(w2.sum(2), w2.sum(2), w2.sum((2, 3)))
-    return out, initial_state
+    return out, TokenStatisticsState(last_second, last_weighted, last_total)
 
 
-def causal_step(w, temperature, position_bias, initial_state, mask, keep, dropout_p):
-    """[`causal_formula`] for one token, in as few operations as there can be: launching them is what a step costs."""
-    w = real_tokens(w, mask)
-    token = w.to(statistics_dtype(w)).squeeze(2)
+def causal_membership(
+    w: torch.Tensor,
+    temperature: torch.Tensor,
+    position_bias: torch.Tensor | None,
+    initial_state: TokenStatisticsState | None,
+    mask: torch.Tensor | None,
+    restarts: torch.Tensor | None,
+) -> torch.Tensor:
+    """Π `[B, K, T]` of [`causal_token_statistics`]."""
+    w2 = _squares(_real_tokens(w, mask))
+    second_moment, _ = _cumulative_sums(w2, None if initial_state is None else initial_state.second_moment, restarts)
+    return _causal_membership(w2, second_moment, temperature, position_bias, mask)
+
+
+def causal_step(
+    w: torch.Tensor,
+    temperature: torch.Tensor,
+    position_bias: torch.Tensor | None,
+    initial_state: TokenStatisticsState | None,
+    mask: torch.Tensor | None,
+    keep: torch.Tensor | None,
+    dropout_p: float,
+) -> tuple[torch.Tensor, TokenStatisticsState]:
+    """
+    [`causal_formula`] for one token, in as few operations as there can be: launching them is what a step costs. All of
+    them are in the dtype of the state.
+    """
+    w = _real_tokens(w, mask)
+    token = w.to(state_dtype(w)).squeeze(2)
     w2 = token.square()
     second_moment = w2 if initial_state is None else initial_state[0] + w2
     score = (w2 / second_moment.clamp_min(MIN_SECOND_MOMENT)).sum(-1)
     if position_bias is not None:
-        bias = real_tokens(position_bias.to(w2.dtype), mask).squeeze(-1)
+        bias = _real_tokens(position_bias.to(w2.dtype), mask).squeeze(-1)
         score = torch.add(score, bias, alpha=w2.shape[-1])
     membership = (temperature.flatten() * score).softmax(-1)
     if mask is not None:
@@ -76,38 +123,54 @@ def causal_step(w, temperature, position_bias, initial_state, mask, keep, dropou
     return out, TokenStatisticsState(second_moment, weighted, total)
 
 
-def squares(w, temperature):
-    """w² and the temperature as `[K, 1]`, in the dtype of the statistics."""
-    dtype = statistics_dtype(w)
-    return w.to(dtype).square(), temperature.reshape(-1, 1).to(dtype)
+def statistics_dtype(w: torch.Tensor) -> torch.dtype:
+    """The dtype of all that is computed of the tokens of a segment: float32, or float64 for float64."""
+    return torch.promote_types(w.dtype, torch.float32)
 
 
-def bidirectional_membership(w2, temperature, mask):
+def _squares(w: torch.Tensor) -> torch.Tensor:
+    return w.to(statistics_dtype(w)).square()
+
+
+def _bidirectional_membership(w2: torch.Tensor, temperature: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     second_moment = w2.sum(2, keepdim=True).clamp_min(MIN_SECOND_MOMENT**2)
-    return _softmax_over_heads(temperature * (w2 / second_moment).sum(-1), mask)
+    return _softmax_over_heads((w2 / second_moment).sum(-1), temperature, mask)
 
 
-def causal_membership(w2, second_moment, temperature, position_bias, mask):
+def _causal_membership(
+    w2: torch.Tensor,
+    second_moment: torch.Tensor,
+    temperature: torch.Tensor,
+    position_bias: torch.Tensor | None,
+    mask: torch.Tensor | None,
+) -> torch.Tensor:
     score = (w2 / second_moment.clamp_min(MIN_SECOND_MOMENT)).sum(-1)
     if position_bias is not None:
-        score = score + w2.shape[-1] * real_tokens(position_bias.to(w2.dtype), mask)
-    return _softmax_over_heads(temperature * score, mask)
+        score = score + w2.shape[-1] * _real_tokens(position_bias.to(w2.dtype), mask)
+    return _softmax_over_heads(score, temperature, mask)
 
 
-def _softmax_over_heads(logits, mask):
-    membership = logits.softmax(1)
+def _softmax_over_heads(score: torch.Tensor, temperature: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    membership = (temperature.reshape(-1, 1).to(score.dtype) * score).softmax(1)
     return membership if mask is None else membership * mask.unsqueeze(1)
 
 
-def _output(w, mask, membership, moment, keep, dropout_p):
+def _output(
+    w: torch.Tensor,
+    mask: torch.Tensor | None,
+    membership: torch.Tensor,
+    moment: torch.Tensor,
+    keep: torch.Tensor | None,
+    dropout_p: float,
+) -> torch.Tensor:
     out = w.to(moment.dtype) * membership / (-1 - moment)
     if keep is not None:
         out = out * keep.transpose(1, 2) / (1 - dropout_p)
     # Zero already where masked, but not so its gradient.
-    return real_tokens(out.to(w.dtype), mask)
+    return _real_tokens(out.to(w.dtype), mask)
 
 
-def real_tokens(x, mask):
+def _real_tokens(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """`x` `[B, K, N, p]` or `[..., K, N]`, zero where masked."""
     if mask is None:
         return x
@@ -115,20 +178,15 @@ def real_tokens(x, mask):
     return x.masked_fill(masked.unsqueeze(-1) if x.ndim == 4 else masked, 0.0)
 
 
-def cumulative_sums(x, initial, runs):
-    """The sums of `x` `[B, K, T, ...]` up to each token of its run; `initial` `[B, K, ...]` is in the sums of run 0."""
-    if runs is None:
+def _cumulative_sums(
+    x: torch.Tensor, initial: torch.Tensor | None, restarts: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sums of `x` `[B, K, T, ...]` up to each token, from `initial` `[B, K, ...]`; and the last one."""
+    dtype = state_dtype(x)
+    initial = x.new_zeros(x.shape[:2] + x.shape[3:], dtype=dtype) if initial is None else initial.to(dtype)
+    if restarts is None:
         running = x.cumsum(2)
-        return running if initial is None else running + initial.unsqueeze(2)
-    # One cumulative sum less its value at the restart would leave the rounding of earlier documents behind.
-    same_run = (runs.unsqueeze(2) == runs.unsqueeze(1)).tril().unsqueeze(1).to(x.dtype)
-    with torch.autocast(x.device.type, enabled=False):
-        running = (same_run @ (x if x.ndim == 4 else x.unsqueeze(3))).reshape(x.shape)
-    if initial is None:
-        return running
-    first_run = (runs == 0).reshape(x.shape[0], 1, x.shape[2], *[1] * (x.ndim - 3))
-    return running + first_run * initial.unsqueeze(2)
-
-
-def statistics_dtype(w):
-    return torch.promote_types(w.dtype, torch.float32)
+        # Of no tokens, too; and a slice would keep the sums of the whole segment alive for as long as the state.
+        return running + initial.unsqueeze(2).to(x.dtype), initial + running[:, :, -1:].sum(2)
+    running, last = scan(x.transpose(1, 2).flatten(2), None, initial.flatten(1), restarts)
+    return running.unflatten(2, initial.shape[1:]).transpose(1, 2), last.view(initial.shape)

@@ -6,8 +6,9 @@ Triton kernels, with an analytic backward.
 
 import torch
 
-from ..documents import check_tokens, document_runs
-from ..kernels.kernel_dispatch import takes_kernels
+from ..documents import check_tokens, document_runs, document_starts
+from ..kernels.kernel_dispatch import is_exported, is_transformed, kernel, takes_kernels
+from ..scan import state_dtype
 from .blocks import CAUSAL_FLOORS, bidirectional_forward, causal_forward, pack, unpack
 from .formula import (
     TokenStatisticsState,
@@ -16,9 +17,6 @@ from .formula import (
     causal_formula,
     causal_membership,
     causal_step,
-    cumulative_sums,
-    real_tokens,
-    squares,
     statistics_dtype,
 )
 
@@ -125,21 +123,23 @@ def causal_token_statistics(
         if kernels and keep is None and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return _causal_step_kernel(w, temperature, position_bias, initial_state, mask)
         return causal_step(w, temperature, position_bias, initial_state, mask, keep, dropout_p)
-    runs = None if document_ids is None else document_runs(document_ids, mask)
     if not kernels and _takes_formula(w):
-        return causal_formula(w, temperature, position_bias, initial_state, mask, runs, keep, dropout_p)
+        starts = None if document_ids is None else document_starts(document_ids, mask)
+        return causal_formula(w, temperature, position_bias, initial_state, mask, starts, keep, dropout_p)
+    runs = None if document_ids is None else document_runs(document_ids, mask)
     dtype = statistics_dtype(w)
     if position_bias is not None:
         position_bias = position_bias.to(dtype).mT.expand(batch_size, length, num_heads)
     if initial_state is None:
-        initial_sums = w.new_zeros(batch_size, num_heads * (2 * head_dim + 1), dtype=dtype)
+        initial_sums = w.new_zeros(batch_size, num_heads * (2 * head_dim + 1), dtype=state_dtype(w))
     else:
-        initial_sums = pack(initial_state).to(dtype)
+        initial_sums = pack(initial_state).to(state_dtype(w))
     w, temperature = w.transpose(1, 2), temperature.flatten().to(dtype)
     kernel_block = _kernel_block(head_dim, dtype) if kernels else 0
-    out, sums = causal_forward(w, temperature, position_bias, initial_sums, mask, runs, keep, dropout_p, kernel_block)
-    # A slice would keep the sums before every block alive for as long as the state.
-    return out.transpose(1, 2), unpack(sums[:, -1].clone(), num_heads, head_dim)
+    out, _, final = causal_forward(
+        w, temperature, position_bias, initial_sums, mask, runs, keep, dropout_p, kernel_block
+    )
+    return out.transpose(1, 2), unpack(final, num_heads, head_dim)
 
 
 def token_membership(
@@ -152,8 +152,7 @@ def token_membership(
         `torch.Tensor` of shape `[B, K, N]` in float32 (float64 for float64 `w`), zero where masked.
     """
     mask = _check_arguments(w, temperature, attention_mask)
-    w2, temperature = squares(real_tokens(w, mask), temperature)
-    return bidirectional_membership(w2, temperature, mask)
+    return bidirectional_membership(w, temperature, mask)
 
 
 def causal_token_membership(
@@ -172,10 +171,8 @@ def causal_token_membership(
         `torch.Tensor` of shape `[B, K, T]` in float32 (float64 for float64 `w`), zero where masked.
     """
     mask = _check_causal_arguments(w, temperature, position_bias, initial_state, attention_mask, document_ids)
-    runs = None if document_ids is None else document_runs(document_ids, mask)
-    initial = None if initial_state is None else initial_state.second_moment
-    w2, temperature = squares(real_tokens(w, mask), temperature)
-    return causal_membership(w2, cumulative_sums(w2, initial, runs), temperature, position_bias, mask)
+    starts = None if document_ids is None else document_starts(document_ids, mask)
+    return causal_membership(w, temperature, position_bias, initial_state, mask, starts)
 
 
 def token_statistics_reference(
@@ -200,19 +197,19 @@ def causal_token_statistics_reference(
     document_ids: torch.Tensor | None = None,
     dropout_p: float = 0.0,
 ) -> tuple[torch.Tensor, TokenStatisticsState]:
-    """[`causal_token_statistics`] as the paper writes it; autograd keeps every intermediate, documents cost T²."""
+    """[`causal_token_statistics`] as the paper writes it; autograd keeps every intermediate."""
     mask = _check_causal_arguments(
         w, temperature, position_bias, initial_state, attention_mask, document_ids, dropout_p
     )
-    runs = None if document_ids is None else document_runs(document_ids, mask)
+    starts = None if document_ids is None else document_starts(document_ids, mask)
     keep = _dropout(w, dropout_p, w.shape[2])
-    return causal_formula(w, temperature, position_bias, initial_state, mask, runs, keep, dropout_p)
+    return causal_formula(w, temperature, position_bias, initial_state, mask, starts, keep, dropout_p)
 
 
 def _takes_formula(w: torch.Tensor) -> bool:
-    """A few tokens are cheapest in plain operations, and an exported graph may hold no others."""
+    """A few tokens are cheapest in plain operations; an exported graph may hold, and a transform act on, no others."""
     length = w.shape[2]
-    if length <= 1 or torch.compiler.is_exporting() or torch.jit.is_tracing():
+    if length <= 1 or is_exported() or is_transformed():
         return True
     # A compiled graph takes one path for every length; in training the formula would keep every intermediate.
     return not torch.compiler.is_compiling() and length <= FORMULA_LENGTH and not torch.is_grad_enabled()
@@ -220,12 +217,10 @@ def _takes_formula(w: torch.Tensor) -> bool:
 
 def _causal_step_kernel(w, temperature, position_bias, initial_state, mask):
     """[`causal_step`] as one kernel, without gradients."""
-    from ..kernels.token_statistics_kernels import causal_step
-
-    temperature = temperature.flatten().to(statistics_dtype(w))
+    temperature = temperature.flatten().to(state_dtype(w))
     bias = None if position_bias is None else position_bias.squeeze(-1)
     mask = None if mask is None else mask.squeeze(-1)
-    out, state = causal_step(w.squeeze(2), temperature, bias, initial_state, mask, CAUSAL_FLOORS)
+    out, state = kernel("causal_step")(w.squeeze(2), temperature, bias, initial_state, mask, CAUSAL_FLOORS)
     return out.unsqueeze(2), TokenStatisticsState(*state)
 
 

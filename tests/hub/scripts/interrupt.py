@@ -1,4 +1,4 @@
-"""Convert into a folder, or update one, and be killed at every n-th step, or run out of space: what is left each time?
+"""Convert into a folder, or update one, and be killed at every step, or run out of space: what is left each time?
 
 Prints one JSON object: how often the folder was the old one, the new one and something else.
 """
@@ -48,7 +48,7 @@ def in_a_child(action, *, kill_at: int | None = None, file_size: int | None = No
     os._exit(0)
 
 
-what, source, folder, every = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])
+what, source, folder = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
 parent = folder.parent
 transformers.logging.disable_progress_bar()
 old = contents(folder)
@@ -84,7 +84,7 @@ def note(step: str) -> None:
 
 step, ended = 0, -1
 while ended != 0:
-    step += every
+    step += 1
     reset()
     ended = in_a_child(act, kill_at=step)
     assert ended in (0, signal.SIGKILL), ended

@@ -1,4 +1,8 @@
-"""Small real data sets that need no network: they come with Python and with scikit-learn."""
+"""
+Small real data sets that need no network: they come with Python and with scikit-learn.
+
+They need what the example scripts need: `pip install 'modeling-sumagg[examples]'`.
+"""
 
 import ast
 import math
@@ -9,9 +13,23 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
-from PIL import Image as PILImage
-from sklearn.datasets import load_digits, load_sample_images
+
+
+try:
+    from datasets import (  # type: ignore[import-untyped]
+        ClassLabel,
+        Dataset,
+        DatasetDict,
+        Features,
+        Image,
+        Value,
+    )
+    from PIL import Image as PILImage
+    from sklearn.datasets import load_digits, load_sample_images  # type: ignore[import-untyped]
+except ImportError as error:
+    raise ImportError(
+        f"The embedded data sets need {error.name}: run `pip install 'modeling-sumagg[examples]'`."
+    ) from error
 
 
 # Not in every Python, installed by others, or tables written by a program.
@@ -56,7 +74,7 @@ def standard_library_sources() -> DatasetDict:
         A checksum of its path puts a file into its split, so that it is the same in every version of Python.
     """
     root = Path(sysconfig.get_path("stdlib"))
-    rows = {"train": [], "validation": [], "test": []}
+    rows: dict[str, list[dict]] = {"train": [], "validation": [], "test": []}
     for path in standard_library_files():
         name = path.relative_to(root).as_posix()
         split = {0: "validation", 1: "test"}.get(zlib.crc32(name.encode()) % 20, "train")
@@ -79,7 +97,7 @@ def standard_library_packages(lines_per_document: int = 150) -> DatasetDict:
     packages = [path.relative_to(root).parts[0] for path in files]
     names = sorted(package for package, count in Counter(packages).items() if count >= 8)
     revealing = re.compile("|".join(names), re.IGNORECASE)
-    rows = {"train": [], "validation": [], "test": []}
+    rows: dict[str, list[dict]] = {"train": [], "validation": [], "test": []}
     for label, name in enumerate(names):
         members = [path for path, package in zip(files, packages, strict=True) if package == name]
         members.sort(key=lambda path: zlib.crc32(path.relative_to(root).as_posix().encode()))
@@ -91,6 +109,10 @@ def standard_library_packages(lines_per_document: int = 150) -> DatasetDict:
                 rows[split].append({"text": "\n".join(lines[start : start + lines_per_document]), "label": label})
     features = Features({"text": Value("string"), "label": ClassLabel(names=names)})
     return DatasetDict({split: Dataset.from_list(documents, features=features) for split, documents in rows.items()})
+
+
+def _num_lines(node: ast.stmt) -> int:
+    return (node.end_lineno or node.lineno) - node.lineno + 1
 
 
 def standard_library_functions() -> DatasetDict:
@@ -106,7 +128,7 @@ def standard_library_functions() -> DatasetDict:
         `train` (about 70 % of the packages), `validation` and `test` (about 15 % each).
     """
     root = Path(sysconfig.get_path("stdlib"))
-    rows = {"train": [], "validation": [], "test": []}
+    rows: dict[str, list[dict]] = {"train": [], "validation": [], "test": []}
     seen = set()
     for path in standard_library_files():
         share = zlib.crc32(path.relative_to(root).parts[0].encode()) % 100
@@ -120,7 +142,7 @@ def standard_library_functions() -> DatasetDict:
             seen.add(code)
             arguments, docstring = node.args, node.body[0]
             positional = [*arguments.posonlyargs, *arguments.args]
-            lines = (node.end_lineno - node.lineno) - (docstring.end_lineno - docstring.lineno)
+            lines = _num_lines(node) - _num_lines(docstring)
             annotated = [argument for argument in (*positional, *arguments.kwonlyargs) if argument.annotation]
             numbers = (
                 len(positional),
@@ -189,7 +211,7 @@ def photo_crops(num_train: int = 4000, num_test: int = 500) -> DatasetDict:
             index = random.integers(len(photos))
             photo = list(photos.values())[index]
             side = int(random.uniform(0.25, 0.6) * photo.height)
-            left, top = random.integers(photo.width - side), random.integers(photo.height - side)
+            left, top = (int(random.integers(length - side)) for length in photo.size)
             box = (left, top, left + side, top + side)
             images.append(photo.resize((64, 64), PILImage.Resampling.BICUBIC, box=box))
             row, column = (top + side / 2) * rows // photo.height, (left + side / 2) * columns // photo.width

@@ -1,0 +1,173 @@
+"""Imports point one way, and a checkpoint carries what its family imports, and nothing of another one."""
+
+import ast
+import graphlib
+import importlib
+import importlib.util
+import inspect
+from pathlib import Path
+
+import pytest
+
+import modeling_sumagg
+from modeling_sumagg.publishing.remote_code import flat_sources
+
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = "modeling_sumagg"
+# What each part may import of the others. A part is the longest of these names that a module's name begins with.
+PARTS = {
+    "configuration": [],
+    "ops.kernels": [],
+    "ops": ["ops.kernels"],
+    "compatibility": [],
+    "registration": [],
+    "decoder": ["compatibility", "ops.sliding_attention", "ops.documents"],
+    "modeling_": ["configuration", "decoder", "ops", "compatibility"],
+    "families": ["configuration", "modeling_"],
+    "publishing": ["configuration", "decoder", "families", "registration"],
+    "data_collator": [],
+    "embedded_data": [],
+    "plots": [],
+    "scripts": ["configuration", "families"],
+    "training": ["families"],
+    "hub": ["publishing"],
+    "convert_original_checkpoint": ["publishing"],
+    # The package itself, which gathers the names.
+    "": ["configuration", "data_collator", "families", "modeling_", "publishing"],
+}
+# What users, and so the examples, import; the rest may change with any version.
+PUBLIC = {
+    "modeling_sumagg",
+    "modeling_sumagg.configuration",
+    "modeling_sumagg.decoder",
+    "modeling_sumagg.embedded_data",
+    "modeling_sumagg.families",
+    "modeling_sumagg.hub",
+    "modeling_sumagg.modeling_tost",
+    "modeling_sumagg.ops",
+    "modeling_sumagg.plots",
+    "modeling_sumagg.publishing.saved_states",
+    "modeling_sumagg.scripts",
+    "modeling_sumagg.training",
+}
+
+
+def package_files() -> dict[str, Path]:
+    """Every module of the package by its name."""
+    files = {}
+    for folder, prefix in ((ROOT / PACKAGE, PACKAGE), (ROOT / "configuration", f"{PACKAGE}.configuration")):
+        for path in folder.rglob("*.py"):
+            parts = (prefix, *path.relative_to(folder).with_suffix("").parts)
+            files[".".join(part for part in parts if part != "__init__")] = path
+    return files
+
+
+FILES = package_files()
+
+
+def imported(path: Path, module: str = "") -> set[str]:
+    """The modules of the package that a file imports, inside functions too."""
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            source = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+            # `from . import name` may import a module, unless the package has something else of that name.
+            inside = {alias.name for alias in node.names if f"{source}.{alias.name}" in FILES}
+            found = {name: getattr(importlib.import_module(source), name, None) for name in inside}
+            modules = {f"{source}.{name}" for name, it in found.items() if it is None or inspect.ismodule(it)}
+            names |= modules or {source}
+    return {name for name in names if name.partition(".")[0] == PACKAGE}
+
+
+def part(module: str) -> str:
+    name = module.removeprefix(PACKAGE).removeprefix(".")
+    fitting = [part for part in PARTS if name.startswith(part) and (part or not name)]
+    assert fitting, f"{module} has no place in the order of the parts: give it one in `PARTS`, and in the layout"
+    return max(fitting, key=len)
+
+
+def refused(module: str, target: str) -> bool:
+    """Whether the order of the parts forbids that a module imports another one."""
+    name, own = target.removeprefix(PACKAGE).removeprefix("."), part(module)
+    # A family is one file, which imports no other.
+    if part(target) == own and own != "modeling_":
+        return False
+    allowed = [other for other in PARTS[own] if name.startswith(other)]
+    # What is inside of a part that may be imported is not open with it.
+    return not allowed or (part(target) == "ops.kernels" and own != "ops")
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_imports_point_one_way(module):
+    assert not [target for target in imported(FILES[module], module) if refused(module, target)]
+
+
+def test_no_circles():
+    graph = {module: imported(path, module) for module, path in FILES.items()}
+    assert sum(map(len, graph.values())) > 60
+    graphlib.TopologicalSorter(graph).prepare()
+
+
+@pytest.mark.parametrize(
+    ("module", "target"),
+    [
+        ("configuration.configuration_text", "decoder.recurrence"),
+        ("ops.summation", "decoder.layout"),
+        ("ops.kernels.kernel_dispatch", "ops.summation"),
+        ("compatibility", "decoder.cache"),
+        ("decoder.model", "ops.summation"),
+        ("decoder.model", "ops.kernels.kernel_dispatch"),
+        ("decoder.model", "families"),
+        ("modeling_sumagg", "modeling_tost_text"),
+        ("modeling_sumagg", "ops.kernels.kernel_dispatch"),
+        ("modeling_sumagg", "registration"),
+        ("families", "publishing.remote_code"),
+        ("registration", "families"),
+        ("publishing.cards", "hub"),
+    ],
+)
+def test_an_import_against_the_order_is_refused(module, target):
+    assert refused(f"{PACKAGE}.{module}", f"{PACKAGE}.{target}")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").rglob("*.py")), ids=lambda path: path.name)
+def test_examples_import_what_is_public(path):
+    assert imported(path) <= PUBLIC
+
+
+def exported(model_type: str) -> dict[str, str]:
+    """What a checkpoint of a family carries, by the full names of its modules."""
+    sources = flat_sources(modeling_sumagg.FAMILIES[model_type])
+    return {text.split("\n", 1)[0].rpartition("module ")[2].rstrip("."): text for text in sources.values()}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "others"),
+    [
+        ("sumagg", ["token_statistics", "tost", "multimodal"]),
+        ("tost_text", ["ops.summation", "configuration_sumagg", "modeling_sumagg.modeling_sumagg", "modeling_tost."]),
+        ("tost", ["ops.summation", "configuration_sumagg", "modeling_sumagg.modeling_sumagg", "_text"]),
+        ("sumagg_multimodal", ["tost", "configuration_text", "ops.", "modeling_sumagg.modeling_sumagg."]),
+    ],
+)
+def test_a_checkpoint_carries_nothing_of_another_family(model_type, others):
+    modules = exported(model_type)
+    assert len(modules) >= 4
+    for module in modules:
+        assert not [other for other in others if other in f"{module}."], module
+
+
+@pytest.mark.parametrize("model_type", ["tost", "sumagg_multimodal"])
+def test_no_language_model_comes_with_images_and_numbers(model_type):
+    frame = {module for module in exported(model_type) if ".decoder." in module}
+    assert frame <= {f"{PACKAGE}.decoder.checks", f"{PACKAGE}.decoder.positions"}
+
+
+def test_the_code_that_users_of_a_checkpoint_trust_is_short():
+    """A limit to go down, not up: of 3,650 lines decays and weighted means are about 450."""
+    lines = {module: text.count("\n") for module, text in exported("sumagg").items()}
+    assert sum(lines.values()) <= 3650, lines
