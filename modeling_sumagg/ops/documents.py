@@ -1,6 +1,51 @@
 """What the operators share about padding and documents."""
 
+from typing import NamedTuple
+
 import torch
+
+
+class Documents(NamedTuple):
+    """
+    The documents of the tokens of a segment.
+
+    Attributes:
+        starts (`torch.Tensor` of shape `[B, T]`, bool): the first tokens of all documents but the first of a row.
+        state_ids (`torch.Tensor` of shape `[B, T]`, int64, or `None`): where each document has a state of its own, which one
+            is that of each token; `None` where a row has one state, that of its first document.
+        mask (`torch.Tensor` of shape `[B, T]`, bool, or `None`): True where a token is real; read beside `state_ids` only.
+    """
+
+    starts: torch.Tensor
+    state_ids: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+
+    def part(self, tokens: slice) -> "Documents":
+        return Documents(*(None if tensor is None else tensor[:, tokens] for tensor in self))
+
+
+def find_documents(
+    document_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, *, have_states: bool
+) -> Documents | None:
+    """
+    The documents of `document_ids` `[B, T]`, `None` without; with `have_states` the ids are those of the states.
+
+    Raises:
+        `ValueError`: `have_states` without `document_ids`.
+    """
+    if document_ids is None:
+        if have_states:
+            raise ValueError(
+                "An `initial_state` for each document, [B, R, …], needs the `document_ids` of the tokens."
+            )
+        return None
+    document_ids = ids_of_tokens(document_ids, attention_mask)
+    # With one difference for each token an exported graph holds for T = 2 as well.
+    padded = torch.cat([document_ids[:, :1], document_ids], dim=1)
+    starts = padded[:, 1:] != padded[:, :-1]
+    if not have_states:
+        return Documents(starts)
+    return Documents(starts, document_ids.long(), None if attention_mask is None else attention_mask.bool())
 
 
 def document_runs(document_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -16,18 +61,7 @@ def document_runs(document_ids: torch.Tensor, attention_mask: torch.Tensor | Non
     Returns:
         `torch.Tensor` of shape `[B, T]`, int64, never decreasing along a row.
     """
-    return document_starts(document_ids, attention_mask).long().cumsum(dim=1)
-
-
-def document_starts(document_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-    """
-    The first tokens of the documents of each row but the first one, bool `[B, T]`; the arguments are those of
-    [`document_runs`].
-    """
-    document_ids = ids_of_tokens(document_ids, attention_mask)
-    # With one difference for each token an exported graph holds for T = 2 as well.
-    padded = torch.cat([document_ids[:, :1], document_ids], dim=1)
-    return padded[:, 1:] != padded[:, :-1]
+    return find_documents(document_ids, attention_mask, have_states=False).starts.long().cumsum(dim=1)
 
 
 def ids_of_tokens(document_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:

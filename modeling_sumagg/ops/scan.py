@@ -1,11 +1,13 @@
 """The running sum over time, `s_t = a_t s_{t-1} + x_t`, in PyTorch's operations: what the causal operators share."""
 
 import contextlib
+import re
 
 import torch
 import torch.nn.functional as F
 
-from .kernels.kernel_dispatch import is_exported, is_recorded, is_transformed
+from .documents import Documents
+from .kernels.kernel_dispatch import is_exported, is_recorded, is_transformed, kernel, takes_kernels
 
 
 LOOP_CHUNK = 32  # tokens that the loop on a CPU walks over, in all chunks at the same time
@@ -13,6 +15,9 @@ SHORT_LOOP_CHUNK = 8  # in sequences of less than LOOP_CHUNK² / 4 tokens
 SUM_CHUNK = 32  # tokens summed by one triangular matrix product
 DECAY_CHUNK = 16  # with decays, whose triangle is another for each chunk and head
 EXPORTED_DECAY_CHUNK = 64  # of chunks of chunks the exporter cannot prove that every length has some
+
+# Registered operators are global, and a checkpoint may bring its own copy of this file.
+_NAMESPACE = re.sub(r"\W", "_", __name__)
 
 
 def state_dtype(x: torch.Tensor) -> torch.dtype:
@@ -35,12 +40,12 @@ def scan(
     x: torch.Tensor,
     log_decay: torch.Tensor | None,
     initial: torch.Tensor,
-    restarts: torch.Tensor | None = None,
+    documents: Documents | None = None,
     *,
     relu: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    `s_t = exp(log_decay_t) s_{t-1} + x_t`, from `s_0 = initial`.
+    `s_t = exp(log_decay_t) s_{t-1} + x_t`, from `s_0 = initial`, and from 0 where another document begins.
 
     No decay is ever divided by, and no sum over one document has a term of another.
 
@@ -48,22 +53,28 @@ def scan(
         x (`torch.Tensor` of shape `[B, T, D]`, float32 or float64, `T` > 0): the terms.
         log_decay (`torch.Tensor` of shape `[B or 1, T, K]`, dtype of `x`, or `None`): logarithms of the decays, not
             positive; each of the K is that of `D / K` consecutive channels. `None`: no decay.
-        initial (`torch.Tensor` of shape `[B, D]`, [`state_dtype`]): the sum before the first token.
-        restarts (`torch.Tensor` of shape `[B, T]`, bool, *optional*): the tokens before which the sum is dropped,
-            not the first one.
+        initial (`torch.Tensor` of shape `[B, D]`, [`state_dtype`]): the sum before the first token. `[B, R, D]` with
+            `documents.state_ids`: that of each document.
+        documents (`Documents`, *optional*): those of the tokens.
         relu (`bool`): sum `max(x, 0)`.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: the sums `[B, T, D]` in the dtype of `x`, and the last one `[B, D]` in that
-        of `initial`.
+        of `initial`; of each document, where each has its own, and that before it of one without tokens.
     """
+    if documents is not None and documents.state_ids is not None:
+        return _scan_documents(x, log_decay, initial, documents, relu)
+    restarts = None if documents is None else documents.starts
     # A matrix product in reduced precision would round the sums.
     with without_autocast(x):
-        if x.device.type == "cpu" and not is_recorded() and not is_transformed():
+        is_kernel = (log_decay is not None or restarts is not None) and takes_kernels(x)
+        if not is_kernel and x.device.type == "cpu" and not is_recorded() and not is_transformed():
             return _LoopScan.apply(x, log_decay, initial, restarts, relu)
         if restarts is not None:
             log_decay = x.new_zeros(1, 1, 1) if log_decay is None else log_decay
             log_decay = torch.where(restarts.unsqueeze(-1), -torch.inf, log_decay)
+        if is_kernel:
+            return _kernel_scan(x, log_decay, initial, relu, False)
         if relu:
             x = x.relu()
         if log_decay is not None:
@@ -76,6 +87,31 @@ def scan(
         y = x.cumsum(1)
         # A slice would keep the sums of the whole segment alive for as long as the state.
         return y + initial[:, None].to(y.dtype), initial + y[:, -1]
+
+
+def _scan_documents(x, log_decay, initial, documents, relu):
+    """[`scan`] with one initial sum for each document `[B, R, D]`: the sums of the documents alone, and what is left of it."""
+    starts, index, mask = documents
+    none = initial.new_zeros(x.shape[0], x.shape[2])
+    y, _ = scan(x, log_decay, none, Documents(starts), relu=relu)
+    order = torch.arange(x.shape[1], device=x.device).expand_as(index)
+    if mask is not None:
+        order = order.masked_fill(~mask, -1)
+    last = torch.full_like(initial[..., 0], -1, dtype=torch.long).scatter_reduce(1, index, order, "amax")
+
+    def last_of_documents(tensor):
+        ends = tensor.gather(1, last.clamp_min(0)[..., None].expand(-1, -1, tensor.shape[2]))
+        return ends.masked_fill((last < 0)[..., None], 0).to(initial.dtype)
+
+    ends = last_of_documents(y)
+    own = initial.to(y.dtype).gather(1, index[..., None].expand(-1, -1, y.shape[2]))
+    if log_decay is None:
+        return y + own, initial + ends
+    heads = log_decay.shape[-1]
+    left, _ = scan(log_decay.expand(*index.shape, heads), None, none[:, :heads], Documents(starts))
+    y = y + (_to_heads(own, heads) * left.exp().unsqueeze(-1)).flatten(2)
+    left = last_of_documents(left).exp().unsqueeze(-1)
+    return y, (_to_heads(initial, heads) * left).flatten(2) + ends
 
 
 def _to_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
@@ -99,28 +135,35 @@ class _LoopScan(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, grad_final):
         x, log_decay, initial, restarts, y = ctx.saved_tensors
-        grad, grad_decay, grad_initial = scan_vjp(
-            y, log_decay, initial, restarts, grad, grad_final, needs_decay=ctx.needs_input_grad[1]
+        reverse_decay = None if log_decay is None else _shifted(log_decay).flip(1)
+        reverse_restarts = None if restarts is None else _shifted(restarts).flip(1)
+        grad, _ = _LoopScan.apply(grad.flip(1), reverse_decay, grad_final, reverse_restarts, False)
+        grad, grad_decay, grad_initial = _scan_vjp(
+            grad.flip(1), y, log_decay, initial, restarts, needs_decay=ctx.needs_input_grad[1]
         )
         if ctx.relu:
             grad = torch.ops.aten.threshold_backward(grad, x, 0)
         return grad, grad_decay, grad_initial, None, None
 
 
-def scan_vjp(y, log_decay, initial, restarts, grad, grad_final, *, needs_decay):
+def _shifted(tensor):
+    """What comes one token later, at the end nothing."""
+    return F.pad(tensor[:, 1:], (0, 0) * (tensor.dim() - 2) + (0, 1))
+
+
+def _scan_vjp(grad, y, log_decay, initial, restarts, *, needs_decay):
     """
     The gradients of `x`, `log_decay` (`None` if not needed) and `initial` of [`scan`], whose sums were `y`, from those of
-    the sums and of the last one. A gradient is a sum with the same decays from the end, so that it has gradients in turn.
+    all that each term is in, which are a sum with the same decays from the end.
     """
-    reverse_decay = None if log_decay is None else F.pad(log_decay[:, 1:], (0, 0, 0, 1)).flip(1)
-    reverse_restarts = None if restarts is None else F.pad(restarts[:, 1:], (0, 1)).flip(1)
-    grad, _ = _LoopScan.apply(grad.flip(1), reverse_decay, grad_final, reverse_restarts, False)
-    grad = grad.flip(1)
     if log_decay is None:
-        return grad, None, grad[:, 0].to(initial.dtype)
+        grad_initial = grad[:, 0] if restarts is None else grad[:, 0].masked_fill(restarts[:, :1], 0)
+        return grad, None, grad_initial.to(initial.dtype)
     heads = log_decay.shape[-1]
     decay = log_decay.exp()
     grad_initial = _to_heads(grad[:, 0], heads).to(initial.dtype) * decay[:, 0, :, None]
+    if restarts is not None:
+        grad_initial = grad_initial.masked_fill(restarts[:, 0, None, None], 0)
     grad_decay = None
     if needs_decay:
         first = (grad_initial * _to_heads(initial, heads)).sum(-1)
@@ -258,3 +301,38 @@ def _to_chunks(x, size):
 def _first(x, length):
     # Not a slice, for which the exporter cannot prove that the end is there to be cut off.
     return x.index_select(1, torch.arange(length, device=x.device))
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::decayed_sum", mutates_args=())
+def _kernel_scan(
+    x: torch.Tensor, log_decay: torch.Tensor, initial: torch.Tensor, relu: bool, reverse: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The Triton kernel of `scan`, or with `reverse` of its adjoint. The kernel documents the arguments."""
+    return kernel("decayed_sum")(x, log_decay, initial, relu=relu, reverse=reverse)
+
+
+@_kernel_scan.register_fake
+def _kernel_scan_fake(x, log_decay, initial, relu, reverse):
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return y, torch.empty_like(initial, memory_format=torch.contiguous_format)
+
+
+def _kernel_scan_setup_context(ctx, inputs, output):
+    x, log_decay, initial, ctx.relu, _ = inputs
+    ctx.save_for_backward(x if ctx.relu else None, log_decay, initial, output[0])
+
+
+def _kernel_scan_vjp(ctx, grad, grad_final):
+    x, log_decay, initial, y = ctx.saved_tensors
+    if torch.is_grad_enabled():  # A gradient that has gradients in turn is a sum over the reversed tokens.
+        grad, _ = _kernel_scan(grad.flip(1), _shifted(log_decay).flip(1), grad_final, False, False)
+        grad = grad.flip(1)
+    else:
+        grad, _ = _kernel_scan(grad, log_decay, grad_final, False, True)
+    grad, grad_decay, grad_initial = _scan_vjp(grad, y, log_decay, initial, None, needs_decay=ctx.needs_input_grad[1])
+    if ctx.relu:
+        grad = torch.ops.aten.threshold_backward(grad, x, 0)
+    return grad, grad_decay, grad_initial, None, None
+
+
+_kernel_scan.register_autograd(_kernel_scan_vjp, setup_context=_kernel_scan_setup_context)

@@ -8,7 +8,7 @@ import re
 
 import torch
 
-from .documents import check_tokens, document_runs, document_starts
+from .documents import check_tokens, document_runs, find_documents
 from .kernels.kernel_dispatch import is_recorded, is_transformed, kernel, takes_kernels
 from .scan import scan, state_dtype
 
@@ -43,8 +43,10 @@ def causal_sum(
             that of a head of `D / K` consecutive channels, so that `K = D` is one decay for each channel. The decay of
             a token acts on the sum before it. In float32 a decay of `1 - 1e-6` is exact to six digits as its logarithm,
             and to one as itself.
-        initial_state (`torch.Tensor` of shape `[B, D]`, floating, *optional*):
-            The sum before the first token. It belongs to the document of the first real token. Zero if not given.
+        initial_state (`torch.Tensor` of shape `[B, D]` or `[B, R, D]`, floating, *optional*):
+            The sum before the first token. It belongs to the document of the first real token. Zero if not given. For
+            packed rows whose documents go on from states of their own, one for each document: `document_ids` are then
+            0 … R - 1, and the tokens of a document stand together.
         attention_mask (`torch.Tensor` of shape `[B, T]`, bool or 0/1, *optional*):
             True where a token is real. A masked position adds nothing, whatever its values (NaN included), lets nothing
             decay, and repeats the sum before it.
@@ -61,9 +63,10 @@ def causal_sum(
             by in the final one. Whoever joins segments that were summed apart needs it.
 
     Returns:
-        `tuple`: the sums `[B, T, D]` in the dtype of `x`; the final state `[B, D]` in float64 (float32 on devices that
-        have no float64); and if asked for the decay of the segment, `[B, K]` (`[B, 1]` without `log_decay`) in the same
-        dtype, `-inf` where another document begins.
+        `tuple`: the sums `[B, T, D]` in the dtype of `x`; the final state, of the shape of the initial one, in float64
+        (float32 on devices that have no float64); and if asked for the decay of the segment, `[B, K]` (`[B, 1]` without
+        `log_decay`) in the same dtype, `-inf` where another document begins. A document without tokens in the segment
+        keeps its state.
 
         Within a segment the accumulation is in float32 whatever the dtype of `x` (in float64 for float64), and from
         segment to segment, so from one decode step to the next, in that of the state: without decays a step adds
@@ -78,37 +81,36 @@ def causal_sum(
     """
     _check_sequence(x, attention_mask, document_ids)
     batch_size, length, hidden_size = x.shape
-    state = _state("initial_state", initial_state, (batch_size, hidden_size), x)
+    state = _state("initial_state", initial_state, hidden_size, x)
     _check_scale(x, scale, log_decay)
     decays = None if log_decay is None else _per_token("log_decay", log_decay, x, attention_mask)
-    starts = None
-    if document_ids is not None and length > 1:
-        starts = document_starts(document_ids, attention_mask)
-    y, state = _causal_sum(x, decays, state, attention_mask, starts, relu, scale)
+    documents = find_documents(document_ids, attention_mask, have_states=state.dim() == 3)
+    y, state = _causal_sum(x, decays, state, attention_mask, documents, relu, scale)
     if not return_log_decay:
         return y, state
     if decays is None:
         decays = state.new_zeros(batch_size, length, 1)
-    if starts is not None:
-        decays = torch.where(starts[..., None], -torch.inf, decays)
+    if documents is not None:
+        decays = torch.where(documents.starts[..., None], -torch.inf, decays)
     return y, state, decays.to(state.dtype).sum(dim=1).expand(batch_size, -1)
 
 
-def _causal_sum(x, decays, state, attention_mask, starts, relu, scale):
+def _causal_sum(x, decays, state, attention_mask, documents, relu, scale):
     length = x.shape[1]
+    is_step = length == 1 and state.dim() == 2
     # A compiler fuses a single step with what is around it.
-    if decays is None and takes_kernels(x) and not (length == 1 and torch.compiler.is_compiling()):
+    if decays is None and state.dim() == 2 and takes_kernels(x) and not (is_step and torch.compiler.is_compiling()):
         mask = None if attention_mask is None else attention_mask.bool()
-        runs = None if starts is None else starts.long().cumsum(dim=1)
+        runs = None if documents is None or is_step else documents.starts.long().cumsum(dim=1)
         return _kernel_sum(x, None, scale, state, mask, runs, relu, False)
     if length == 0:
         return x, state
     terms = _masked_terms(x, attention_mask)
-    if length == 1:
+    if is_step:
         decay = None if decays is None else decays[:, 0].to(state.dtype).exp()
         state = _step(terms[:, 0].relu() if relu else terms[:, 0], decay, state)
         return scaled(state[:, None], scale).to(x.dtype), state
-    y, state = scan(terms, decays, state, starts, relu=relu)
+    y, state = scan(terms, decays, state, documents, relu=relu)
     # With decays the sums are kept for backward.
     in_place = (decays is None or not torch.is_grad_enabled()) and not is_recorded() and not is_transformed()
     return scaled(y, scale, in_place).to(x.dtype), state
@@ -145,7 +147,8 @@ def causal_mean(
         weight (`torch.Tensor` of shape `[K]` or `[B or 1, T, K]`, floating, *optional*):
             v, not negative, for the heads of `log_decay`. 1 if not given.
         initial_state (`tuple[torch.Tensor, torch.Tensor]`, *optional*):
-            The sums before the first token, s `[B, D]` and n `[B, K]`. Zero if not given.
+            The sums before the first token, s `[B, D]` and n `[B, K]`, or of each document, s `[B, R, D]` and n
+            `[B, R, K]`. Zero if not given.
 
     Returns:
         `tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]`: the means `[B, T, D]` in the dtype of `x`, rounded once,
@@ -164,15 +167,15 @@ def causal_mean(
         )
     weights = _per_token("weight", x.new_ones(heads) if weight is None else weight, x, attention_mask)
     sums, total = (None, None) if initial_state is None else initial_state
-    sums = _state("initial_state[0]", sums, (batch_size, x.shape[2]), x)
-    total = _state("initial_state[1]", total, (batch_size, heads), x)
+    sums = _state("initial_state[0]", sums, x.shape[2], x)
+    total = _state("initial_state[1]", total, heads, x)
     terms, mask = x, attention_mask
     if weight is not None:
         terms, mask = _masked_terms(x, mask), None
         terms = ((terms.relu() if relu else terms).unflatten(2, (heads, -1)) * weights[..., None]).flatten(2)
     weights = weights.expand(batch_size, length, heads)
 
-    if length == 1:
+    if length == 1 and sums.dim() == 2:
         terms = _masked_terms(terms, mask)[:, 0]
         decay = decays[:, 0].to(total.dtype).exp()
         total = _step(weights[:, 0], decay, total)
@@ -180,10 +183,10 @@ def causal_mean(
         # Where nothing has a weight yet the sum is zero.
         means = sums.view(batch_size, heads, -1) / total.masked_fill(total == 0, 1).unsqueeze(-1)
         return means.view(x.shape).to(x.dtype), (sums, total)
-    starts = None if document_ids is None else document_starts(document_ids, attention_mask)
-    totals, total = _causal_sum(weights, decays, total, None, starts, False, None)
+    documents = find_documents(document_ids, attention_mask, have_states=sums.dim() == 3)
+    totals, total = _causal_sum(weights, decays, total, None, documents, False, None)
     scale = totals.masked_fill(totals == 0, 1).reciprocal()
-    means, sums = _causal_sum(terms, decays, sums, mask, starts, relu, scale)
+    means, sums = _causal_sum(terms, decays, sums, mask, documents, relu, scale)
     return means.to(x.dtype), (sums, total)
 
 
@@ -249,11 +252,15 @@ def _check_scale(x: torch.Tensor, scale: torch.Tensor | None, log_decay: torch.T
         )
 
 
-def _state(name: str, state: torch.Tensor | None, shape: tuple[int, int], x: torch.Tensor) -> torch.Tensor:
+def _state(name: str, state: torch.Tensor | None, size: int, x: torch.Tensor) -> torch.Tensor:
+    batch_size = x.shape[0]
     if state is None:
-        return x.new_zeros(shape, dtype=state_dtype(x))
-    if state.shape != shape:
-        raise ValueError(f"`{name}` must have the shape {list(shape)} of `x`, got {list(state.shape)}.")
+        return x.new_zeros(batch_size, size, dtype=state_dtype(x))
+    if state.dim() not in (2, 3) or state.shape[0] != batch_size or state.shape[-1] != size:
+        raise ValueError(
+            f"`{name}` must have the shape [{batch_size}, {size}] of `x`, or [{batch_size}, R, {size}] for the R "
+            f"documents of a row, got {list(state.shape)}."
+        )
     return state.to(state_dtype(x))
 
 

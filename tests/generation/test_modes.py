@@ -241,9 +241,7 @@ def test_finished_rows_are_padded(model):
         assert row == tokens[:stop] + [31] * (len(row) - stop)
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"cache_implementation": "static"}, {"prompt_lookup_num_tokens": 2}], ids=str
-)
+@pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}, {"prompt_lookup_num_tokens": 2}], ids=str)
 def test_stop_strings(model, options):
     letters = "abcdefghijklmnopqrstuvwxyzABCDEF"
     characters = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))

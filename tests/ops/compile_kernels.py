@@ -7,7 +7,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from modeling_sumagg.ops import causal_sum, causal_token_statistics, set_kernels, token_statistics
-from modeling_sumagg.ops.kernels import kernel_dispatch
+from modeling_sumagg.ops.kernels import decayed_sum_kernels, kernel_dispatch
 
 
 TYPES = {
@@ -48,6 +48,9 @@ def main():
     JITFunction.run = compile_only
     kernel_dispatch._has_kernels = lambda mode, device_type: True
     set_kernels("triton")
+    # In segments.
+    decayed_sum_kernels.num_processors = lambda device: 132
+    decayed_sum_kernels.SEGMENT_TILES = 1
     packing = {"attention_mask": torch.ones(2, 128).bool(), "document_ids": torch.zeros(2, 128).long()}
     for dtype, arguments in (
         (torch.bfloat16, {}),
@@ -57,6 +60,7 @@ def main():
     ):
         x = torch.zeros(2, 128, 64, dtype=dtype, requires_grad=True)
         causal_sum(x, **arguments, relu=bool(arguments), scale=torch.ones(1, 128))[0].sum().backward()
+        causal_sum(x, log_decay=torch.zeros(4), **arguments, relu=bool(arguments))[0].sum().backward()
         w = torch.zeros(2, 4, 128, 64, dtype=dtype, requires_grad=True)
         causal_token_statistics(w, torch.ones(4), torch.zeros(4, 128), **arguments)[0].sum().backward()
         token_statistics(w, torch.ones(4), dropout_p=0.1).sum().backward()
@@ -64,7 +68,7 @@ def main():
             _, state = causal_token_statistics(w[:, :, :1], torch.ones(4), None)
             causal_token_statistics(w[:, :, :1], torch.ones(4), None, initial_state=state)
     names = {key[0] for key in compiled}
-    assert len(names) == 8, names
+    assert len(names) == 9, names
 
 
 if __name__ == "__main__":

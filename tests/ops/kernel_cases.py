@@ -3,6 +3,7 @@
 import os
 
 import pytest
+import test_decays
 import test_summation
 import test_token_statistics
 import torch
@@ -18,7 +19,7 @@ from modeling_sumagg.ops import (
     set_kernels,
     token_statistics,
 )
-from modeling_sumagg.ops.kernels import running_sum_kernels
+from modeling_sumagg.ops.kernels import decayed_sum_kernels, running_sum_kernels
 from modeling_sumagg.ops.token_statistics import operators
 
 
@@ -41,8 +42,9 @@ def kernels(monkeypatch):
 @pytest.fixture
 def many_processors(monkeypatch):
     """A sequence is cut into segments."""
-    monkeypatch.setattr(running_sum_kernels, "num_processors", lambda device: 1000)
-    monkeypatch.setattr(running_sum_kernels, "SEGMENT_TILES", 1)
+    for module in (running_sum_kernels, decayed_sum_kernels):
+        monkeypatch.setattr(module, "num_processors", lambda device: 1000)
+        monkeypatch.setattr(module, "SEGMENT_TILES", 1)
 
 
 def to_device(*values):
@@ -53,6 +55,8 @@ def to_device(*values):
             moved.append({name: to_device(x)[0] for name, x in value.items()})
         elif isinstance(value, TokenStatisticsState):
             moved.append(TokenStatisticsState(*to_device(*value)))
+        elif isinstance(value, tuple):
+            moved.append(to_device(*value))
         else:
             moved.append(value.to(DEVICE) if isinstance(value, torch.Tensor) else value)
     return moved
@@ -96,6 +100,71 @@ def test_sum_is_the_loop(length, size, masked, packed, stateful, fused, dtype):
 def test_sum_over_segments_is_the_loop(packed, dtype, many_processors):
     x, arguments = test_summation.draw(2, 133, 5, masked=packed, packed=packed, dtype=dtype, seed=1)
     check_sum(x, arguments, stateful=True, fused=packed)
+
+
+def check_decayed_sum(x, log_decay, arguments):
+    """Outputs and gradients against the loop over tokens in float64."""
+    batch_size, length, hidden_size = x.shape
+    inputs = x, log_decay, torch.randn(batch_size, hidden_size), torch.rand(1, length, log_decay.shape[-1])
+    weights = torch.randn(x.shape).to(x.dtype), torch.randn(batch_size, hidden_size)
+
+    def run(function, inputs, arguments, weights):
+        leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+        x, log_decay, state, scale = leaves
+        y, final = function(x, log_decay=log_decay, initial_state=state, scale=scale, relu=True, **arguments)
+        return y, final, *torch.autograd.grad((y, final), leaves, (weights[0].to(y), weights[1].to(final)))
+
+    expected = run(causal_sum_reference, [tensor.double() for tensor in inputs], arguments, weights)
+    actual = run(causal_sum, to_device(*inputs), *to_device(arguments, weights))
+    for result, reference in zip(actual, expected, strict=True):
+        assert_close(result.cpu(), reference, max(4e-6, torch.finfo(x.dtype).eps))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("masked, packed", [(False, False), (True, True)])
+@pytest.mark.parametrize("length, size, heads", [(5, 6, 1), (70, 40, 2), (35, 6, 6)])
+def test_decayed_sum_is_the_loop(length, size, heads, masked, packed, dtype):
+    x, arguments = test_summation.draw(2, length, size, masked=masked, packed=packed, dtype=dtype, seed=length)
+    check_decayed_sum(x, test_decays.draw_decays((2, length, heads)), arguments)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_decayed_sum_over_segments_is_the_loop(packed, many_processors):
+    x, arguments = test_summation.draw(2, 133, 5, masked=packed, packed=packed, seed=1)
+    check_decayed_sum(x, test_decays.draw_decays((1, 133, 5), kind="extreme"), arguments)
+
+
+def test_derivatives_of_the_decayed_sum_of_both_orders():
+    x, state = to_device(torch.randn(1, 18, 2, dtype=torch.float64), torch.randn(1, 2, dtype=torch.float64))
+    x, state = torch.where(x.abs() < 0.1, 0.5, x).requires_grad_(), state.requires_grad_()
+    (log_decay,) = to_device(test_decays.draw_decays((1, 18, 2)).double().requires_grad_())
+
+    def function(x, log_decay, state):
+        return causal_sum(x, log_decay=log_decay, initial_state=state, relu=True)
+
+    assert torch.autograd.gradcheck(function, (x, log_decay, state), fast_mode=True)
+    assert torch.autograd.gradgradcheck(function, (x, log_decay, state), fast_mode=True)
+
+
+def test_a_long_memory_of_the_decayed_sum():
+    log_decay = torch.tensor([-1e-6])
+    _, state = causal_sum(torch.ones(1, 3000, 1, device=DEVICE), log_decay=log_decay.to(DEVICE))
+    exact = log_decay.double()
+    assert_close(state[0].cpu(), torch.expm1(3000 * exact) / torch.expm1(exact), 1e-7)
+
+
+def test_compiled_decayed_sum():
+    x, log_decay = to_device(torch.randn(2, 35, 6), test_decays.draw_decays((2, 35, 3)))
+    leaves = x.requires_grad_(), log_decay.requires_grad_()
+
+    def function(x, log_decay):
+        y, state = causal_sum(x, log_decay=log_decay, relu=True)
+        return y.square().sum() + state.sum()
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    expected = torch.autograd.grad(function(*leaves), leaves)
+    for actual, reference in zip(torch.autograd.grad(compiled(*leaves), leaves), expected, strict=True):
+        assert_close(actual, reference, 1e-6)
 
 
 @pytest.mark.parametrize("layout", [(0, 1, 2), (1, 0, 2), (0, 2, 1)])

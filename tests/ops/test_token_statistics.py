@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from testing import assert_close
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from modeling_sumagg.ops.token_statistics import blocks, formula
+from modeling_sumagg.ops.token_statistics import blocks, formula, operators
 from modeling_sumagg.ops.token_statistics.formula import TokenStatisticsState
 from modeling_sumagg.ops.token_statistics.operators import (
     causal_token_membership,
@@ -39,7 +39,9 @@ BLOCKS = [
 TOLERANCES = {torch.float64: (1e-10, 1e-10), torch.float32: (2e-6, 1e-2), torch.bfloat16: (2.0**-8, 2.0**-5)}
 
 
-def loop_causal(w, temperature, position_bias=None, state=None, attention_mask=None, document_ids=None):
+def loop_causal(
+    w, temperature, position_bias=None, state=None, attention_mask=None, document_ids=None, log_decay=None
+):
     """Output, membership and final state, one token at a time."""
     batch_size, num_heads, length, head_dim = w.shape
     rows = []
@@ -60,6 +62,9 @@ def loop_causal(w, temperature, position_bias=None, state=None, attention_mask=N
                     second, weighted, total = second * 0, weighted * 0, total * 0
                 document = document_ids[b, t].item()
             x = w[b, :, t]
+            if log_decay is not None:
+                decay = log_decay.expand(batch_size, length, num_heads)[b, t].exp()
+                second, weighted, total = decay[:, None] * second, decay[:, None] * weighted, decay * total
             second = second + x * x
             terms = x * x / second.clamp(min=1e-12)
             if position_bias is not None:
@@ -307,6 +312,130 @@ def test_nothing_of_an_earlier_document_is_left(begin, function):
         assert_close(sums, expected_sums, 1e-6)
 
 
+def draw_decays(rows, length, num_heads=3):
+    shape = (num_heads,) if rows is None else (rows, length, num_heads)
+    return -(10 ** torch.empty(shape, dtype=torch.float64).uniform_(-4, 0.5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("masked, packed", [(False, False), (True, True)])
+@pytest.mark.parametrize("rows", [None, 1, 2])
+@pytest.mark.parametrize("length", [1, 2, 40])
+def test_decays_are_those_of_the_loop(length, rows, masked, packed, dtype):
+    inputs, arguments = draw(2, 3, length, 2, dtype=dtype, masked=masked, packed=packed, seed=length)
+    mask = arguments["attention_mask"]
+    inputs.append(draw_decays(rows, length).to(torch.promote_types(dtype, torch.float32)))
+    (w, temperature, bias, state, log_decay), expected_leaves = requiring_grad(inputs, torch.float64)
+    out, membership, final = loop_causal(w, temperature, bias, state, log_decay=log_decay, **arguments)
+    for function in CAUSAL:
+        (w, temperature, bias, state, log_decay), leaves = requiring_grad(inputs)
+        kwargs = {"log_decay": log_decay, "initial_state": TokenStatisticsState(*state), **arguments}
+        with mock.patch.object(operators, "DECAY_BLOCK_SIZE", 16):
+            actual, actual_final = function(w, temperature, bias, **kwargs)
+            assert actual.dtype == dtype and {x.dtype for x in actual_final} == {torch.float64}
+            assert_gradients_close((actual, *actual_final), leaves, (out, *final), expected_leaves, mask)
+            with torch.no_grad():
+                inferred, _ = function(w, temperature, bias, **kwargs)
+        assert_close(inferred, out, TOLERANCES[dtype][0])
+    assert_close(causal_token_membership(w, temperature, bias, **kwargs), membership, 1e-5)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_derivatives_with_decays(packed):
+    (w, temperature, bias, state), arguments = draw(1, 2, 6, 2, masked=packed, packed=packed, seed=5)
+    w, bias = w.nan_to_num(0, 0, 0).clamp(-3, 3), bias.nan_to_num(0)
+    w = torch.where(w == 0, 0.5, w)
+    log_decay = draw_decays(1, 6, 2).clamp(-3, -0.01)
+    _, leaves = requiring_grad((w, temperature, bias, log_decay, *state))
+
+    def function(w, temperature, bias, log_decay, *state):
+        state = TokenStatisticsState(*state)
+        out, final = causal_token_statistics(
+            w, temperature, bias, log_decay=log_decay, initial_state=state, **arguments
+        )
+        return out, *final
+
+    with mock.patch.object(operators, "DECAY_BLOCK_SIZE", 4):
+        assert torch.autograd.gradcheck(function, leaves)
+        assert torch.autograd.gradgradcheck(function, leaves)
+
+
+@pytest.mark.parametrize("cut", [0, 1, 255, 256, 300])
+def test_decayed_segments_go_on_as_one(cut):
+    (w, temperature, _, state), arguments = draw(2, 3, 600, 2, dtype=torch.float32, seed=cut, packed=False)
+    mask, log_decay = arguments["attention_mask"], draw_decays(2, 600).float()
+    expected, _, expected_final = loop_causal(w.double(), temperature.double(), None, state, mask, None, log_decay)
+    outs = []
+    for part in (slice(0, cut), slice(cut, None)):
+        out, state = causal_token_statistics(
+            w[:, :, part],
+            temperature,
+            None,
+            log_decay=log_decay[:, part],
+            initial_state=state,
+            attention_mask=mask[:, part],
+        )
+        outs.append(out)
+    assert_close(torch.cat(outs, 2), expected, 2e-6)
+    for actual, sums in zip(state, expected_final, strict=True):
+        assert_close(actual, sums, 2e-6)
+
+
+def test_decays_of_one_are_none():
+    (w, temperature, bias, state), arguments = draw(2, 3, 300, 2, dtype=torch.float32)
+    out, final = causal_token_statistics(w, temperature, bias, initial_state=state, **arguments)
+    actual, actual_final = causal_token_statistics(
+        w, temperature, bias, log_decay=torch.zeros(3), initial_state=state, **arguments
+    )
+    assert_close(actual, out, 2e-6)
+    for sums, expected in zip(actual_final, final, strict=True):
+        assert_close(sums, expected, 2e-6)
+
+
+@pytest.mark.parametrize("decayed", [False, True])
+@pytest.mark.parametrize("length, block", [(1, 256), (5, 256), (60, 16)])
+def test_documents_with_states_of_their_own(length, block, decayed):
+    """A packed row of three documents, of which the second has no token here, and padding between and within them."""
+    w = torch.randn(2, 3, length, 2, dtype=torch.float64)
+    temperature, log_decay = torch.randn(3).double(), draw_decays(2, length) if decayed else None
+    state = TokenStatisticsState(*(torch.rand(2, 3, 3, 2, dtype=torch.float64) for _ in range(2)), torch.rand(2, 3, 3))
+    state = state._replace(membership=state.membership.double())
+    mask = torch.arange(length).expand(2, -1) % 4 != 2
+    ids = (torch.arange(length).expand(2, -1) >= length // 2 + torch.arange(2)[:, None]).long() * 2
+    _, leaves = requiring_grad((w, temperature, *state))
+    arguments = {"attention_mask": mask, "document_ids": ids, "log_decay": log_decay}
+    with mock.patch.object(operators, "DECAY_BLOCK_SIZE", block):
+        out, final = causal_token_statistics(
+            *leaves[:2], None, initial_state=TokenStatisticsState(*leaves[2:]), **arguments
+        )
+        with torch.no_grad():
+            inferred, _ = causal_token_statistics(
+                *leaves[:2], None, initial_state=TokenStatisticsState(*leaves[2:]), **arguments
+            )
+    _, expected_leaves = requiring_grad((w, temperature, *state))
+    expected, expected_final = torch.zeros_like(w), [sums.clone() for sums in expected_leaves[2:]]
+    for b in range(2):
+        for document in range(3):
+            tokens = mask[b] & (ids[b] == document)
+            part, _, sums = (
+                loop_causal(
+                    expected_leaves[0][b : b + 1, :, tokens],
+                    expected_leaves[1],
+                    None,
+                    [sums[b, document][None] for sums in expected_leaves[2:]],
+                    log_decay=None if log_decay is None else log_decay[b : b + 1, tokens],
+                )
+                if tokens.any()
+                else (0, None, [sums[b, document][None] for sums in expected_leaves[2:]])
+            )
+            if tokens.any():
+                expected[b, :, tokens] = part[0]
+            for whole, one in zip(expected_final, sums, strict=True):
+                whole[b, document] = one[0]
+    assert_gradients_close((out, *final), leaves, (expected, *expected_final), expected_leaves, mask)
+    assert_close(inferred, expected, 1e-10)
+
+
 def test_a_step_adds_its_terms_after_any_number_of_tokens():
     (w, temperature, _, state), _ = draw(1, 2, 300, 3, dtype=torch.float32, masked=False, packed=False)
     begin = state = TokenStatisticsState(*(sums.double() * 3e7 for sums in state))
@@ -407,11 +536,16 @@ def test_output_is_laid_out_as_the_projection():
 class Both(torch.nn.Module):
     """Both operators with every argument."""
 
+    def __init__(self, log_decay=None):
+        super().__init__()
+        self.log_decay = log_decay
+
     def forward(self, w, temperature, bias, state, attention_mask, document_ids):
         out, final = causal_token_statistics(
             w,
             temperature,
             bias,
+            log_decay=self.log_decay,
             initial_state=TokenStatisticsState(*state),
             attention_mask=attention_mask,
             document_ids=document_ids,
@@ -419,13 +553,16 @@ class Both(torch.nn.Module):
         return token_statistics(w, temperature, attention_mask=attention_mask), out, *final
 
 
-def test_compiled_training_is_one_graph_for_every_length():
+@pytest.mark.parametrize("log_decay", [None, torch.tensor([-0.1, -1.0, -3.0])])
+def test_compiled_training_is_one_graph_for_every_length(log_decay):
+    torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(Both(), backend=counter, fullgraph=True)
+    both = Both(log_decay)
+    compiled = torch.compile(both, backend=counter, fullgraph=True)
     for length in (30, 40, 300, 700, 31):
         drawn, arguments = draw_for_graph(length)
         results = []
-        for function in (Both(), compiled):
+        for function in (both, compiled):
             inputs, leaves = requiring_grad(drawn)
             outputs = function(*inputs, *arguments)
             grads = torch.autograd.grad(sum(x.square().sum() for x in outputs), leaves)
@@ -435,19 +572,22 @@ def test_compiled_training_is_one_graph_for_every_length():
     assert counter.frame_count == 2  # the first length, then any
 
 
-def test_export_holds_plain_operators_for_every_length():
+@pytest.mark.parametrize("log_decay", [None, torch.tensor([-0.1, -1.0, -3.0])])
+def test_export_holds_plain_operators_for_every_length(log_decay):
+    both = Both(log_decay)
+
     def example(length):
         (*inputs, state), arguments = draw_for_graph(length)
         return *inputs, tuple(state), *arguments
 
     length = torch.export.Dim("length")
     shapes = ({2: length}, None, {2: length}, (None, None, None), {1: length}, {1: length})
-    program = torch.export.export(Both(), example(20), dynamic_shapes=shapes)
+    program = torch.export.export(both, example(20), dynamic_shapes=shapes)
     targets = [node.target for node in program.graph.nodes if node.op == "call_function"]
     namespaces = {target.namespace for target in targets if isinstance(target, torch._ops.OpOverload)}
     assert namespaces == {"aten"}
     for inputs in (example(2), example(300)):
-        for actual, expected in zip(program.module()(*inputs), Both()(*inputs), strict=True):
+        for actual, expected in zip(program.module()(*inputs), both(*inputs), strict=True):
             assert_close(actual, expected)
 
 
@@ -488,6 +628,18 @@ STATE = TokenStatisticsState(torch.zeros(2, 3, 4), torch.zeros(2, 3, 4), torch.z
         ({"dropout_p": 1.0}, ValueError, r"`dropout_p` must be in \[0, 1\), got 1.0"),
         ({"position_bias": BIAS.long()}, TypeError, "`position_bias` must be of a floating dtype"),
         ({"position_bias": BIAS[:, :4]}, ValueError, r"`position_bias` .* \[2, 3, 5\] .* got \[3, 4\]"),
+        ({"log_decay": torch.zeros(3).long()}, TypeError, "`log_decay` must be of a floating dtype, got torch.int64"),
+        ({"log_decay": torch.zeros(4)}, ValueError, r"`log_decay` .* \[3\] or .* got \[4\]"),
+        ({"log_decay": torch.zeros(2, 3, 5)}, ValueError, r"`log_decay` .* \[2, 5, 3\] of .* got \[2, 3, 5\]"),
+        (
+            {
+                "initial_state": TokenStatisticsState(
+                    torch.zeros(2, 4, 3, 4), torch.zeros(2, 4, 3, 4), torch.zeros(2, 4, 3)
+                )
+            },
+            ValueError,
+            "for each document.*needs the `document_ids`",
+        ),
         ({"document_ids": torch.zeros(2, 5)}, TypeError, "`document_ids` must be of an integer dtype"),
         ({"document_ids": torch.zeros(5).long()}, ValueError, r"`document_ids` .* \[2, 5\] .* got \[5\]"),
         (
@@ -499,7 +651,7 @@ STATE = TokenStatisticsState(torch.zeros(2, 3, 4), torch.zeros(2, 3, 4), torch.z
 )
 def test_bad_arguments(change, error, message):
     arguments = {"w": W, "temperature": TEMPERATURE, **change}
-    causal_only = {"position_bias", "document_ids", "initial_state"} & change.keys()
+    causal_only = {"position_bias", "log_decay", "document_ids", "initial_state"} & change.keys()
     for function in () if causal_only else BIDIRECTIONAL:
         with pytest.raises(error, match=message):
             function(**arguments)

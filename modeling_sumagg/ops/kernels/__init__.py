@@ -5,10 +5,16 @@ import importlib
 from .kernel_dispatch import provide_kernels
 
 
+MODULES = {
+    "running_sum": "running_sum_kernels",
+    "decayed_sum": "decayed_sum_kernels",
+    "INTERPRETED": "running_sum_kernels",
+}
+
+
 def _load(name: str):
     """A kernel, from the module that defines it."""
-    module = "token_statistics_kernels" if name.startswith(("causal", "bidirectional")) else "running_sum_kernels"
-    return getattr(importlib.import_module(f".{module}", __name__), name)
+    return getattr(importlib.import_module(f".{MODULES.get(name, 'token_statistics_kernels')}", __name__), name)
 
 
 provide_kernels(_load)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from ..documents import Documents
 from ..kernels.kernel_dispatch import kernel
 from ..scan import without_autocast
 from .formula import (
@@ -333,8 +334,10 @@ def _causal_vjp(ctx, grad_out, _, grad_final):
     if torch.is_grad_enabled():
         bias = None if position_bias is None else position_bias.mT
         state = unpack(initial, *w.shape[2:])
-        restarts = None if runs is None else F.pad(runs.diff(dim=1), (1, 0)) != 0
-        out, final = causal_formula(w.transpose(1, 2), temperature, bias, state, mask, restarts, keep, ctx.dropout_p)
+        documents = None if runs is None else Documents(F.pad(runs.diff(dim=1), (1, 0)) != 0)
+        out, final = causal_formula(
+            w.transpose(1, 2), temperature, bias, state, mask, None, documents, keep, ctx.dropout_p
+        )
         inputs = (w, temperature, position_bias, initial)
         grads = _formula_vjp(ctx, inputs, (out.transpose(1, 2), pack(final)), (grad_out, grad_final))
     else:

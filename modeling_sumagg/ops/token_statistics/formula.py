@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..documents import Documents
 from ..scan import scan, state_dtype
 
 
@@ -21,7 +22,8 @@ MIN_MEMBERSHIP = 1e-8
 
 class TokenStatisticsState(NamedTuple):
     """
-    The running sums of [`causal_token_statistics`] after some tokens, in float64 (float32 on devices without float64).
+    The running sums of [`causal_token_statistics`] after some tokens, in float64 (float32 on devices without float64). Where
+    each of R documents of a row has its own, with a dimension R behind B.
 
     Attributes:
         second_moment (`torch.Tensor` of shape `[B, K, p]`): Σ w².
@@ -60,18 +62,19 @@ def causal_formula(
     position_bias: torch.Tensor | None,
     initial_state: TokenStatisticsState | None,
     mask: torch.Tensor | None,
-    restarts: torch.Tensor | None,
+    log_decay: torch.Tensor | None,
+    documents: Documents | None,
     keep: torch.Tensor | None,
     dropout_p: float,
 ) -> tuple[torch.Tensor, TokenStatisticsState]:
-    """The output `[B, K, T, p]` and the state of [`causal_token_statistics`]; `restarts` as in [`scan`]."""
+    """The output `[B, K, T, p]` and the state of [`causal_token_statistics`]; `log_decay` `[B or 1, T, K]`."""
     w = _real_tokens(w, mask)
     w2 = _squares(w)
     initial = (None, None, None) if initial_state is None else initial_state
-    second_moment, last_second = _cumulative_sums(w2, initial[0], restarts)
+    second_moment, last_second = _cumulative_sums(w2, initial[0], log_decay, documents)
     membership = _causal_membership(w2, second_moment, temperature, position_bias, mask)
-    weighted, last_weighted = _cumulative_sums(membership.unsqueeze(-1) * w2, initial[1], restarts)
-    total, last_total = _cumulative_sums(membership, initial[2], restarts)
+    weighted, last_weighted = _cumulative_sums(membership.unsqueeze(-1) * w2, initial[1], log_decay, documents)
+    total, last_total = _cumulative_sums(membership, initial[2], log_decay, documents)
     moment = weighted / (total + MIN_MEMBERSHIP).unsqueeze(-1)
     out = _output(w, mask, membership.unsqueeze(-1), moment, keep, dropout_p)
     return out, TokenStatisticsState(last_second, last_weighted, last_total)
@@ -83,11 +86,13 @@ def causal_membership(
     position_bias: torch.Tensor | None,
     initial_state: TokenStatisticsState | None,
     mask: torch.Tensor | None,
-    restarts: torch.Tensor | None,
+    log_decay: torch.Tensor | None,
+    documents: Documents | None,
 ) -> torch.Tensor:
     """Π `[B, K, T]` of [`causal_token_statistics`]."""
     w2 = _squares(_real_tokens(w, mask))
-    second_moment, _ = _cumulative_sums(w2, None if initial_state is None else initial_state.second_moment, restarts)
+    initial = None if initial_state is None else initial_state.second_moment
+    second_moment, _ = _cumulative_sums(w2, initial, log_decay, documents)
     return _causal_membership(w2, second_moment, temperature, position_bias, mask)
 
 
@@ -179,14 +184,20 @@ def _real_tokens(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
 
 
 def _cumulative_sums(
-    x: torch.Tensor, initial: torch.Tensor | None, restarts: torch.Tensor | None
+    x: torch.Tensor, initial: torch.Tensor | None, log_decay: torch.Tensor | None, documents: Documents | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The sums of `x` `[B, K, T, ...]` up to each token, from `initial` `[B, K, ...]`; and the last one."""
-    dtype = state_dtype(x)
-    initial = x.new_zeros(x.shape[:2] + x.shape[3:], dtype=dtype) if initial is None else initial.to(dtype)
-    if restarts is None:
+    """
+    The sums of `x` `[B, K, T, ...]` up to each token, from `initial` `[B, K, ...]` or, of each document, `[B, R, K, ...]`;
+    and the last ones.
+    """
+    shape = x.shape[:2] + x.shape[3:]
+    initial = x.new_zeros(shape, dtype=state_dtype(x)) if initial is None else initial.to(state_dtype(x))
+    if x.shape[2] == 0:
+        return x, initial
+    if log_decay is None and documents is None:
         running = x.cumsum(2)
-        # Of no tokens, too; and a slice would keep the sums of the whole segment alive for as long as the state.
-        return running + initial.unsqueeze(2).to(x.dtype), initial + running[:, :, -1:].sum(2)
-    running, last = scan(x.transpose(1, 2).flatten(2), None, initial.flatten(1), restarts)
-    return running.unflatten(2, initial.shape[1:]).transpose(1, 2), last.view(initial.shape)
+        # A slice would keep the sums of the whole segment alive for as long as the state.
+        return running + initial.unsqueeze(2).to(x.dtype), initial + running[:, :, -1]
+    tokens = x.transpose(1, 2).flatten(2)
+    running, last = scan(tokens, log_decay, initial.flatten(initial.dim() + 2 - x.dim()), documents)
+    return running.view(x.shape[0], x.shape[2], *shape[1:]).transpose(1, 2), last.view(initial.shape)

@@ -5,9 +5,10 @@ Triton kernels, with an analytic backward.
 """
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
-from ..documents import check_tokens, document_runs, document_starts
-from ..kernels.kernel_dispatch import is_exported, is_transformed, kernel, takes_kernels
+from ..documents import check_tokens, find_documents
+from ..kernels.kernel_dispatch import is_exported, is_recorded, is_transformed, kernel, takes_kernels
 from ..scan import state_dtype
 from .blocks import CAUSAL_FLOORS, bidirectional_forward, causal_forward, pack, unpack
 from .formula import (
@@ -22,6 +23,7 @@ from .formula import (
 
 
 KERNEL_BLOCK_SIZE = 64  # tokens of a tile of the Triton kernels, if a head's part of it fits into their registers
+DECAY_BLOCK_SIZE = 256  # tokens of which, with decays, backward computes the formula again at a time
 FORMULA_LENGTH = 64  # without gradients, up to here the blocks cost more than they save
 
 
@@ -72,13 +74,15 @@ def causal_token_statistics(
     temperature: torch.Tensor,
     position_bias: torch.Tensor | None,
     *,
+    log_decay: torch.Tensor | None = None,
     initial_state: TokenStatisticsState | None = None,
     attention_mask: torch.Tensor | None = None,
     document_ids: torch.Tensor | None = None,
     dropout_p: float = 0.0,
 ) -> tuple[torch.Tensor, TokenStatisticsState]:
     r"""
-    Causal token statistics self-attention, every sum over the tokens u ≤ t:
+    Causal token statistics self-attention, every sum over the tokens u ≤ t, in which with `log_decay` a term has decayed
+    by what all tokens after it have:
 
         D_t   = max(Σ_u w_u², 1e-12)
         Π_t   = softmax over heads of temp_k · Σ_c (w_t² / D_t + β[k, t])
@@ -94,8 +98,14 @@ def causal_token_statistics(
         temperature (`torch.Tensor` of shape `[K]` or `[K, 1]`, floating): temp.
         position_bias (`torch.Tensor` of shape `[K, T]` or `[B, K, T]`, floating, or `None`):
             β at the position of each token.
+        log_decay (`torch.Tensor` of shape `[K]` or `[B or 1, T, K]`, floating, *optional*):
+            The logarithm, not positive, of the decay of each head, the same for all tokens or one for each: each of the
+            three sums is multiplied by it before a token is added. With decays there are no Triton kernels, and in
+            training the formula is computed a second time, block by block.
         initial_state (`TokenStatisticsState`, *optional*):
-            The sums before the first token. They belong to the document of the first real token. Zero if not given.
+            The sums before the first token. They belong to the document of the first real token. Zero if not given. For
+            packed rows whose documents go on from states of their own, one for each document, a dimension R behind B:
+            `document_ids` are then 0 … R - 1, and the tokens of a document stand together.
         attention_mask (`torch.Tensor` of shape `[B, T]`, bool or 0/1, *optional*):
             True where a token is real. A masked one is in no sum, whatever its values (NaN included).
         document_ids (`torch.Tensor` of shape `[B, T]`, integer, *optional*):
@@ -106,27 +116,35 @@ def causal_token_statistics(
 
     Returns:
         `tuple[torch.Tensor, TokenStatisticsState]`: the output `[B, K, T, p]` in the dtype of `w`, zero where masked,
-        the transposed view of a contiguous `[B, T, K, p]`; and the sums after the last real token.
+        the transposed view of a contiguous `[B, T, K, p]`; and the sums after the last real token, of each document where
+        each has its own: one without tokens in the segment keeps them.
 
     Raises:
         `TypeError`: an argument has the wrong kind of dtype.
         `ValueError`: a shape does not fit `w`, or `dropout_p` is not in [0, 1).
     """
     mask = _check_causal_arguments(
-        w, temperature, position_bias, initial_state, attention_mask, document_ids, dropout_p
+        w, temperature, position_bias, log_decay, initial_state, attention_mask, document_ids, dropout_p
     )
     batch_size, num_heads, length, head_dim = w.shape
     keep = _dropout(w, dropout_p, length)
     kernels = takes_kernels(w)
-    if length == 1:
+    log_decay = _decays(log_decay, w, mask)
+    have_states = initial_state is not None and initial_state.membership.dim() == 3
+    if length == 1 and not have_states:
+        if log_decay is not None and initial_state is not None:
+            initial_state = _decayed(initial_state, log_decay)
         # A compiler fuses a single step with what is around it.
         if kernels and keep is None and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return _causal_step_kernel(w, temperature, position_bias, initial_state, mask)
         return causal_step(w, temperature, position_bias, initial_state, mask, keep, dropout_p)
+    documents = find_documents(document_ids, mask, have_states=have_states)
+    arguments = w, temperature, position_bias, initial_state, mask, log_decay, documents, keep, dropout_p
     if not kernels and _takes_formula(w):
-        starts = None if document_ids is None else document_starts(document_ids, mask)
-        return causal_formula(w, temperature, position_bias, initial_state, mask, starts, keep, dropout_p)
-    runs = None if document_ids is None else document_runs(document_ids, mask)
+        return causal_formula(*arguments)
+    if log_decay is not None or have_states:
+        return causal_formula(*arguments) if is_recorded() else _formula_in_blocks(*arguments)
+    runs = None if documents is None else documents.starts.long().cumsum(dim=1)
     dtype = statistics_dtype(w)
     if position_bias is not None:
         position_bias = position_bias.to(dtype).mT.expand(batch_size, length, num_heads)
@@ -160,6 +178,7 @@ def causal_token_membership(
     temperature: torch.Tensor,
     position_bias: torch.Tensor | None,
     *,
+    log_decay: torch.Tensor | None = None,
     initial_state: TokenStatisticsState | None = None,
     attention_mask: torch.Tensor | None = None,
     document_ids: torch.Tensor | None = None,
@@ -170,9 +189,13 @@ def causal_token_membership(
     Returns:
         `torch.Tensor` of shape `[B, K, T]` in float32 (float64 for float64 `w`), zero where masked.
     """
-    mask = _check_causal_arguments(w, temperature, position_bias, initial_state, attention_mask, document_ids)
-    starts = None if document_ids is None else document_starts(document_ids, mask)
-    return causal_membership(w, temperature, position_bias, initial_state, mask, starts)
+    mask = _check_causal_arguments(
+        w, temperature, position_bias, log_decay, initial_state, attention_mask, document_ids
+    )
+    have_states = initial_state is not None and initial_state.membership.dim() == 3
+    documents = find_documents(document_ids, mask, have_states=have_states)
+    log_decay = _decays(log_decay, w, mask)
+    return causal_membership(w, temperature, position_bias, initial_state, mask, log_decay, documents)
 
 
 def token_statistics_reference(
@@ -192,6 +215,7 @@ def causal_token_statistics_reference(
     temperature: torch.Tensor,
     position_bias: torch.Tensor | None,
     *,
+    log_decay: torch.Tensor | None = None,
     initial_state: TokenStatisticsState | None = None,
     attention_mask: torch.Tensor | None = None,
     document_ids: torch.Tensor | None = None,
@@ -199,11 +223,13 @@ def causal_token_statistics_reference(
 ) -> tuple[torch.Tensor, TokenStatisticsState]:
     """[`causal_token_statistics`] as the paper writes it; autograd keeps every intermediate."""
     mask = _check_causal_arguments(
-        w, temperature, position_bias, initial_state, attention_mask, document_ids, dropout_p
+        w, temperature, position_bias, log_decay, initial_state, attention_mask, document_ids, dropout_p
     )
-    starts = None if document_ids is None else document_starts(document_ids, mask)
+    have_states = initial_state is not None and initial_state.membership.dim() == 3
+    documents = find_documents(document_ids, mask, have_states=have_states)
     keep = _dropout(w, dropout_p, w.shape[2])
-    return causal_formula(w, temperature, position_bias, initial_state, mask, starts, keep, dropout_p)
+    log_decay = _decays(log_decay, w, mask)
+    return causal_formula(w, temperature, position_bias, initial_state, mask, log_decay, documents, keep, dropout_p)
 
 
 def _takes_formula(w: torch.Tensor) -> bool:
@@ -213,6 +239,46 @@ def _takes_formula(w: torch.Tensor) -> bool:
         return True
     # A compiled graph takes one path for every length; in training the formula would keep every intermediate.
     return not torch.compiler.is_compiling() and length <= FORMULA_LENGTH and not torch.is_grad_enabled()
+
+
+def _formula_in_blocks(w, temperature, position_bias, initial_state, mask, log_decay, documents, keep, dropout_p):
+    """[`causal_formula`] of a block of tokens after the other, for gradients computed again in backward."""
+    outs, state = [], initial_state
+    for start in range(0, w.shape[2], DECAY_BLOCK_SIZE):
+        tokens = slice(start, start + DECAY_BLOCK_SIZE)
+        arguments = (
+            w[:, :, tokens],
+            temperature,
+            None if position_bias is None else position_bias[..., tokens],
+            state,
+            None if mask is None else mask[:, tokens],
+            None if log_decay is None else log_decay[:, tokens],
+            None if documents is None else documents.part(tokens),
+            None if keep is None else keep[:, tokens],
+            dropout_p,
+        )
+        if torch.is_grad_enabled():
+            out, state = checkpoint(causal_formula, *arguments, use_reentrant=False, preserve_rng_state=False)
+        else:
+            out, state = causal_formula(*arguments)
+        outs.append(out.transpose(1, 2))
+    return torch.cat(outs, dim=1).transpose(1, 2), state
+
+
+def _decays(log_decay, w, mask):
+    """`[B or 1, T, K]` in the dtype of the statistics, zero where masked; `None` of none."""
+    if log_decay is None:
+        return None
+    log_decay = log_decay.to(statistics_dtype(w))
+    if log_decay.dim() == 1:
+        log_decay = log_decay.expand(1, w.shape[2], -1)
+    return log_decay if mask is None else log_decay.masked_fill(~mask.unsqueeze(-1), 0)
+
+
+def _decayed(state, log_decay):
+    """The state `[B, K, ...]` before one token."""
+    decay = log_decay[:, 0].to(state.membership.dtype).exp()
+    return TokenStatisticsState(*(sums * decay.view(*decay.shape, *[1] * (sums.dim() - 2)) for sums in state))
 
 
 def _causal_step_kernel(w, temperature, position_bias, initial_state, mask):
@@ -258,7 +324,9 @@ def _check_arguments(w, temperature, attention_mask, dropout_p=0.0, document_ids
     return None if attention_mask is None else attention_mask.bool()
 
 
-def _check_causal_arguments(w, temperature, position_bias, initial_state, attention_mask, document_ids, dropout_p=0.0):
+def _check_causal_arguments(
+    w, temperature, position_bias, log_decay, initial_state, attention_mask, document_ids, dropout_p=0.0
+):
     mask = _check_arguments(w, temperature, attention_mask, dropout_p, document_ids)
     batch_size, num_heads, length, head_dim = w.shape
     if position_bias is not None:
@@ -270,12 +338,24 @@ def _check_causal_arguments(w, temperature, position_bias, initial_state, attent
                 f"`position_bias` must be None or have the shape [K, T] = [{num_heads}, {length}] or [B, K, T] = "
                 f"[{batch_size}, {num_heads}, {length}] of `w`, got {list(position_bias.shape)}."
             )
-    if initial_state is not None:
-        moments = (batch_size, num_heads, head_dim)
-        for name, sums, shape in zip(
-            TokenStatisticsState._fields, initial_state, (moments, moments, moments[:2]), strict=True
+    if log_decay is not None:
+        if not log_decay.is_floating_point():
+            raise TypeError(f"`log_decay` must be of a floating dtype, got {log_decay.dtype}.")
+        is_fitting = log_decay.dim() in (1, 3) and log_decay.shape[-1] == num_heads
+        if not is_fitting or (
+            log_decay.dim() == 3 and not (log_decay.shape[0] in (1, batch_size) and log_decay.shape[1] == length)
         ):
-            if sums.shape != shape:
+            raise ValueError(
+                f"`log_decay` must have the shape [K] = [{num_heads}] or [B, T, K] = [{batch_size}, {length}, "
+                f"{num_heads}] of `w` or [1, {length}, {num_heads}], got {list(log_decay.shape)}."
+            )
+    if initial_state is not None:
+        documents = initial_state.membership.shape[1:-1]
+        moments = (batch_size, *documents, num_heads, head_dim)
+        for name, sums, shape in zip(
+            TokenStatisticsState._fields, initial_state, (moments, moments, moments[:-1]), strict=True
+        ):
+            if sums.shape != shape or len(documents) > 1:
                 raise ValueError(
                     f"`initial_state.{name}` must have the shape {list(shape)} for `w`, got {list(sums.shape)}."
                 )
