@@ -32,7 +32,7 @@ def train(model: PreTrainedModel, inputs: dict[str, torch.Tensor], folder: Path)
     arguments = TrainingArguments(
         str(folder),
         max_steps=4,
-        learning_rate=0.01,
+        learning_rate=0.001,
         eval_strategy="steps",
         eval_steps=1,
         save_steps=2,
