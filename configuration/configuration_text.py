@@ -154,7 +154,7 @@ class TextConfig(PreTrainedConfig):
                 f"`num_attention_heads` must divide `hidden_size`, got {self.num_attention_heads} heads for a width of "
                 f"{self.hidden_size}."
             )
-        if self.sliding_window is None and "sliding_attention" in self.layer_types:
+        if self.sliding_window is None and "sliding_attention" in (self.layer_types or ()):
             raise ValueError("`sliding_window` is None, and a layer of `layer_types` is 'sliding_attention'.")
         if self.sliding_window is not None and self.sliding_window < 1:
             raise ValueError(f"`sliding_window` must be at least 1, got {self.sliding_window}.")

@@ -158,7 +158,7 @@ def main() -> None:
         model_arguments, data_arguments, training_arguments = parser.parse_args_into_dataclasses()
         source = data_arguments.dataset_name or data_arguments.train_file
         folder = Path(training_arguments.output_dir)
-        duration = "the progress bar shows how long" if source else "about 4 minutes on two cores"
+        duration = "the progress bar shows how long" if source else "about 3 minutes on two cores"
         source = source or "Python's standard library"
         print(f"Trains a language model on {source} and saves it to {folder} ({duration}).")
         if data_arguments.streaming and training_arguments.max_steps <= 0:

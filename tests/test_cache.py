@@ -8,7 +8,7 @@ import pytest
 import torch
 from testing import LAYER_TYPES, assert_close, build, cache_tensors, sumagg_config
 from transformers import DynamicCache, StaticCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from modeling_sumagg import SumAggForCausalLM
 from modeling_sumagg.configuration import SumAggConfig
@@ -177,14 +177,27 @@ def test_a_static_cache_is_the_same_and_goes_back(model, input_ids):
     assert_close(next_logits(model, static), next_logits(model, filled(model, input_ids[:, :9])))
 
 
-def test_the_state_of_the_published_width_is_36_kib_a_sequence():
+def test_what_generate_asks_of_a_cache(model):
+    dynamic, static = DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=20)
+    for cache in (dynamic, static):
+        model(torch.randint(0, 61, (1, 6)), cache=cache)
+        # A linear cache is taken for one that counts no tokens.
+        assert not any(getattr(cache, "is_linear", [False]))
+        assert cache.is_compileable == (cache is static)
+        cache.activate_past_recording()
+        assert not cache.is_compileable or not any(hasattr(layer, "state") for layer in cache.layers)
+    assert dynamic.is_croppable
+    assert static.is_croppable or not getattr(StaticLayer, "is_croppable", False)
+
+
+def test_the_state_of_the_published_width_is_72_kib_a_sequence():
     config = SumAggConfig(vocab_size=61, num_hidden_layers=12, layer_types=["summation"] * 12, intermediate_size=8)
     model = SumAggForCausalLM(config).to(torch.bfloat16)
     cache = DynamicCache(config=config)
     for length in (1, 100, 7):
         with torch.no_grad():
             model(torch.randint(0, 61, (2, length)), cache=cache)
-        assert sum(tensor.untyped_storage().nbytes() for tensor in cache_tensors(cache)) == 2 * 36 * 1024
+        assert sum(tensor.untyped_storage().nbytes() for tensor in cache_tensors(cache)) == 2 * 72 * 1024
 
 
 def test_the_memory_of_sliding_attention_is_constant():

@@ -333,6 +333,7 @@ def test_a_checkpoint_carries_no_language_model(tmp_path):
         "configuration_sumagg_multimodal",
         "modeling_sumagg_multimodal",
         "positions",
+        "registration",
     }
 
 

@@ -8,12 +8,14 @@ without cache, of each sequence alone (or, where a mode draws or searches, those
 """
 
 import copy
+import inspect
 from collections.abc import Callable
 
 import torch
 import transformers
 from transformers import (
     AutoModelForCausalLM,
+    Cache,
     CompileConfig,
     DynamicCache,
     Mamba2Config,
@@ -151,8 +153,8 @@ def embeddings(model: PreTrainedModel) -> bool:
     return generated.tolist() == [alone(model, PROMPT)]
 
 
-def assisted(model: PreTrainedModel) -> bool:
-    return with_options(assistant_model=copy.deepcopy(model))(model)
+def assisted(**options) -> Callable[[PreTrainedModel], bool]:
+    return lambda model: with_options(assistant_model=copy.deepcopy(model), **options)(model)
 
 
 def compiled(model: PreTrainedModel) -> bool:
@@ -168,7 +170,9 @@ def compiled(model: PreTrainedModel) -> bool:
 
 
 def cache_name(model: PreTrainedModel) -> str:
-    return "cache_params" if "Mamba" in type(model).__name__ else "past_key_values"
+    """What the model calls its decode state: `cache` from transformers 5.24 on."""
+    names = inspect.signature(model.forward).parameters
+    return next(name for name in ("cache", "cache_params", "past_key_values") if name in names)
 
 
 def goes_on(model: PreTrainedModel, rows: list[list[int]], mask: list[list[int]], cache, past: int) -> bool:
@@ -187,7 +191,7 @@ def first_turn(model: PreTrainedModel, input_ids: list[list[int]]):
     output = model.generate(
         torch.tensor(input_ids), max_new_tokens=NEW_TOKENS, do_sample=False, return_dict_in_generate=True
     )
-    return output.sequences.tolist(), output.past_key_values
+    return output.sequences.tolist(), next(value for value in output.values() if isinstance(value, Cache))
 
 
 def next_turn(model: PreTrainedModel) -> bool:
@@ -236,14 +240,19 @@ MODES: dict[str, Callable[[PreTrainedModel], bool]] = {
     "padded batch of one": padded_batch_of_one,
     "packed prompts (`position_ids`)": packed,
     "`prefill_chunk_size`": with_options(prefill_chunk_size=3),
+    "`prefill_chunk_size`, static cache": with_options(prefill_chunk_size=3, cache_implementation="static"),
     "`cache_implementation='static'`": with_options(cache_implementation="static"),
     "static and compiled, one graph": compiled,
     "next turn from the returned cache": next_turn,
     "next turn with padding in it": padded_next_turn,
     "one prefilled cache, copied": copied_cache,
     "`crop` after several tokens": rollback,
-    "`assistant_model`": assisted,
+    "`assistant_model`": assisted(),
+    "`assistant_model`, static cache": assisted(cache_implementation="static"),
     "`prompt_lookup_num_tokens`": with_options(prompt_lookup_num_tokens=3),
+    "`prompt_lookup_num_tokens`, static cache": with_options(
+        prompt_lookup_num_tokens=3, cache_implementation="static"
+    ),
 }
 
 

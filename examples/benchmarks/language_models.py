@@ -10,6 +10,7 @@ same width, depth and vocabulary, with random weights. The floor is the matrix p
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -196,7 +197,8 @@ class Decoder:
                 if static
                 else DynamicCache(config=model.config)
             )
-            self.state["past_key_values"] = cache
+            names = inspect.signature(model.forward).parameters
+            self.state["cache" if "cache" in names else "past_key_values"] = cache
         with torch.inference_mode():
             if model.config.model_type in ("gpt2", "llama"):
                 # What decoding costs does not depend on the keys, and reading a long context would take minutes.
@@ -208,7 +210,7 @@ class Decoder:
     def _step(self, input_ids: torch.Tensor) -> torch.Tensor:
         """The next token; `self.state` holds the decode state under the name that `forward` has for it."""
         output = self.model(input_ids=input_ids, use_cache=True, **self.state)
-        (name,) = {"past_key_values", "cache_params", "state"} & set(output.keys())
+        (name,) = {"cache", "past_key_values", "cache_params", "state"} & set(output.keys())
         self.state = {name: output[name]}
         return output.logits[:, -1:].argmax(-1)
 

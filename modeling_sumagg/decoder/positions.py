@@ -25,7 +25,7 @@ def sinusoidal_positions(position_ids: torch.Tensor, hidden_size: int) -> torch.
     return torch.cat([angles.sin(), angles.cos()], dim=-1).float()
 
 
-def learned_positions(table: Callable, position_ids: torch.Tensor, size: int) -> torch.Tensor:
+def learned_positions(table: Callable, position_ids: torch.Tensor, size: int | None) -> torch.Tensor:
     """
     What `table` has learned for each position, `table(position_ids)`.
 

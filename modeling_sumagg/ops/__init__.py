@@ -5,7 +5,8 @@ import os
 from .documents import document_runs
 from .kernels.kernel_dispatch import set_kernels
 from .sliding_attention import sliding_window_attention
-from .summation import bidirectional_sum, causal_mean, causal_sum, causal_sum_reference
+from .summation import bidirectional_sum, causal_mean, causal_sum
+from .summation_reference import causal_sum_reference
 from .token_statistics.formula import TokenStatisticsState
 from .token_statistics.operators import (
     causal_token_membership,

@@ -11,13 +11,13 @@ class Documents(NamedTuple):
 
     Attributes:
         starts (`torch.Tensor` of shape `[B, T]`, bool): the first tokens of all documents but the first of a row.
-        index (`torch.Tensor` of shape `[B, T]`, int64, or `None`): where each document has a state of its own, which one
+        state_ids (`torch.Tensor` of shape `[B, T]`, int64, or `None`): where each document has a state of its own, which one
             is that of each token; `None` where a row has one state, that of its first document.
-        mask (`torch.Tensor` of shape `[B, T]`, bool, or `None`): True where a token is real; read beside `index` only.
+        mask (`torch.Tensor` of shape `[B, T]`, bool, or `None`): True where a token is real; read beside `state_ids` only.
     """
 
     starts: torch.Tensor
-    index: torch.Tensor | None = None
+    state_ids: torch.Tensor | None = None
     mask: torch.Tensor | None = None
 
     def part(self, tokens: slice) -> "Documents":

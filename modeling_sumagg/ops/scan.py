@@ -1,5 +1,6 @@
 """The running sum over time, `s_t = a_t s_{t-1} + x_t`, in PyTorch's operations: what the causal operators share."""
 
+import contextlib
 import re
 
 import torch
@@ -27,6 +28,14 @@ def state_dtype(x: torch.Tensor) -> torch.dtype:
     return torch.float32 if x.device.type == "mps" else torch.float64
 
 
+def without_autocast(x: torch.Tensor) -> contextlib.AbstractContextManager:
+    """Autocast would run matrix products in bfloat16 or float16, in which sums stop growing; "meta" has none."""
+    device_type = x.device.type
+    if not torch.amp.is_autocast_available(device_type):
+        return contextlib.nullcontext()
+    return torch.autocast(device_type, enabled=False)
+
+
 def scan(
     x: torch.Tensor,
     log_decay: torch.Tensor | None,
@@ -45,7 +54,7 @@ def scan(
         log_decay (`torch.Tensor` of shape `[B or 1, T, K]`, dtype of `x`, or `None`): logarithms of the decays, not
             positive; each of the K is that of `D / K` consecutive channels. `None`: no decay.
         initial (`torch.Tensor` of shape `[B, D]`, [`state_dtype`]): the sum before the first token. `[B, R, D]` with
-            `documents.index`: that of each document.
+            `documents.state_ids`: that of each document.
         documents (`Documents`, *optional*): those of the tokens.
         relu (`bool`): sum `max(x, 0)`.
 
@@ -53,11 +62,11 @@ def scan(
         `tuple[torch.Tensor, torch.Tensor]`: the sums `[B, T, D]` in the dtype of `x`, and the last one `[B, D]` in that
         of `initial`; of each document, where each has its own, and that before it of one without tokens.
     """
-    if documents is not None and documents.index is not None:
+    if documents is not None and documents.state_ids is not None:
         return _scan_documents(x, log_decay, initial, documents, relu)
     restarts = None if documents is None else documents.starts
     # A matrix product in reduced precision would round the sums.
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         is_kernel = (log_decay is not None or restarts is not None) and takes_kernels(x)
         if not is_kernel and x.device.type == "cpu" and not is_recorded() and not is_transformed():
             return _LoopScan.apply(x, log_decay, initial, restarts, relu)

@@ -17,44 +17,6 @@ from .scan import scan, state_dtype
 _NAMESPACE = re.sub(r"\W", "_", __name__)
 
 
-def causal_sum_reference(
-    x: torch.Tensor,
-    *,
-    log_decay: torch.Tensor | None = None,
-    initial_state: torch.Tensor | None = None,
-    attention_mask: torch.Tensor | None = None,
-    document_ids: torch.Tensor | None = None,
-    relu: bool = False,
-    scale: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """[`causal_sum`], one token at a time: slow, and the definition of every other path."""
-    batch_size, length, hidden_size = x.shape
-    dtype = state_dtype(x)
-    state = x.new_zeros(batch_size, hidden_size, dtype=dtype) if initial_state is None else initial_state.to(dtype)
-    if log_decay is not None:
-        decay = log_decay.to(dtype).exp().expand(batch_size, length, log_decay.shape[-1])
-        decay = decay.repeat_interleave(hidden_size // log_decay.shape[-1], dim=-1)
-    document: list[int | None] = [None] * batch_size
-    outputs = []
-    for t in range(length):
-        rows = []
-        for b in range(batch_size):
-            row = state[b]
-            if attention_mask is None or attention_mask[b, t]:
-                if document_ids is not None:
-                    if document[b] is not None and document[b] != document_ids[b, t].item():
-                        row = torch.zeros_like(row)
-                    document[b] = document_ids[b, t].item()
-                if log_decay is not None:
-                    row = decay[b, t] * row
-                row = row + (x[b, t].relu() if relu else x[b, t]).to(dtype)
-            rows.append(row)
-        state = torch.stack(rows) if rows else state
-        outputs.append(state)
-    y = torch.stack(outputs, dim=1) if outputs else x.to(dtype)
-    return _scaled(y, scale).to(x.dtype), state
-
-
 def causal_sum(
     x: torch.Tensor,
     *,
@@ -147,11 +109,11 @@ def _causal_sum(x, decays, state, attention_mask, documents, relu, scale):
     if is_step:
         decay = None if decays is None else decays[:, 0].to(state.dtype).exp()
         state = _step(terms[:, 0].relu() if relu else terms[:, 0], decay, state)
-        return _scaled(state[:, None], scale).to(x.dtype), state
+        return scaled(state[:, None], scale).to(x.dtype), state
     y, state = scan(terms, decays, state, documents, relu=relu)
     # With decays the sums are kept for backward.
     in_place = (decays is None or not torch.is_grad_enabled()) and not is_recorded() and not is_transformed()
-    return _scaled(y, scale, in_place).to(x.dtype), state
+    return scaled(y, scale, in_place).to(x.dtype), state
 
 
 def _step(terms: torch.Tensor, decay: torch.Tensor | None, state: torch.Tensor) -> torch.Tensor:
@@ -261,10 +223,10 @@ def bidirectional_sum(
         _check_scale(x, scale, None)
     terms = _masked_terms(x, attention_mask)
     if document_ids is None:
-        return _scaled(terms.sum(dim=1, keepdim=True), scale).to(x.dtype).expand_as(x)
+        return scaled(terms.sum(dim=1, keepdim=True), scale).to(x.dtype).expand_as(x)
     runs = document_runs(document_ids, attention_mask)[..., None].expand_as(terms)
     totals = torch.zeros_like(terms).scatter_add(1, runs, terms)
-    return _scaled(totals.gather(1, runs), scale).to(x.dtype)
+    return scaled(totals.gather(1, runs), scale).to(x.dtype)
 
 
 def _check_sequence(x: torch.Tensor, attention_mask: torch.Tensor | None, document_ids: torch.Tensor | None) -> None:
@@ -329,7 +291,7 @@ def _masked_terms(x: torch.Tensor, attention_mask: torch.Tensor | None) -> torch
     return terms
 
 
-def _scaled(y: torch.Tensor, scale: torch.Tensor | None, in_place: bool = False) -> torch.Tensor:
+def scaled(y: torch.Tensor, scale: torch.Tensor | None, in_place: bool = False) -> torch.Tensor:
     if scale is None:
         return y
     heads = y

@@ -5,9 +5,10 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch.func import grad, jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.functional import cross_entropy
 from transformers import PreTrainedConfig
 
-from modeling_sumagg.decoder.checks import check_ids, check_labels, is_concrete, labels_of_rows
+from modeling_sumagg.decoder.checks import check_ids, check_labels, is_concrete, labels_of_rows, loss_of_classes
 
 
 ONES = torch.ones(3)
@@ -67,7 +68,7 @@ def test_values_that_can_be_read():
 
 @pytest.mark.parametrize("ids", [torch.tensor([[0, 5]]), torch.tensor([-1, 3]), torch.tensor(9, dtype=torch.int32)])
 def test_ids(ids):
-    with pytest.raises(ValueError, match=rf"`ids` must be in \[0, 5\), the rows, got .* to {ids.max().item()}\."):
+    with pytest.raises(ValueError, match=rf"`ids` must be in \[0, 5\), rows, got .* to {ids.max().item()}\."):
         check_ids("ids", ids, 5, "rows")
     check_ids("ids", ids.clamp(0, 4), 5, "rows")
     check_ids("ids", ids.reshape(-1)[:0], 5, "rows")
@@ -75,9 +76,15 @@ def test_ids(ids):
 
 @pytest.mark.parametrize("ignore_index", [-100, -1, 255])
 def test_ignored_labels(ignore_index):
-    check_labels(torch.tensor([0, ignore_index, 2]), torch.Size([3]), "[B]", 3, ignore_index)
+    def loss(first: int) -> torch.Tensor:
+        labels = torch.tensor([first, ignore_index, 2])
+        arguments = {"input": torch.eye(3), "ignore_index": ignore_index}
+        return loss_of_classes(lambda labels, **kwargs: cross_entropy(target=labels, **kwargs), labels, 3, **arguments)
+
+    expected = cross_entropy(torch.eye(3)[[0, 2]], torch.tensor([0, 2]))
+    torch.testing.assert_close(loss(0), expected)
     with pytest.raises(ValueError, match=rf"\[0, 3\), or {ignore_index} to be ignored, got -7"):
-        check_labels(torch.tensor([-7, ignore_index, 2]), torch.Size([3]), "[B]", 3, ignore_index)
+        loss(-7)
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.bfloat16])

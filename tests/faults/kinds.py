@@ -1,5 +1,6 @@
 """The kinds of text models that the tests of faults run over: tiny, every parameter random."""
 
+import pytest
 import torch
 from testing import build, sumagg_config, tost_text_config
 from transformers import PreTrainedModel
@@ -42,7 +43,14 @@ _KINDS = {
     "tost-tagger": (ToSTTextForTokenClassification, tost_text_config, "pure", {"num_labels": 3}),
 }
 KINDS = list(_KINDS)
+# Every operator, head, layer type and position type once; the others are for the slow tests.
+MAIN_KINDS = ["sumagg-hybrid", "sumagg-sliding", "sumagg-classifier-mean", "tost-hybrid", "tost-classifier"]
 CAUSAL_KINDS = [kind for kind, (model_class, *_) in _KINDS.items() if model_class.__name__.endswith("ForCausalLM")]
+
+
+def marked(kinds: list[str]) -> list:
+    """The kinds as parameters, those that are not among the main ones marked as slow."""
+    return [kind if kind in MAIN_KINDS else pytest.param(kind, marks=pytest.mark.slow) for kind in kinds]
 
 
 def tiny_model(kind: str, **changes) -> PreTrainedModel:

@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification, set_seed
 
 from modeling_sumagg import SumAggForCausalLM
 
-from .kinds import INPUTS, KINDS, logits, named_layers, tiny_model
+from .kinds import INPUTS, KINDS, logits, marked, named_layers, tiny_model
 
 
 ADAPTERS = {
@@ -22,7 +22,7 @@ ADAPTERS = {
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", marked(KINDS))
 def test_each_layer_can_be_adapted(kind, adapter, tmp_path):
     model = tiny_model(kind, tie_word_embeddings=False)
     inputs = INPUTS["padded"]()
@@ -41,7 +41,7 @@ def test_each_layer_can_be_adapted(kind, adapter, tmp_path):
         assert_close(logits(adapted.merge_and_unload(), inputs), expected, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", marked(KINDS))
 def test_each_layer_of_a_model_with_adapters_is_trained(kind):
     model = tiny_model(kind, tie_word_embeddings=False)
     names = [name for name, _ in named_layers(model, nn.Linear, nn.Embedding)]

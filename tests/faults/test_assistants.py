@@ -6,7 +6,7 @@ from testing import build
 from tokenizers import Tokenizer, decoders, models
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerFast
 
-from .kinds import CAUSAL_KINDS, greedy, tiny_model
+from .kinds import CAUSAL_KINDS, greedy, marked, tiny_model
 
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz .,!"
@@ -32,27 +32,27 @@ def ours(kind: str):
 
 @pytest.mark.parametrize("assistant_has_pairs", [True, False])
 @pytest.mark.parametrize("roles", ["target", "assistant", "both"])
-@pytest.mark.parametrize("kind", CAUSAL_KINDS)
+@pytest.mark.parametrize("kind", marked(CAUSAL_KINDS))
 def test_another_tokenizer(kind, roles, assistant_has_pairs):
     letters, pairs = tokenizer([]), tokenizer(PAIRS)
     target_tokenizer, assistant_tokenizer = (letters, pairs) if assistant_has_pairs else (pairs, letters)
     target = (gpt2 if roles == "assistant" else ours(kind))(len(target_tokenizer))
     assistant = (gpt2 if roles == "target" else ours(kind))(len(assistant_tokenizer))
-    for prompt in ("abcde", "the cat, ", "kablmno"):
+    for prompt in ("the cat, ", "kablmno"):
         ids = target_tokenizer(prompt, return_tensors="pt")["input_ids"]
         generated = target.generate(
             ids,
-            max_new_tokens=24,
+            max_new_tokens=16,
             do_sample=False,
             pad_token_id=1,
             assistant_model=assistant,
             tokenizer=target_tokenizer,
             assistant_tokenizer=assistant_tokenizer,
         )
-        assert generated.tolist() == greedy(target, ids, 24).tolist()
+        assert generated.tolist() == greedy(target, ids, 16).tolist()
 
 
-@pytest.mark.parametrize("kind", CAUSAL_KINDS)
+@pytest.mark.parametrize("kind", marked(CAUSAL_KINDS))
 @torch.no_grad()
 def test_only_an_assistant_forgets_what_was_not_recorded(kind):
     """A cache of anybody else refuses to go back so far, and is never wrong."""

@@ -10,11 +10,11 @@ from transformers import DynamicCache, StaticCache
 
 from modeling_sumagg.compatibility import find_cache
 
-from .kinds import CAUSAL_KINDS, INPUTS, KINDS, greedy, logits, tiny_model
+from .kinds import CAUSAL_KINDS, INPUTS, KINDS, greedy, logits, marked, tiny_model
 
 
 @pytest.mark.parametrize("place", ["cpu", "disk"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", marked(KINDS))
 def test_offloaded_models_compute_the_same(kind, place, tmp_path):
     model = tiny_model(kind)
     inputs = {name: make() for name, make in INPUTS.items()}
@@ -63,14 +63,14 @@ def on_two_devices(kind: str, **changes) -> nn.Module:
 
 
 @pytest.mark.parametrize("inputs", INPUTS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", marked(KINDS))
 def test_layers_on_two_devices(kind, inputs):
     assert logits(on_two_devices(kind), INPUTS[inputs](), use_cache=False).device.type == "meta"
 
 
 @pytest.mark.parametrize("make_cache", [DynamicCache, lambda config: StaticCache(config, max_cache_len=16)])
 @pytest.mark.parametrize("inputs", INPUTS)
-@pytest.mark.parametrize("kind", CAUSAL_KINDS)
+@pytest.mark.parametrize("kind", marked(CAUSAL_KINDS))
 @torch.no_grad()
 def test_a_cache_on_two_devices(kind, inputs, make_cache):
     changes = {}

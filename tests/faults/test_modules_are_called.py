@@ -8,11 +8,11 @@ from peft import LoraConfig, get_peft_model
 from testing import assert_close
 from torch import nn
 
-from .kinds import CAUSAL_KINDS, INPUTS, KINDS, logits, named_layers, padded_inputs, tiny_model
+from .kinds import CAUSAL_KINDS, INPUTS, KINDS, logits, marked, named_layers, padded_inputs, tiny_model
 
 
 @pytest.mark.parametrize("inputs", INPUTS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", marked(KINDS))
 def test_each_module_is_called_once_with_the_batch(kind, inputs):
     model = tiny_model(kind)
     layers = dict(named_layers(model, nn.Linear, nn.Embedding, nn.LayerNorm))
@@ -65,7 +65,7 @@ def with_adapters(kind: str, layers: str) -> nn.Module:
 
 @pytest.mark.parametrize("layers", ["linear", "embedding"])
 @pytest.mark.parametrize("inputs", INPUTS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", marked(KINDS))
 def test_several_adapters_in_one_batch(kind, inputs, layers):
     model = with_adapters(kind, layers)
     inputs = {name: tensor.repeat(2, 1) for name, tensor in INPUTS[inputs]().items()}
@@ -81,7 +81,7 @@ def test_several_adapters_in_one_batch(kind, inputs, layers):
     assert_close(together, torch.stack([alone[name][row] for row, name in enumerate(names)]))
 
 
-@pytest.mark.parametrize("kind", CAUSAL_KINDS)
+@pytest.mark.parametrize("kind", marked(CAUSAL_KINDS))
 def test_generation_with_several_adapters_in_one_batch(kind):
     model = with_adapters(kind, "linear")
     inputs = padded_inputs(3)

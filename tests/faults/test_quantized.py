@@ -10,14 +10,14 @@ from torch.ao.quantization import quantize_dynamic
 from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup
 from transformers import BitsAndBytesConfig, TorchAoConfig
 
-from .kinds import CAUSAL_KINDS, INPUTS, KINDS, assert_near, logits, named_layers, tiny_model
+from .kinds import CAUSAL_KINDS, INPUTS, KINDS, assert_near, logits, marked, named_layers, tiny_model
 
 
 # 4-bit blocks hold 64 weights.
 SIZES = {"hidden_size": 64, "intermediate_size": 128}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", marked(KINDS))
 def test_dynamic_quantization(kind):
     model = tiny_model(kind, **SIZES)
     quantized = quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
@@ -76,7 +76,7 @@ QUANTIZED = [
 
 
 @pytest.mark.parametrize(("bits", "dtype"), QUANTIZED)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", marked(KINDS))
 def test_quantized_weights(kind, bits, dtype, tmp_path):
     model = tiny_model(kind, **SIZES)
     quantized = load_quantized(model, bits, dtype, tmp_path)
@@ -91,7 +91,7 @@ def test_quantized_weights(kind, bits, dtype, tmp_path):
             assert_near(actual, expected, 0.1)
 
 
-@pytest.mark.parametrize("kind", CAUSAL_KINDS)
+@pytest.mark.parametrize("kind", marked(CAUSAL_KINDS))
 def test_quantized_models_decode_what_they_predict_at_once(kind, tmp_path):
     model = load_quantized(tiny_model(kind, **SIZES), "torchao 8", torch.float32, tmp_path)
     inputs = INPUTS["padded"]()

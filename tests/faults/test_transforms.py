@@ -7,7 +7,7 @@ from testing import assert_close
 from torch import nn
 from torch.func import functional_call, grad, jvp, vmap
 
-from .kinds import INPUTS, KINDS, logits, tiny_model
+from .kinds import INPUTS, KINDS, logits, marked, tiny_model
 
 
 def loss_of(model: nn.Module):
@@ -24,7 +24,7 @@ def loss_of(model: nn.Module):
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 @pytest.mark.parametrize("inputs", INPUTS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", marked(KINDS))
 def test_gradients_of_each_sample(kind, inputs):
     model = tiny_model(kind).double()
     inputs = INPUTS[inputs]()
@@ -51,7 +51,7 @@ def test_gradients_of_each_sample(kind, inputs):
             assert (alone[name] - gradient).abs().max() <= 1e-10 * largest, name
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", marked(KINDS))
 def test_directional_derivatives(kind):
     model = tiny_model(kind).double()
     # The fused attention of PyTorch on a CPU has no forward derivative.
@@ -75,7 +75,7 @@ class Logits(nn.Module):
         return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", marked(KINDS))
 @torch.no_grad()
 def test_traced_models_compute_the_same(kind):
     model = tiny_model(kind)
@@ -86,7 +86,7 @@ def test_traced_models_compute_the_same(kind):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", marked(KINDS))
 @torch.no_grad()
 def test_the_older_onnx_exporter(kind, tmp_path):
     model = tiny_model(kind)

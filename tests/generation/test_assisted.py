@@ -114,7 +114,7 @@ def test_nothing_is_recorded_in_ordinary_decoding(kind):
             assert layer.keys.shape[-2] == model.config.sliding_window - 1
         elif layer_type != "full_attention":
             assert not layer.records
-            assert all(t.dtype == torch.float32 for t in layer.state)
+            assert all(t.dtype == torch.float64 for t in layer.state)
 
 
 @pytest.mark.skipif(

@@ -140,23 +140,24 @@ def test_beam_search_as_wide_as_the_vocabulary_is_exhaustive(model):
         {"num_beams": 3},
         {"num_beams": 4, "num_return_sequences": 2, "do_sample": True},
         {"num_return_sequences": 3, "do_sample": True},
+        {"num_beams": 3, "num_return_sequences": 2, "cache_implementation": "static"},
+        {"num_return_sequences": 3, "do_sample": True, "cache_implementation": "static"},
     ],
-    ids=["beam search", "beam sampling", "several samples"],
+    ids=["beam search", "beam sampling", "several samples", "static beams", "static samples"],
 )
 def test_a_cache_that_is_repeated_and_reordered_changes_nothing(model, options):
-    inputs = padded_batch()
-    generated = []
-    for use_cache in (True, False):
+    inputs, generated = padded_batch(), []
+    without_cache = {**options, "cache_implementation": None, "use_cache": False}
+    for arguments in (options, without_cache):
         set_seed(1)
-        generated.append(model.generate(**inputs, max_new_tokens=NEW_TOKENS, use_cache=use_cache, **options))
+        generated.append(model.generate(**inputs, max_new_tokens=NEW_TOKENS, **arguments))
     assert generated[0].tolist() == generated[1].tolist()
     if not options.get("do_sample"):
         # Without a cache, the padded batch must be the sequences alone.
         alone = [
-            model.generate(torch.tensor([p]), max_new_tokens=NEW_TOKENS, use_cache=False, **options)[0, len(p) :]
-            for p in PROMPTS
+            model.generate(torch.tensor([p]), max_new_tokens=NEW_TOKENS, **without_cache)[:, len(p) :] for p in PROMPTS
         ]
-        assert new_tokens(generated[0], inputs) == [row.tolist() for row in alone]
+        assert new_tokens(generated[0], inputs) == torch.cat(alone).tolist()
 
 
 def test_scores_of_beams_are_probabilities_of_their_sequences(model):
@@ -240,7 +241,8 @@ def test_finished_rows_are_padded(model):
         assert row == tokens[:stop] + [31] * (len(row) - stop)
 
 
-def test_stop_strings(model):
+@pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}, {"prompt_lookup_num_tokens": 2}], ids=str)
+def test_stop_strings(model, options):
     letters = "abcdefghijklmnopqrstuvwxyzABCDEF"
     characters = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
     characters.decoder = decoders.Fuse()
@@ -253,6 +255,7 @@ def test_stop_strings(model):
         do_sample=False,
         stop_strings=[stop_string],
         tokenizer=tokenizer,
+        **options,
     )
     text = tokenizer.decode(generated[0, len(PROMPTS[0]) :])
     assert text == expected[: expected.index(stop_string) + 2]

@@ -94,6 +94,23 @@ def test_compiled_generation_by_inductor(kind):
     assert generated[:, 6:].tolist() == [greedy_alone(model, prompt, NEW_TOKENS) for prompt in PROMPTS]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"prefill_chunk_size": 4}], ids=str)
+def test_flex_attention_asks_its_mask_again_when_the_cache_has_counted_on(options):
+    model = tiny_model("sumagg-sliding-full", attention="flex_attention")
+    torch._dynamo.reset()
+    generated = model.generate(
+        input_ids=torch.tensor([PROMPTS[0], (13, 13, 13, *PROMPTS[1])]),
+        attention_mask=torch.tensor([[1] * 6, [0, 0, 0, 1, 1, 1]]),
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        cache_implementation="static",
+        **options,
+    )
+    sdpa = tiny_model("sumagg-sliding-full")
+    assert generated[:, 6:].tolist() == [greedy_alone(sdpa, prompt, NEW_TOKENS) for prompt in PROMPTS]
+
+
 @pytest.mark.parametrize("kind", MAIN_KINDS)
 def test_reset_keeps_the_addresses(kind):
     model = tiny_model(kind)

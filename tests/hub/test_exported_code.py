@@ -22,9 +22,11 @@ CONFIGS = {
 }
 MODULES = {
     "collections",
+    "contextlib",
     "dataclasses",
     "functools",
     "huggingface_hub.dataclasses",
+    "huggingface_hub.errors",
     "inspect",
     "itertools",
     "logging",

@@ -134,11 +134,11 @@ def test_cards_of_other_tasks_do_not_generate():
 
 
 def test_state_size_is_what_the_cache_holds():
-    # 2 summation layers of 16 float32, and 1 attention layer with 2 x 16 float32 a token.
-    assert decode_state_size(build(SumAggForCausalLM, sumagg_config("hybrid"))) == (2 * 16 * 4, 2 * 16 * 4)
-    assert decode_state_size(build(SumAggForCausalLM, sumagg_config("pure"))) == (2 * 16 * 4, 0)
+    # 2 summation layers of 16 float64, and 1 attention layer with 2 x 16 float32 a token.
+    assert decode_state_size(build(SumAggForCausalLM, sumagg_config("hybrid"))) == (2 * 16 * 8, 2 * 16 * 4)
+    assert decode_state_size(build(SumAggForCausalLM, sumagg_config("pure"))) == (2 * 16 * 8, 0)
     # 2 layers of 2 heads of 8 channels: two sums of squares a channel, and one of memberships a head.
-    assert decode_state_size(build(ToSTForCausalLM, tost_text_config("pure"))) == (2 * (2 * 16 + 2) * 4, 0)
+    assert decode_state_size(build(ToSTForCausalLM, tost_text_config("pure"))) == (2 * (2 * 16 + 2) * 8, 0)
     assert decode_state_size(build(ToSTForImageClassification, tost_config())) is None
 
 

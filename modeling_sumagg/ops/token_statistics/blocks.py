@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from ..documents import Documents
 from ..kernels.kernel_dispatch import kernel
+from ..scan import without_autocast
 from .formula import (
     MIN_MEMBERSHIP,
     MIN_SECOND_MOMENT,
@@ -172,11 +173,9 @@ def _row_groups(w, length):
 
 
 def _without_autocast(function):
-    """Autocast would run the matrix products in bfloat16 or float16, in which sums stop growing."""
-
     @functools.wraps(function)
     def wrapped(w, *args):
-        with torch.autocast(w.device.type, enabled=False):
+        with without_autocast(w):
             return function(w, *args)
 
     return wrapped

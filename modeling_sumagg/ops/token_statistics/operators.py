@@ -130,10 +130,10 @@ def causal_token_statistics(
     keep = _dropout(w, dropout_p, length)
     kernels = takes_kernels(w)
     log_decay = _decays(log_decay, w, mask)
-    have_states = initial_state is not None and initial_state.membership.dim() == 3
+    have_states = initial_state is not None and initial_state[2].dim() == 3
     if length == 1 and not have_states:
         if log_decay is not None and initial_state is not None:
-            initial_state = _decayed(initial_state, log_decay)
+            initial_state = _decayed(TokenStatisticsState(*initial_state), log_decay)
         # A compiler fuses a single step with what is around it.
         if kernels and keep is None and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return _causal_step_kernel(w, temperature, position_bias, initial_state, mask)
@@ -192,7 +192,7 @@ def causal_token_membership(
     mask = _check_causal_arguments(
         w, temperature, position_bias, log_decay, initial_state, attention_mask, document_ids
     )
-    have_states = initial_state is not None and initial_state.membership.dim() == 3
+    have_states = initial_state is not None and initial_state[2].dim() == 3
     documents = find_documents(document_ids, mask, have_states=have_states)
     log_decay = _decays(log_decay, w, mask)
     return causal_membership(w, temperature, position_bias, initial_state, mask, log_decay, documents)
@@ -225,7 +225,7 @@ def causal_token_statistics_reference(
     mask = _check_causal_arguments(
         w, temperature, position_bias, log_decay, initial_state, attention_mask, document_ids, dropout_p
     )
-    have_states = initial_state is not None and initial_state.membership.dim() == 3
+    have_states = initial_state is not None and initial_state[2].dim() == 3
     documents = find_documents(document_ids, mask, have_states=have_states)
     keep = _dropout(w, dropout_p, w.shape[2])
     log_decay = _decays(log_decay, w, mask)
@@ -351,7 +351,7 @@ def _check_causal_arguments(
                 f"{num_heads}] of `w` or [1, {length}, {num_heads}], got {list(log_decay.shape)}."
             )
     if initial_state is not None:
-        documents = initial_state.membership.shape[1:-1]
+        documents = initial_state[2].shape[1:-1]
         moments = (batch_size, *documents, num_heads, head_dim)
         for name, sums, shape in zip(
             TokenStatisticsState._fields, initial_state, (moments, moments, moments[:-1]), strict=True
