@@ -191,7 +191,7 @@ def _loop(x, log_decay, initial, restarts, relu):
     if log_decay is not None:
         # From the beginning of a chunk to each of its tokens: the logarithm of the decay, then the decay.
         reach = F.pad(log_decay, (0, 0, 0, -length % chunk)).unflatten(1, (-1, chunk)).cumsum(2).unsqueeze(-1)
-        over = reach[:, :, -1].to(initial.dtype).exp_()
+        over = reach[:, :, -1].to(initial.dtype).exp()
         reach.exp_()
     if restarts is not None:
         is_cut = restarts.clone()

@@ -7,7 +7,7 @@ Triton kernels, with an analytic backward.
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from ..documents import check_tokens, find_documents
+from ..documents import Documents, check_tokens, find_documents
 from ..kernels.kernel_dispatch import is_exported, is_recorded, is_transformed, kernel, takes_kernels
 from ..scan import state_dtype
 from .blocks import CAUSAL_FLOORS, bidirectional_forward, causal_forward, pack, unpack
@@ -140,7 +140,7 @@ def causal_token_statistics(
         return causal_step(w, temperature, position_bias, initial_state, mask, keep, dropout_p)
     documents = find_documents(document_ids, mask, have_states=have_states)
     arguments = w, temperature, position_bias, initial_state, mask, log_decay, documents, keep, dropout_p
-    if not kernels and _takes_formula(w):
+    if not kernels and _takes_formula(w, documents):
         return causal_formula(*arguments)
     if log_decay is not None or have_states:
         return causal_formula(*arguments) if is_recorded() else _formula_in_blocks(*arguments)
@@ -232,13 +232,15 @@ def causal_token_statistics_reference(
     return causal_formula(w, temperature, position_bias, initial_state, mask, log_decay, documents, keep, dropout_p)
 
 
-def _takes_formula(w: torch.Tensor) -> bool:
+def _takes_formula(w: torch.Tensor, documents: Documents | None = None) -> bool:
     """A few tokens are cheapest in plain operations; an exported graph may hold, and a transform act on, no others."""
     length = w.shape[2]
     if length <= 1 or is_exported() or is_transformed():
         return True
     # A compiled graph takes one path for every length; in training the formula would keep every intermediate.
-    return not torch.compiler.is_compiling() and length <= FORMULA_LENGTH and not torch.is_grad_enabled()
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return False
+    return length <= FORMULA_LENGTH and documents is None
 
 
 def _formula_in_blocks(w, temperature, position_bias, initial_state, mask, log_decay, documents, keep, dropout_p):
