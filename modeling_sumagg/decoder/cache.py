@@ -215,17 +215,16 @@ def layer_types_in_use(config: PreTrainedConfig) -> list[str]:
     return config.layer_types[: config.num_hidden_layers]
 
 
-def start_over(cache: Cache, config: PreTrainedConfig) -> None:
+def start_over(cache: Cache) -> None:
     """
     Empty the layers of an assistant's cache if one of them had to forget everything ([`~RecurrentLayer.crop`]).
 
     An assistant with another tokenizer goes back further than the tokens since the last `crop`, where what it said is
     read as other tokens. `generate` hands it all tokens again.
     """
-    layers = cache.layers[: config.num_hidden_layers]
-    lengths = [int(layer.get_seq_length()) for layer in layers]
+    lengths = [int(layer.get_seq_length()) for layer in cache.layers]
     if 0 in lengths:
-        for layer, length in zip(layers, lengths, strict=True):
+        for layer, length in zip(cache.layers, lengths, strict=True):
             if length > 0:
                 layer.crop(-length)
 
@@ -251,8 +250,11 @@ def adopt_cache(cache: Cache, config: PreTrainedConfig) -> None:
         cache.layers = DynamicCache(config=config).layers
         cache.layer_class_to_replicate = None
     layer_types = layer_types_in_use(config)
-    # In an early exit transformers 5.17 makes the layers that are left out, too.
-    if len(cache.layers) not in (len(layer_types), len(config.layer_types)):
+    unused = cache.layers[len(layer_types) :]
+    if len(cache.layers) == len(config.layer_types) and not any(layer.is_initialized for layer in unused):
+        # In an early exit transformers 5.17 makes the layers that are left out, too.
+        del cache.layers[len(layer_types) :]
+    if len(cache.layers) != len(layer_types):
         raise ValueError(
             f"`cache` has {len(cache.layers)} layers and the model {len(layer_types)}. Make the cache with "
             "`DynamicCache(config=model.config)`."
@@ -273,7 +275,7 @@ def adopt_cache(cache: Cache, config: PreTrainedConfig) -> None:
             )
     if not cache.is_compileable and not is_tracing():
         # `crop` goes from layer to layer, and attention layers go back further than recurrent ones can.
-        lengths = [layer.get_seq_length() for layer in cache.layers[: len(layer_types)]]
+        lengths = [layer.get_seq_length() for layer in cache.layers]
         if len({length for length in lengths if not isinstance(length, torch.Tensor)}) > 1:
             raise ValueError(
                 f"The layers of `cache` have seen different numbers of tokens, {lengths}: a forward pass or a `crop` has "

@@ -251,7 +251,7 @@ class RecurrentGenerationMixin(GenerationMixin):
         if cache is None:
             return
         if generation_config.is_assistant:
-            start_over(cache, self.config)
+            start_over(cache)
         # Before `generate` asks its layers to record.
         adopt_cache(cache, self.config)
         for layer in cache.layers:
