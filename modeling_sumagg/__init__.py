@@ -21,7 +21,7 @@ from .modeling_tost_text import (
 from .publishing.remote_code import register_family
 
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 for _family in list(FAMILIES.values()):
     register_family(**vars(_family))

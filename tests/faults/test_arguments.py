@@ -1,7 +1,5 @@
 """An argument does what it says, or is refused by its name."""
 
-import inspect
-
 import pytest
 import torch
 from testing import sumagg_config
@@ -88,13 +86,6 @@ def test_what_is_changed_on_loading_works(tmp_path):
     assert len(first.model.layers) == 1
 
 
-# In older transformers a layer that an early exit leaves empty cannot be cropped; Llama fails too.
-crops_empty_layers = pytest.mark.skipif(
-    "is_initialized" not in inspect.getsource(DynamicLayer.crop), reason="an empty layer cannot be cropped"
-)
-
-
-@crops_empty_layers
 @pytest.mark.parametrize("kind", marked(CAUSAL_KINDS))
 def test_early_exit(kind):
     model = tiny_model(kind)
@@ -121,7 +112,6 @@ def test_early_exit(kind):
     assert model.generate(ids, **settings).tolist() == expected.tolist()
 
 
-@crops_empty_layers
 def test_a_failed_early_exit_leaves_the_config_as_it_was():
     model = tiny_model("sumagg-hybrid")
     ids = torch.randint(61, (1, 7))

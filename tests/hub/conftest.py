@@ -45,6 +45,7 @@ def start_script(tmp_path) -> Callable[..., subprocess.Popen]:
         own = {
             "HF_HOME": str(tmp_path / "hf_home"),
             "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_OFFLINE": "0",  # the tests of the examples, in the same process, set it
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
             "OMP_NUM_THREADS": "1",
         }

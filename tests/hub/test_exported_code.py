@@ -11,6 +11,7 @@ import pytest
 from testing import multimodal_config, sumagg_config, tost_config, tost_text_config
 from transformers.dynamic_module_utils import get_imports
 
+from modeling_sumagg import __version__
 from modeling_sumagg.publishing.remote_code import flatten_imports
 
 
@@ -97,7 +98,7 @@ def test_the_export_is_the_source(export):
     package = Path(importlib.util.find_spec("modeling_sumagg").origin).parent
     for path in export.glob("*.py"):
         header, module = path.read_text().split("\n", 1)[0].rsplit("module ", 1)
-        assert header.startswith("# From the Python package modeling-sumagg 0.1.0 (Apache-2.0), ")
+        assert header.startswith(f"# From the Python package modeling-sumagg {__version__} (Apache-2.0), ")
         source = Path(importlib.util.find_spec(module.rstrip(".")).origin)
         assert source.is_relative_to(package.parent)
         ours, theirs = ast.parse(source.read_text()), ast.parse(path.read_text())

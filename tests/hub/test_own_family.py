@@ -51,7 +51,10 @@ def test_it_loads_where_neither_it_nor_the_package_is(gated_sum, tmp_path, clean
     assert run_script(clean_python, "load_own.py", folder, tmp_path / "again", HF_HUB_OFFLINE="1").endswith("ok\n")
 
     first = (folder / "gated_sum.py").read_text().splitlines()[0]
-    assert first == "# From the Python package gated_sum, by modeling-sumagg 0.1.0, module gated_sum."
+    assert (
+        first
+        == f"# From the Python package gated_sum, by modeling-sumagg {modeling_sumagg.__version__}, module gated_sum."
+    )
     (folder / "gates.py").write_text(first.replace("module gated_sum", "module gates") + "\n")
     assert "changed: gates.py" in update_folder(folder)
     card = create_model_card(

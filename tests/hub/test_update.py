@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from testing import build
 from transformers import dynamic_module_utils as dynamic
 
-from modeling_sumagg import SumAggForCausalLM
+from modeling_sumagg import SumAggForCausalLM, __version__
 from modeling_sumagg.hub import check_folder, create_model_card, main, update_folder
 from modeling_sumagg.publishing import new_folder
 
@@ -89,7 +89,7 @@ def test_old_code_is_replaced_and_the_checkpoint_loads_again(old_folder, tmp_pat
     old_config.pop("auto_map")
     assert config == old_config
 
-    assert printed[0] == f"{old_folder}: the code of modeling-sumagg 0.0.9 is now that of 0.1.0."
+    assert printed[0] == f"{old_folder}: the code of modeling-sumagg 0.0.9 is now that of {__version__}."
     assert {"changed: modeling_sumagg.py", "added: registration.py", "changed: config.json"} <= set(printed)
     assert {line for line in printed if line.startswith("removed")} == {f"removed: {name}" for name in gone}
     assert len(printed) == 1 + len(code | {"config.json"}) + len(gone)
