@@ -116,7 +116,6 @@ def main() -> None:
         num_attention_heads=arguments.num_attention_heads,
         layer_types=["summation"] * (arguments.num_hidden_layers - 1) + ["sliding_attention"],
         sliding_window=128,
-        position_embedding_type="sinusoidal",
         **special_tokens,
     )
     model = AutoModelForCausalLM.from_config(config)

@@ -89,9 +89,14 @@ def configurations(arguments: LanguageModelArguments, max_length: int) -> dict[s
     tokens = {"vocab_size": arguments.vocab_size, "bos_token_id": 0, "eos_token_id": 0}
     size = {"hidden_size": width, "num_hidden_layers": depth, "num_attention_heads": arguments.num_attention_heads}
     size |= {"intermediate_size": 4 * width, "max_position_embeddings": max_length} | tokens
-    # The settings of `presets/sumagg-hybrid-small.json`.
+    # The settings of `presets/sumagg-hybrid-small.json`: what the tables in `results/` were measured with.
     ours = size | {"fuse_linear_cross_entropy": arguments.fuse_linear_cross_entropy}
-    sums = ours | {"norm_position": "pre", "sum_normalization": "sqrt"}
+    sums = ours | {
+        "position_embedding_type": "learned",
+        "sum_decay": "none",
+        "sum_gate": False,
+        "rope_parameters": None,
+    }
     lower = ["summation"] * (depth - 1)
     return {
         "SumAgg": SumAggConfig(**sums, layer_types=[*lower, "summation"]),

@@ -32,12 +32,16 @@ NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?(?:e-?\d+)?")
 NOT_RUN = ("python3 -m venv", "source .venv", "pip install")
 # Seeds, machines and versions of Python, whose sources the models read, move what is measured.
 TOLERANCE = 0.15
-FEW_STEPS = {
-    "quickstart.py": ["--steps", "3"],
+# Where a page trains for minutes: few steps, and little data where it gives none.
+SHORT = {
+    "quickstart.py": ["--steps", "3", "--train_files", "notes.txt", "--held_out_files", "more-notes.txt"],
     "run_clm.py": ["--max_steps", "2"],
-    "run_image_classification.py": ["--max_steps", "2"],
-    "run_text_classification.py": ["--max_steps", "2"],
-    "sft_trl.py": ["--max_steps", "2", "--eval_strategy", "no"],
+    "run_image_classification.py": ["--max_steps", "2", "--train_dir", "photos"],
+    "run_text_classification.py": [
+        *("--max_steps", "2", "--train_file", "reviews.csv"),
+        *("--text_column_name", "review", "--label_column_name", "stars"),
+    ],
+    "sft_trl.py": ["--max_steps", "2", "--eval_strategy", "no", "--max_length", "32"],
 }
 
 
@@ -123,7 +127,7 @@ def run_as_it_stands(step: Step) -> str:
     return process.stdout
 
 
-def run_with_few_steps(step: Step) -> str:
+def run_for_a_short_time(step: Step) -> str:
     """In this process, since importing torch takes longest."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), pytest.MonkeyPatch.context() as patch:
@@ -138,7 +142,7 @@ def run_with_few_steps(step: Step) -> str:
             patch.delitem(sys.modules, script, raising=False)
             runpy.run_module(script, run_name="__main__")
         else:
-            patch.setattr(sys, "argv", [script, *arguments, *FEW_STEPS.get(Path(script).name, [])])
+            patch.setattr(sys, "argv", [script, *arguments, *SHORT.get(Path(script).name, [])])
             runpy.run_path(script, run_name="__main__")
     return printed.getvalue()
 
@@ -171,9 +175,9 @@ def test_every_step_prints_what_the_pages_show(folder):
         assert is_in(step.shown, printed, step.by_a_model), f"{step.code}\nprinted\n{printed}"
 
 
-def test_every_step_runs_after_a_training_of_few_steps(folder, in_a_clean_process):
-    for step, printed in run_pages(run_with_few_steps):
-        # What a model knows after three steps is not what it knows after all of them.
+def test_every_step_runs_after_a_short_training(folder, in_a_clean_process):
+    for step, printed in run_pages(run_for_a_short_time):
+        # What a model knows after few steps is not what it knows after all of them.
         if "runs/" not in step.code and "quickstart.py" not in step.code:
             assert is_in(step.shown, printed, step.by_a_model), f"{step.code}\nprinted\n{printed}"
 

@@ -123,7 +123,7 @@ def test_a_config_is_of_the_defaults_the_preset_or_the_checkpoint_with_overrides
 @pytest.mark.parametrize(
     ("config", "length"),
     [
-        (SumAggConfig(max_position_embeddings=77), 77),
+        (SumAggConfig(position_embedding_type="learned", max_position_embeddings=77), 77),
         (SumAggConfig(position_embedding_type="sinusoidal"), 10**30),
         (SumAggConfig(position_embedding_type="none"), 10**30),
         (ToSTTextConfig(position_embedding_type="none", max_position_embeddings=77), 77),
