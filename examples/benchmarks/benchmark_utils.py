@@ -28,6 +28,7 @@ COLORS = {
     "SumAgg": "tab:blue",
     "SumAgg, sliding window last": "tab:cyan",
     "SumAgg, full attention last": "navy",
+    "SumAgg, plain sums": "deepskyblue",
     "sum": "tab:blue",
     "causal_sum": "tab:blue",
     "ToST": "tab:orange",

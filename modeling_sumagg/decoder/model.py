@@ -26,7 +26,6 @@ from ..compatibility import (
 from .attention import Attention
 from .cache import adopt_cache, start_over
 from .checks import look_up
-from .convolution import CausalConvolution
 from .decay import SumDecay
 from .layout import SequenceLayout, last_real_hidden_states, sequence_layout
 from .masks import attention_masks
@@ -77,7 +76,7 @@ class DecoderPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, CausalConvolution | SumDecay):
+        if isinstance(module, SumDecay):
             module.reset_parameters()
 
 
