@@ -138,8 +138,18 @@ class Texts:
         return windows, windows
 
     def held_out(self, length: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The first `tokens` of the held-out texts, or as many as there are, cut into rows."""
-        rows = min(tokens, len(self.stream)) // length
+        """
+        The first `tokens` of the held-out texts, or as many as there are, cut into rows.
+
+        Raises:
+            `ValueError`: there is not one row.
+        """
+        rows = min(max(tokens, length), len(self.stream)) // length
+        if not rows:
+            raise ValueError(
+                f"The held-out texts have {len(self.stream)} tokens, too few for a row of {length}: give more text, or a "
+                "smaller --context."
+            )
         windows = self.stream[: rows * length].view(rows, length).long()
         return windows, windows
 
@@ -178,10 +188,8 @@ class Recall(Task):
         row = torch.arange(rows)[:, None]
         queries[row, places] = pairs
         answers[row, places, 1] = values
-        filler = torch.zeros(rows, length % 2, dtype=torch.long)
-        input_ids = torch.cat([pairs.flatten(1), queries.flatten(1), filler], 1)
-        ignored = torch.full((rows, 2 * self.items), IGNORED)
-        return input_ids, torch.cat([ignored, answers.flatten(1), filler + IGNORED], 1)
+        ignored = torch.full_like(pairs, IGNORED)
+        return torch.cat([pairs, queries], 1).flatten(1), torch.cat([ignored, answers], 1).flatten(1)
 
 
 class Copying(Task):
@@ -233,32 +241,38 @@ def news_articles(wheel: str | None, cache_dir: Path) -> DatasetDict:
     return DatasetDict({name: Dataset.from_list(rows) for name, rows in splits.items()})
 
 
+TASKS: dict[str, type[Task]] = {"recall": Recall, "copying": Copying}
+
+
 def load_data(arguments: LearningArguments) -> Texts | Task:
-    """The data of the arguments; tokens of texts are kept in the cache folder."""
-    if arguments.data in ("recall", "copying"):
-        return {"recall": Recall, "copying": Copying}[arguments.data](arguments.context)
+    """The data of the arguments. The tokens of embedded texts are kept in the cache folder."""
+    if arguments.data in TASKS:
+        return TASKS[arguments.data](arguments.context)
     folder = Path(arguments.cache_dir)
     folder.mkdir(parents=True, exist_ok=True)
     vocab_size = SCALES[arguments.scale].vocab_size
-    cached = folder / f"{data_name(arguments).replace('/', '_')}-{vocab_size}.pt"
-    if not cached.exists():
-        embedded = {
-            "news": lambda: news_articles(arguments.news_wheel, folder),
-            "code": standard_library_sources,
-        }[arguments.data]
-        splits = load_splits(arguments, embedded, {"text": "text"}, seed=0)
-        tokenizer = GPT2Tokenizer().train_new_from_iterator(splits["train"]["text"], vocab_size)
-        end = tokenizer.eos_token_id
+    # Another Python has another library.
+    cached = folder / f"{arguments.data}-{vocab_size}-{platform.python_version()}.pt"
+    is_embedded = data_name(arguments) == arguments.data
+    if is_embedded and cached.exists():
+        return Texts(*torch.load(cached))
+    embedded = {"news": lambda: news_articles(arguments.news_wheel, folder), "code": standard_library_sources}
+    splits = load_splits(arguments, embedded[arguments.data], {"text": "text"}, seed=0)
+    tokenizer = GPT2Tokenizer().train_new_from_iterator(splits["train"]["text"], vocab_size, show_progress=False)
 
-        def tokens(texts: Iterable[str]) -> torch.Tensor:
-            documents = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-            return torch.from_numpy(np.concatenate([[*document, end] for document in documents])).int()
+    def tokens(texts: Iterable[str]) -> torch.Tensor:
+        documents = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        return torch.from_numpy(np.concatenate([[*document, tokenizer.eos_token_id] for document in documents])).int()
 
-        torch.save([tokens(splits["train"]["text"]), tokens(splits["validation"]["text"]), len(tokenizer)], cached)
-    return Texts(*torch.load(cached))
+    found = [tokens(splits["train"]["text"]), tokens(splits["validation"]["text"]), len(tokenizer)]
+    if is_embedded:
+        torch.save(found, cached)
+    return Texts(*found)
 
 
 def data_name(arguments: LearningArguments) -> str:
+    if arguments.data in TASKS:
+        return arguments.data
     return arguments.dataset_name or arguments.train_file or arguments.data
 
 
@@ -326,7 +340,7 @@ def _mamba2(context: int, hidden_size: int, **sizes) -> Mamba2Config:
         num_heads=2 * hidden_size // (head_dim := min(64, hidden_size)),
         head_dim=head_dim,
         n_groups=1,
-        # A block has no other effect than its cost, which in PyTorch's operations grows with it.
+        # Changes no result, only what the plain PyTorch path costs.
         chunk_size=32,
         tie_word_embeddings=True,
         # As in the original models: embeddings that are tied start small, and residual branches smaller.
@@ -594,6 +608,7 @@ def run(
         "longer": longer,
         "seconds": seconds,
         "processor_seconds": processor_seconds,
+        "device": arguments.device,
         "hardware": where.get("gpu", where["cpu"]),
         "threads": torch.get_num_threads(),
         "versions": {name: version(name) for name in ("torch", "transformers", "modeling-sumagg")}
@@ -662,6 +677,11 @@ def best_runs(lines: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
+def time_key(line: dict[str, Any]) -> str:
+    """On a CPU, which others may share, the seconds of the processor."""
+    return "processor_seconds" if line["device"] == "cpu" else "seconds"
+
+
 def mean_and_deviation(values: list[float], form: str = ".1f") -> str:
     deviation = f" ± {np.std(values, ddof=1):{form}}" if len(values) > 1 else ""
     return f"{np.mean(values):{form}}{deviation}"
@@ -681,14 +701,13 @@ def table(lines: list[dict[str, Any]]) -> str:
         values = [line[metric] for line in runs]
         longer = [line["longer"] for line in runs]
         limit = longer[0].get("position_limit")
-        seeds = str(len(runs)) if len(runs) > 1 else "1 (one seed)"
+        seeds = str(len(runs)) if len(runs) > 1 else "only one"
         cells = [MODELS[name].label, f"{runs[0]['parameters']:,}", f"{runs[0]['learning_rate']:g}", seeds]
         cells.append(mean_and_deviation(values, form))
         if ratio_column:
             cells.append(f"{np.mean(values) / np.mean([line[metric] for line in baseline]) - 1:+.1%}")
         at_longer = f"ends at {limit}" if limit else mean_and_deviation([each[metric] for each in longer], form)
-        seconds = "seconds" if "cuda" in str(first.get("device")) else "processor_seconds"
-        cells += [at_longer, f"{np.mean([line[seconds] / line['steps'] for line in runs]):.2f}"]
+        cells += [at_longer, f"{np.mean([line[time_key(line)] / line['steps'] for line in runs]):.2f}"]
         rows.append(cells)
     tried = sorted({line["learning_rate"] for line in lines})
     title = (
@@ -733,19 +752,19 @@ def plot(lines: list[dict[str, Any]], path: Path) -> None:
     """Held-out loss over tokens and over seconds, the mean of the seeds, and their range where there are several."""
     figure = Figure(figsize=(12, 6), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
-    time_key = "seconds" if lines[0]["scale"] == "gpu" else "processor_seconds"
+    seconds = time_key(lines[0])
     tops = []
     for index, (name, runs) in enumerate(best_runs(lines).items()):
         curves = np.array([[point["loss"] for point in line["curve"]] for line in runs])
         tops.append(curves.mean(0)[len(curves[0]) // 5])
-        for axes, key in zip(panels, ("tokens", time_key), strict=True):
+        for axes, key in zip(panels, ("tokens", seconds), strict=True):
             x = np.mean([[point[key] for point in line["curve"]] for line in runs], axis=0)
             style = ("-", "--", ":")[index // 10 % 3]
             axes.plot(x, curves.mean(0), style, color=f"C{index % 10}", label=MODELS[name].label)
             if len(runs) > 1:
                 axes.fill_between(x, curves.min(0), curves.max(0), color=f"C{index % 10}", alpha=0.2, linewidth=0)
     panels[0].set(xlabel="tokens", ylabel="held-out loss (nats a token)", ylim=(None, max(tops)))
-    panels[1].set(xlabel="seconds" if time_key == "seconds" else "seconds of one core")
+    panels[1].set(xlabel="seconds" if seconds == "seconds" else "seconds of the processor")
     for axes in panels:
         axes.grid(alpha=0.3)
     figure.suptitle(f"{lines[0]['data']}, {lines[0]['context']} tokens, {lines[0]['steps']:,} steps")
@@ -786,6 +805,8 @@ def main() -> None:
             return
         torch.set_num_threads(arguments.threads)
         data = load_data(arguments)
+        # What would end a run is found before the first one.
+        data.held_out(LONGER * arguments.context, SCALES[arguments.scale].evaluation_tokens)
         for name in arguments.models:
             matched_sizes(name, SCALES[arguments.scale], data.vocab_size, arguments.context)
     path.parent.mkdir(parents=True, exist_ok=True)
