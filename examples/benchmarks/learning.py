@@ -58,7 +58,6 @@ PARAMETER_TOLERANCE = 0.02
 EVALUATIONS = 10  # points of a loss curve
 LONGER = 8  # times the trained length, at which a model is evaluated too
 IGNORED = -100
-SYMBOLS = 128  # keys, and as many values, of the recall task
 
 
 @dataclass
@@ -158,9 +157,8 @@ class Task:
     """A synthetic task whose rows are drawn anew for every step; a longer row asks for as much, over a longer way."""
 
     is_task = True
-
-    def __init__(self, context: int):
-        self.items = context // 16
+    items: int
+    vocab_size: int
 
     def held_out(self, length: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         return self.batch(max(tokens // length, 1), length, torch.Generator().manual_seed(2**31))
@@ -175,11 +173,14 @@ class Recall(Task):
     somewhere among fillers (0), and after it, which is what counts, its value.
     """
 
-    vocab_size = 1 + 2 * SYMBOLS
+    def __init__(self, context: int):
+        self.items = context // 8
+        self.symbols = 2 * self.items  # keys to draw from, and as many values
+        self.vocab_size = 1 + 2 * self.symbols
 
     def batch(self, rows: int, length: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        keys = 1 + torch.rand(rows, SYMBOLS, generator=generator).argsort(1)[:, : self.items]
-        values = 1 + SYMBOLS + torch.randint(SYMBOLS, keys.shape, generator=generator)
+        keys = 1 + torch.rand(rows, self.symbols, generator=generator).argsort(1)[:, : self.items]
+        values = 1 + self.symbols + torch.randint(self.symbols, keys.shape, generator=generator)
         pairs = torch.stack([keys, values], -1)
         slots = length // 2 - self.items
         places = torch.rand(rows, slots, generator=generator).argsort(1)[:, : self.items]
@@ -199,6 +200,9 @@ class Copying(Task):
     """
 
     vocab_size = 2 + 16
+
+    def __init__(self, context: int):
+        self.items = context // 16
 
     def batch(self, rows: int, length: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         symbols = torch.randint(2, self.vocab_size, (rows, self.items), generator=generator)
@@ -378,39 +382,49 @@ def _token_statistics(**values) -> Callable[..., ToSTTextConfig]:
     return lambda context, **sizes: ToSTTextConfig(max_position_embeddings=context, **values, **sizes)
 
 
-GATED = {"sum_decay": "input", "sum_gate": True, "position_embedding_type": "none"}
+# Every option is said: what a config leaves out may be another default tomorrow.
+UNDECAYED: dict[str, Any] = {
+    "sum_decay": "none",
+    "sum_gate": False,
+    "rope_parameters": None,
+    "position_embedding_type": "learned",
+    "norm_position": "pre",
+}
+GATED: dict[str, Any] = {
+    "sum_decay": "input",
+    "sum_gate": True,
+    "num_sum_heads": 8,
+    "sum_normalization": "mean",
+    "rope_theta": 10000.0,
+    "position_embedding_type": "none",
+    "norm_position": "pre",
+}
+PUBLISHED = {**UNDECAYED, "norm_position": "post", "sum_normalization": "none", "hidden_act": "relu"}
 UNLIMITED = {"position_embedding_type": "none", "use_membership_bias": False}
 MODELS = {
-    "llama": Model(
-        "Llama (rotary attention)", lambda context, **sizes: LlamaConfig(tie_word_embeddings=True, **sizes)
-    ),
-    "gpt2": Model("GPT-2 (learned positions)", _gpt2),
+    "llama": Model("Llama: rotary attention", lambda context, **sizes: LlamaConfig(tie_word_embeddings=True, **sizes)),
+    "gpt2": Model("GPT-2: attention, learned positions", _gpt2),
     "mamba2": Model("Mamba2", _mamba2, _mamba2_candidates),
-    "pure": Model("sums, decays from the input, gate: pure, no positions", _sums(**GATED)),
-    "hybrid": Model("the same, rotary attention last", _sums(True, **GATED)),
-    "hybrid-deleted": Model("hybrid, mixers deleted", _sums(True, **GATED), mixer=NoMixer),
-    "hybrid-convolution": Model("hybrid, convolution in place of sums", _sums(True, **GATED), mixer=Convolution),
-    "pure-conv": Model("pure, convolution before the sums", _sums(**GATED, conv_kernel_size=4)),
-    "hybrid-conv": Model("hybrid, convolution before the sums", _sums(True, **GATED, conv_kernel_size=4)),
-    "published": Model(
-        "published sums, attention last",
-        _sums(True, norm_position="post", sum_normalization="none", hidden_act="relu"),
-    ),
-    "sqrt": Model("sum / sqrt(n), pre-norm, attention last", _sums(True, sum_normalization="sqrt")),
-    "mean": Model("mean, pre-norm, attention last", _sums(True, sum_normalization="mean")),
-    "pure-mean": Model("mean, pre-norm: pure", _sums(sum_normalization="mean")),
-    "pure-learned": Model(
+    "pure": Model("sums, decays from the input, gate: pure", _sums(**GATED)),
+    "hybrid": Model("the same, rotary attention last: hybrid", _sums(True, **GATED)),
+    "hybrid-deleted": Model("hybrid, its sum mixers deleted", _sums(True, **GATED), mixer=NoMixer),
+    "hybrid-convolution": Model("hybrid, convolutions in place of sums", _sums(True, **GATED), mixer=Convolution),
+    "hybrid-conv": Model("hybrid, convolutions before the sums", _sums(True, **GATED, conv_kernel_size=4)),
+    "pure-conv": Model("pure, convolutions before the sums", _sums(**GATED, conv_kernel_size=4)),
+    "pure-convolution": Model("pure, convolutions in place of sums", _sums(**GATED), mixer=Convolution),
+    "pure-positions": Model("pure, multiplied positions", _sums(**{**GATED, "position_embedding_type": "sinusoidal"})),
+    "pure-no-gate": Model("pure, no gate", _sums(**{**GATED, "sum_gate": False})),
+    "pure-learned": Model("pure, decays learned", _sums(**{**GATED, "sum_decay": "learned"})),
+    "pure-learned-no-gate": Model(
         "pure, decays learned, no gate", _sums(**{**GATED, "sum_decay": "learned", "sum_gate": False})
     ),
-    "pure-learned-gate": Model("pure, decays learned", _sums(**{**GATED, "sum_decay": "learned"})),
-    "pure-no-gate": Model("pure, no gate", _sums(**{**GATED, "sum_gate": False})),
-    "tost": Model("token statistics, as published", _token_statistics()),
-    "tost-learned": Model(
-        "token statistics, decays learned, no positions", _token_statistics(sum_decay="learned", **UNLIMITED)
-    ),
-    "tost-input": Model(
-        "token statistics, decays from the input, no positions", _token_statistics(sum_decay="input", **UNLIMITED)
-    ),
+    "pure-mean": Model("mean, no decay, multiplied positions: pure", _sums(**UNDECAYED, sum_normalization="mean")),
+    "hybrid-mean": Model("the same, attention last", _sums(True, **UNDECAYED, sum_normalization="mean")),
+    "hybrid-sqrt": Model("sum / sqrt(n), attention last", _sums(True, **UNDECAYED, sum_normalization="sqrt")),
+    "published": Model("sums as published, attention last", _sums(True, **PUBLISHED)),
+    "tost": Model("token statistics, as published", _token_statistics(sum_decay="none")),
+    "tost-learned": Model("token statistics, decays learned", _token_statistics(sum_decay="learned", **UNLIMITED)),
+    "tost-input": Model("token statistics, decays from the input", _token_statistics(sum_decay="input", **UNLIMITED)),
 }
 
 

@@ -41,16 +41,17 @@ def test_recall_asks_for_the_value_of_every_key_once(learning, length):
     assert input_ids.shape == labels.shape == (20, length)
     asked_at = Counter()
     for tokens, targets in zip(input_ids.tolist(), labels.tolist(), strict=True):
-        pairs = dict(zip(tokens[0:8:2], tokens[1:8:2], strict=True))
-        assert len(pairs) == 4 and max(pairs) <= 128 < min(pairs.values()) <= max(pairs.values()) <= 256
+        pairs = dict(zip(tokens[0:16:2], tokens[1:16:2], strict=True))
+        assert len(pairs) == 8 and 0 < min(pairs) and max(pairs) <= 16 < min(pairs.values())
         places = [place for place, target in enumerate(targets) if target != -100]
         assert sorted(tokens[place - 1] for place in places) == sorted(pairs)
         assert all(tokens[place] == targets[place] == pairs[tokens[place - 1]] for place in places)
         # All else is filler.
-        assert sum(token != 0 for token in tokens) == 16
+        assert sum(token != 0 for token in tokens) == 32
         asked_at.update(places)
     # Anywhere in the rest of the row.
-    assert min(asked_at) < 8 + length / 8 and max(asked_at) > length - length / 8
+    assert min(asked_at) < 16 + length / 8 and max(asked_at) > length - length / 8
+    assert input_ids.max() == learning.Recall(64).vocab_size - 1 == 32
 
 
 def test_copying_asks_for_the_symbols_in_their_order_and_shows_none_of_the_answers(learning):
@@ -178,12 +179,12 @@ def test_evaluation_is_the_loss_of_transformers_by_position(learning, tiny):
 
 def test_ignored_labels_count_for_nothing(learning, tiny):
     torch.manual_seed(0)
-    model = learning.build_model("llama", tiny, 257, 64, intermediate_size=24)
+    model = learning.build_model("llama", tiny, 33, 64, intermediate_size=24)
     input_ids, labels = learning.Recall(64).held_out(64, 640)
     found = learning.evaluate(model, input_ids, labels, 64)
     with torch.no_grad():
         assert found.loss == pytest.approx(model(input_ids=input_ids, labels=labels).loss.item(), rel=1e-5)
-    assert found.counts.sum() == 40
+    assert found.counts.sum() == 80
 
 
 def test_the_best_rate_of_the_first_seed_is_that_of_the_others(learning):
@@ -279,7 +280,7 @@ def test_a_task_reports_accuracy(learning, tiny, run_main, task):
     assert 0 <= line["accuracy"] < 1 and 0 <= line["longer"]["accuracy"] < 1 and "perplexity" not in line
     assert "| model | parameters | rate | seeds | accuracy | at 8 × the length | s a step |" in printed
     assert (
-        f"| Llama (rotary attention) | {line['parameters']:,} | 0.01 | only one | {line['accuracy']:.3f} |" in printed
+        f"| Llama: rotary attention | {line['parameters']:,} | 0.01 | only one | {line['accuracy']:.3f} |" in printed
     )
 
 
@@ -314,13 +315,13 @@ def test_report_of_lines(learning, tmp_path):
         "deviation over the seeds. a chip, 1 thread(s); torch 2, transformers 5.\n\n"
         "| model | parameters | rate | seeds | perplexity | to llama | at 8 × the length | s a step |\n"
         "| --- | --- | --- | --- | --- | --- | --- | --- |\n"
-        "| Llama (rotary attention) | 1,234 | 0.002 | 2 | 100.0 ± 5.7 | +0.0% | 50.0 ± 0.0 | 1.50 |\n"
-        "| GPT-2 (learned positions) | 1,234 | 0.001 | only one | 110.0 | +10.0% | ends at 64 | 1.50 |\n"
+        "| Llama: rotary attention | 1,234 | 0.002 | 2 | 100.0 ± 5.7 | +0.0% | 50.0 ± 0.0 | 1.50 |\n"
+        "| GPT-2: attention, learned positions | 1,234 | 0.001 | only one | 110.0 | +10.0% | ends at 64 | 1.50 |\n"
         "\nPerplexity by the number of tokens before; from 64 on in rows of 8 × the length:\n\n"
         "| tokens before | 1–31 | 32–63 | 64–127 |\n"
         "| --- | --- | --- | --- |\n"
-        "| Llama (rotary attention) | 101.0 | 99.0 | 50.0 |\n"
-        "| GPT-2 (learned positions) | 111.0 | 109.0 | – |\n"
+        "| Llama: rotary attention | 101.0 | 99.0 | 50.0 |\n"
+        "| GPT-2: attention, learned positions | 111.0 | 109.0 | – |\n"
         "\n![Loss over tokens and over seconds](learning-news-64-cpu-2.png)\n"
     )
     assert (tmp_path / "learning-news-64-cpu-2.png").read_bytes().startswith(b"\x89PNG")
