@@ -297,7 +297,9 @@ class Convolution(nn.Module):
     def __init__(self, config: PreTrainedConfig):
         super().__init__()
         width = config.hidden_size
-        self.conv = nn.Conv1d(width, width, 4, padding=3, groups=width)
+        # Not a module of PyTorch's, for which transformers has another start than the mixers have.
+        self.conv_weight = nn.Parameter(torch.empty(width, 1, 4).uniform_(-0.5, 0.5))
+        self.conv_bias = nn.Parameter(torch.zeros(width))
         self.in_proj = nn.Linear(width, width, bias=False)
         self.hidden_proj = nn.Linear(width, width, bias=False)
         self.gate_proj = nn.Linear(width, width, bias=False)
@@ -305,8 +307,9 @@ class Convolution(nn.Module):
         self.out_proj.adds_to_stream = True
 
     def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, None]:
-        length = hidden_states.shape[1]
-        convolved = F.silu(self.conv(hidden_states.transpose(1, 2))[..., :length].transpose(1, 2))
+        channels = F.pad(hidden_states.transpose(1, 2), (3, 0))
+        convolved = F.conv1d(channels, self.conv_weight, self.conv_bias, groups=channels.shape[1])
+        convolved = F.silu(convolved.transpose(1, 2))
         terms = self.hidden_proj(self.in_proj(convolved).relu()).relu()
         return self.out_proj(F.silu(self.gate_proj(convolved)) * terms), None
 

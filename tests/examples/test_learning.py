@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from testing import assert_close
+
+from modeling_sumagg.decoder.layout import SequenceLayout
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "benchmarks"
@@ -126,18 +127,33 @@ def test_deleted_mixers_leave_the_feed_forward_layers(learning, tiny):
     assert_close(layers[0](hidden, None), hidden + layers[0].mlp(layers[0].mlp_norm(hidden)))
 
 
-def test_the_convolution_sees_four_tokens_and_none_after(learning, tiny):
+def test_convolutions_in_place_of_sums_are_the_mixers_without_their_sums(learning, tiny):
+    """A sum whose decays are 0 is its last term."""
     torch.manual_seed(0)
-    config = learning.build_model("hybrid-convolution", tiny, 300, 64).config
-    mixer = learning.Convolution(config).double()
-    hidden = torch.randn(1, 9, 16, dtype=torch.float64)
-    output, _ = mixer(hidden, None, cache=None)
-    taps, bias = mixer.conv.weight[:, 0], mixer.conv.bias
-    for t in range(9):
-        seen = [hidden[0, t - 3 + k] * taps[:, k] for k in range(4) if t - 3 + k >= 0]
-        convolved = F.silu(sum(seen) + bias)
-        terms = mixer.hidden_proj(mixer.in_proj(convolved).relu()).relu()
-        assert_close(output[0, t], mixer.out_proj(F.silu(mixer.gate_proj(convolved)) * terms))
+    (mixer, *_), (summing, *_) = (
+        [layer.mixer for layer in learning.build_model(name, tiny, 300, 64).base_model.layers]
+        for name in ("hybrid-convolution", "hybrid-conv")
+    )
+    weights = summing.state_dict()
+    own = {name: weights[name] for name in mixer.state_dict() if name in weights}
+    own |= {"conv_weight": weights["conv.weight"][:, None], "conv_bias": weights["conv.bias"]}
+    mixer.load_state_dict(own)
+    torch.nn.init.constant_(summing.decay.logit, -60)
+    hidden = torch.randn(2, 9, 16)
+    layout = SequenceLayout(torch.arange(9)[None], None, None, None, {})
+    assert_close(mixer(hidden, None, cache=None)[0], summing(hidden, layout)[0])
+    sizes = [sum(parameter.numel() for parameter in each.parameters()) for each in (mixer, summing)]
+    assert sizes[1] - sizes[0] == 8 + 8 * 16
+
+
+def test_convolutions_start_as_those_before_the_sums(learning, tiny):
+    models = [learning.build_model(name, tiny, 300, 64) for name in ("hybrid-convolution", "hybrid-conv")]
+    ours, sums = (model.base_model.layers[0].mixer for model in models)
+    for weight in (ours.conv_weight, sums.conv.weight):
+        assert 0.4 < weight.abs().max() <= 0.5
+    for name in ("in_proj", "out_proj", "gate_proj"):
+        std = getattr(sums, name).weight.std()
+        assert getattr(ours, name).weight.std().item() == pytest.approx(std.item(), rel=0.25)
 
 
 def test_matrices_decay_and_nothing_else(learning, tiny):
