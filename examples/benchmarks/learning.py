@@ -709,6 +709,7 @@ def table(lines: list[dict[str, Any]]) -> str:
     runs_of = best_runs(lines)
     first = lines[0]
     is_task = "accuracy" in first
+    tried = {line["learning_rate"] for line in lines}
     metric, form = ("accuracy", ".3f") if is_task else ("perplexity", ".1f")
     baseline = runs_of.get(BASELINE)
     ratio_column = [] if is_task or baseline is None else [f"to {BASELINE}"]
@@ -719,18 +720,19 @@ def table(lines: list[dict[str, Any]]) -> str:
         longer = [line["longer"] for line in runs]
         limit = longer[0].get("position_limit")
         seeds = str(len(runs)) if len(runs) > 1 else "only one"
-        cells = [MODELS[name].label, f"{runs[0]['parameters']:,}", f"{runs[0]['learning_rate']:g}", seeds]
+        own = {each["learning_rate"] for each in lines if each["model"] == name and each["seed"] == runs[0]["seed"]}
+        rate = f"{runs[0]['learning_rate']:g}" + (f" (of {len(own)})" if own != tried else "")
+        cells = [MODELS[name].label, f"{runs[0]['parameters']:,}", rate, seeds]
         cells.append(mean_and_deviation(values, form))
         if ratio_column:
             cells.append(f"{np.mean(values) / np.mean([line[metric] for line in baseline]) - 1:+.1%}")
         at_longer = f"ends at {limit}" if limit else mean_and_deviation([each[metric] for each in longer], form)
         cells += [at_longer, f"{np.mean([line[time_key(line)] / line['steps'] for line in runs]):.2f}"]
         rows.append(cells)
-    tried = sorted({line["learning_rate"] for line in lines})
     title = (
         f"## {first['data']}, {first['context']} tokens\n\n"
         f"{first['steps']:,} steps, {first['tokens']:,} tokens, scale {first['scale']}; the best of the learning rates "
-        f"{', '.join(f'{rate:g}' for rate in tried)} with one seed; mean ± standard deviation over the seeds. "
+        f"{', '.join(f'{rate:g}' for rate in sorted(tried))}, or of as many as the row says, with one seed; mean ± standard deviation over the seeds. "
         f"{first['hardware']}, {first['threads']} thread(s); torch {first['versions']['torch']}, transformers "
         f"{first['versions']['transformers']}.\n\n"
     )
