@@ -711,8 +711,8 @@ def table(lines: list[dict[str, Any]]) -> str:
     is_task = "accuracy" in first
     tried = {line["learning_rate"] for line in lines}
     metric, form = ("accuracy", ".3f") if is_task else ("perplexity", ".1f")
-    baseline = runs_of.get(BASELINE)
-    ratio_column = [] if is_task or baseline is None else [f"to {BASELINE}"]
+    baseline = {line["seed"]: line[metric] for line in runs_of.get(BASELINE, [])}
+    ratio_column = [] if is_task or not baseline else [f"to {BASELINE}"]
     header = ["model", "parameters", "rate", "seeds", metric, *ratio_column, f"at {LONGER} × the length", "s a step"]
     rows = [header, ["---"] * len(header)]
     for name, runs in runs_of.items():
@@ -725,15 +725,17 @@ def table(lines: list[dict[str, Any]]) -> str:
         cells = [MODELS[name].label, f"{runs[0]['parameters']:,}", rate, seeds]
         cells.append(mean_and_deviation(values, form))
         if ratio_column:
-            cells.append(f"{np.mean(values) / np.mean([line[metric] for line in baseline]) - 1:+.1%}")
+            # Runs of a seed have the same batches.
+            both = [(line[metric], baseline[line["seed"]]) for line in runs if line["seed"] in baseline]
+            cells.append("{:+.1%}".format(np.divide(*np.mean(both, axis=0)) - 1) if both else "–")
         at_longer = f"ends at {limit}" if limit else mean_and_deviation([each[metric] for each in longer], form)
         cells += [at_longer, f"{np.mean([line[time_key(line)] / line['steps'] for line in runs]):.2f}"]
         rows.append(cells)
     title = (
         f"## {first['data']}, {first['context']} tokens\n\n"
         f"{first['steps']:,} steps, {first['tokens']:,} tokens, scale {first['scale']}; the best of the learning rates "
-        f"{', '.join(f'{rate:g}' for rate in sorted(tried))}, or of as many as the row says, with one seed; mean ± standard deviation over the seeds. "
-        f"{first['hardware']}, {first['threads']} thread(s); torch {first['versions']['torch']}, transformers "
+        f"{', '.join(f'{rate:g}' for rate in sorted(tried))}, or of as many as the row says, with one seed; mean ± standard "
+        f"deviation over the seeds, and of those that both have the difference to {BASELINE}. {first['hardware']}, {first['threads']} thread(s); torch {first['versions']['torch']}, transformers "
         f"{first['versions']['transformers']}.\n\n"
     )
     text = title + markdown(rows)
