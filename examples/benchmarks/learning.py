@@ -727,7 +727,7 @@ def table(lines: list[dict[str, Any]]) -> str:
         if ratio_column:
             # Runs of a seed have the same batches.
             both = [(line[metric], baseline[line["seed"]]) for line in runs if line["seed"] in baseline]
-            cells.append("{:+.1%}".format(np.divide(*np.mean(both, axis=0)) - 1) if both else "–")
+            cells.append(f"{np.divide(*np.mean(both, axis=0)) - 1:+.1%}" if both else "–")
         at_longer = f"ends at {limit}" if limit else mean_and_deviation([each[metric] for each in longer], form)
         cells += [at_longer, f"{np.mean([line[time_key(line)] / line['steps'] for line in runs]):.2f}"]
         rows.append(cells)
