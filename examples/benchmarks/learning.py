@@ -719,7 +719,8 @@ def table(lines: list[dict[str, Any]]) -> str:
         limit = longer[0].get("position_limit")
         seeds = str(len(runs)) if len(runs) > 1 else "only one"
         own = {each["learning_rate"] for each in lines if each["model"] == name and each["seed"] == runs[0]["seed"]}
-        rate = f"{runs[0]['learning_rate']:g}" + (f" (of {len(own)})" if own != tried else "")
+        at_end = "*" if len(own) > 1 and runs[0]["learning_rate"] in (min(own), max(own)) else ""
+        rate = f"{runs[0]['learning_rate']:g}{at_end}" + (f" (of {len(own)})" if own != tried else "")
         cells = [MODELS[name].label, f"{runs[0]['parameters']:,}", rate, seeds]
         cells.append(mean_and_deviation(values, form))
         if ratio_column:
@@ -732,10 +733,10 @@ def table(lines: list[dict[str, Any]]) -> str:
     title = (
         f"## {first['data']}, {first['context']} tokens\n\n"
         f"{first['steps']:,} steps, {first['tokens']:,} tokens, scale {first['scale']}; the best of the learning rates "
-        f"{', '.join(f'{rate:g}' for rate in sorted(tried))}, or of as many as the row says, with one seed; mean ± standard "
-        f"deviation over the seeds, and of those that both have the difference to {BASELINE}. {first['hardware']}, "
-        f"{first['threads']} thread(s); torch {first['versions']['torch']}, transformers "
-        f"{first['versions']['transformers']}.\n\n"
+        f"{', '.join(f'{rate:g}' for rate in sorted(tried))}, or of as many as the row says, with one seed, * where it is the "
+        "lowest or the highest of them; mean ± standard deviation over the seeds, and of those that both have the "
+        f"difference to {BASELINE}. {first['hardware']}, {first['threads']} thread(s); torch {first['versions']['torch']}, "
+        f"transformers {first['versions']['transformers']}.\n\n"
     )
     text = title + markdown(rows)
     return text if is_task else f"{text}\n{positions_table(runs_of, first['context'])}"

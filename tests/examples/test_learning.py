@@ -327,11 +327,12 @@ def test_report_of_lines(learning, tmp_path):
     assert text == path.with_suffix(".md").read_text()
     assert text == (
         "## news, 64 tokens\n\n"
-        "2 steps, 20 tokens, scale cpu; the best of the learning rates 0.001, 0.002, or of as many as the row says, with one seed; mean ± standard "
+        "2 steps, 20 tokens, scale cpu; the best of the learning rates 0.001, 0.002, or of as many as the row says, with one seed, * where it "
+        "is the lowest or the highest of them; mean ± standard "
         "deviation over the seeds, and of those that both have the difference to llama. a chip, 1 thread(s); torch 2, transformers 5.\n\n"
         "| model | parameters | rate | seeds | perplexity | to llama | at 8 × the length | s a step |\n"
         "| --- | --- | --- | --- | --- | --- | --- | --- |\n"
-        "| Llama: rotary attention | 1,234 | 0.002 | 2 | 100.0 ± 5.7 | +0.0% | 50.0 ± 0.0 | 1.50 |\n"
+        "| Llama: rotary attention | 1,234 | 0.002* | 2 | 100.0 ± 5.7 | +0.0% | 50.0 ± 0.0 | 1.50 |\n"
         "| GPT-2: attention, learned positions | 1,234 | 0.001 (of 1) | only one | 110.0 | +14.6% | ends at 64 | 1.50 |\n"
         "\nPerplexity by the number of tokens before; from 64 on in rows of 8 × the length:\n\n"
         "| tokens before | 1–31 | 32–63 | 64–127 |\n"
