@@ -149,7 +149,7 @@ class CausalLM(Served):
         self.logits_processor = LogitsProcessor(config.vocab_size)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        return self.logits_processor(self.lm_head, hidden_states)
+        return self.logits_processor(self.lm_head, hidden_states, self.lm_head.bias)
 
 
 class Embedding(Served):
