@@ -1,5 +1,7 @@
 """vLLM writes what `generate` writes, token for token, however it cuts, mixes, drops and shares the requests."""
 
+import copy
+
 import pytest
 import torch
 
@@ -53,28 +55,110 @@ def texts(model, prompts):
 
 
 @pytest.fixture(scope="module")
-def chunked(folder):
-    """An engine that takes 64 tokens a step, with prefix caching, and memory for few requests at a time."""
+def whole(folder):
+    """An engine that reads most prompts in one step, without prefix caching."""
+    engine = Engine(folder)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def chunked(folder, model):
+    """An engine that reads 64 tokens a step, with prefix caching, and memory for few requests at a time."""
     engine = Engine(
         folder,
         max_num_batched_tokens=64,
         long_prefill_token_threshold=48,
         enable_prefix_caching=True,
-        num_gpu_blocks_override=96,
+        num_gpu_blocks_override=24 if attends(model) else 12,
     )
     yield engine
     engine.close()
 
 
-def test_mixed_lengths(folder, prompts, texts):
-    engine = Engine(folder)
-    try:
-        assert engine.greedy(prompts, LENGTH) == texts
-    finally:
-        engine.close()
+def attends(model) -> bool:
+    return any(kind.endswith("attention") for kind in model.config.layer_types)
 
 
-def test_chunks_of_64_tokens_and_preemption(chunked, kind, prompts, texts):
+def has_states(model) -> bool:
+    return any(kind in model.config.recurrent_layer_types for kind in model.config.layer_types)
+
+
+def test_mixed_lengths(whole, prompts, texts):
+    assert whole.greedy(prompts, LENGTH) == texts
+
+
+def test_chunks_of_64_tokens_and_preemption(chunked, prompts, texts):
     preempted = chunked.count("vllm:num_preemptions")
     assert chunked.greedy(prompts, LENGTH) == texts
     assert chunked.count("vllm:num_preemptions") > preempted
+
+
+def test_shared_prefixes_come_from_the_cache(chunked, model):
+    prefix, *tails = random_prompts([300, 1, 20, 100], seed=1)
+    prompts = [prefix, *[prefix[: 300 - i] + tail for i, tail in enumerate(tails)]]
+    expected = [expected_text(model, prompt, LENGTH) for prompt in prompts]
+    assert chunked.greedy(prompts[:1], LENGTH) == expected[:1]
+    hits = chunked.count("vllm:prefix_cache_hits")
+    assert chunked.greedy(prompts, LENGTH) == expected
+    assert chunked.count("vllm:prefix_cache_hits") >= hits + 4 * 256
+
+
+def test_samples_and_their_probabilities(whole, model):
+    prompts = random_prompts([1, 40, 300], seed=2)
+    first, second = (whole.sample(prompts, 12, n=3, temperature=1.0, seed=5, logprobs=0) for _ in range(2))
+    for prompt, output, again in zip(prompts, first, second, strict=True):
+        samples = [list(sample.token_ids) for sample in output.outputs]
+        assert samples == [list(sample.token_ids) for sample in again.outputs]
+        assert len({tuple(sample) for sample in samples}) == 3
+        for sample in output.outputs:
+            ids = list(sample.token_ids)
+            with torch.no_grad():
+                logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
+            expected = logits.log_softmax(dim=-1)[torch.arange(len(ids)), ids]
+            found = torch.tensor([step[token].logprob for step, token in zip(sample.logprobs, ids, strict=True)])
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("broken", ["nothing is carried on", "a slot is not emptied"])
+def test_a_broken_state_is_seen(chunked, model, prompts, texts, broken, monkeypatch):
+    if not has_states(model):
+        pytest.skip("no decode states")
+    build = StepBuilder.build
+
+    def build_broken(self, *args, **kwargs):
+        step = build(self, *args, **kwargs)
+        step.restart = torch.full_like(step.restart, broken == "nothing is carried on")
+        return step
+
+    chosen = [i for i, prompt in enumerate(prompts) if 64 < len(prompt) < 300]
+    some, expected = [prompts[i] for i in chosen], [texts[i] for i in chosen]
+    monkeypatch.setattr(StepBuilder, "build", build_broken)
+    chunked.llm.reset_prefix_cache()
+    wrong = chunked.greedy(some, LENGTH)
+    monkeypatch.undo()
+    chunked.llm.reset_prefix_cache()
+    assert sum(a != b for a, b in zip(wrong, expected, strict=True)) > len(chosen) / 2
+    assert chunked.greedy(some, LENGTH) == expected
+
+
+def test_bfloat16_differs_at_near_ties_only(model, prompts, tmp_path):
+    model = copy.deepcopy(model).to(torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    some = [prompt for prompt in prompts if len(prompt) < 300][::3]
+    engine = Engine(tmp_path, dtype="bfloat16")
+    try:
+        found = engine.greedy(some, LENGTH)
+    finally:
+        engine.close()
+    same = 0
+    for prompt, text in zip(some, found, strict=True):
+        expected = expected_text(model, prompt, LENGTH)
+        first = next((i for i, (a, b) in enumerate(zip(text, expected, strict=True)) if a != b), None)
+        if first is None:
+            same += 1
+            continue
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + expected[:first]])).logits[0, -1].float()
+        assert logits[expected[first]] - logits[text[first]] < 0.05, (len(prompt), first)
+    assert same > len(some) / 2
