@@ -1,6 +1,7 @@
 """Configuration of the summation aggregation models."""
 
-from typing import Literal
+from dataclasses import field
+from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 
@@ -13,23 +14,33 @@ class SumAggConfig(TextConfig):
     Configuration of a [`SumAggModel`] and of the models with a head on it.
 
     The architecture is that of P. Ekin, "Summation-Based Transformers: A Path Toward Linear Complexity Sequence
-    Modeling" (TechRxiv 2025, doi 10.36227/techrxiv.175790522.25734653). The defaults are what is trained well today (a
-    normalised sum and pre-norm blocks); the published form is in the presets `sumagg-published-lm` and
-    `sumagg-published-classifier`.
+    Modeling" (TechRxiv 2025, doi 10.36227/techrxiv.175790522.25734653). The defaults are what learns well: pre-norm blocks,
+    gated means of what the tokens themselves let decay, one attention layer with rotary positions at the end, and no
+    limit of length. The published form is in the presets `sumagg-published-lm` and `sumagg-published-classifier`. A
+    config file of version 0.1, which has no `sum_decay`, means what it meant.
 
     Args:
         layer_types (`list[str]`, *optional*): the mixer of each block, `"summation"`, `"full_attention"` or
             `"sliding_attention"`. By default every block sums but the last, which attends (the published hybrid).
         is_causal (`bool`, defaults to `True`): whether a token sees only itself and the tokens before it. In a
-            bidirectional model `sliding_window` is how far a token sees on either side.
-        position_embedding_type (`str`, defaults to `"learned"`): the `P` of `E[x] * (P + b)`: `"learned"` (a table, as
+            bidirectional model `sliding_window` is how far a token sees on either side, and terms decay to both.
+        position_embedding_type (`str`, defaults to `"none"`): the `P` of `E[x] * (P + b)`: `"learned"` (a table, as
             published), `"sinusoidal"` (computed, for unlimited length) or `"none"`.
         position_bias (`float`, defaults to 2.0): the `b` of `E[x] * (P + b)` (published: 2.0 in the language models,
             1.0 in the classifier).
         norm_position (`str`, defaults to `"pre"`): LayerNorm before each sublayer (`"pre"`), or after each residual sum
             (`"post"`, as published).
-        sum_normalization (`str`, defaults to `"sqrt"`): divide the sum over `n` tokens by `n` (`"mean"`), by its square
-            root (`"sqrt"`), or not (`"none"`, as published).
+        rope_parameters (`dict`, *optional*, defaults to rotary positions with `rope_theta=10000.0`): those of the
+            attention layers ([`TextConfig`]); published: `None`.
+        sum_decay (`str`, defaults to `"input"`): the decays of the sums ([`TextConfig`]); published: `"none"`.
+        num_sum_heads (`int`, *optional*, defaults to `num_attention_heads`): heads of the sums, each with a decay of its
+            own; must divide `hidden_size`.
+        sum_normalization (`str`, *optional*): divide the sum over `n` tokens by `n` (`"mean"`, the default with decays), by
+            its square root (`"sqrt"`, the default without, and for them alone), or not (`"none"`, as published). With
+            decays `a` the mean is weighted by them and by `1 - a` ([`~modeling_sumagg.ops.causal_mean`]).
+        sum_gate (`bool`, defaults to `True`): whether the sums are multiplied by `silu(W_g h)` (published: no).
+        conv_kernel_size (`int`, *optional*): a causal depthwise convolution over as many tokens, SiLU after it, before
+            each summation mixer.
         pooling (`str`, defaults to `"sum"`): how a sequence classifier pools: the sum over `relu(W h_t)` (`"sum"`, as
             published), its mean (`"mean"`), or the hidden state of the last token (`"last"`).
         kwargs: those of [`TextConfig`]: `vocab_size`, `hidden_size`, `num_hidden_layers` (0 leaves the embedding alone,
@@ -56,11 +67,19 @@ class SumAggConfig(TextConfig):
 
     model_type = "sumagg"
     recurrent_layer_types = ("summation",)
+    values_before_decays = {
+        **TextConfig.values_before_decays,
+        "position_embedding_type": "learned",
+        "sum_gate": False,
+    }
     # Sums run channel by channel, so that each process sums, and keeps the decode state of, its own channels.
     base_model_tp_plan = {
         "embed_tokens": "embedding_rowwise",
         "layers.*.mixer.in_proj": "colwise_gather_output",
         "layers.*.mixer.hidden_proj": "colwise",
+        "layers.*.mixer.gate_proj": "colwise",
+        "layers.*.mixer.decay.logit": "colwise",
+        "layers.*.mixer.decay.proj": "colwise",
         "layers.*.mixer.q_proj": "colwise",
         "layers.*.mixer.k_proj": "colwise",
         "layers.*.mixer.v_proj": "colwise",
@@ -70,14 +89,46 @@ class SumAggConfig(TextConfig):
     }
 
     is_causal: bool = True
+    position_embedding_type: Literal["learned", "sinusoidal", "none"] = "none"
     position_bias: float | int = 2.0
+    rope_parameters: dict[str, Any] | None = field(default_factory=lambda: {"rope_type": "default"})
     norm_position: Literal["pre", "post"] = "pre"
-    sum_normalization: Literal["none", "mean", "sqrt"] = "sqrt"
+    sum_decay: Literal["none", "learned", "input"] = "input"
+    num_sum_heads: int | None = None
+    sum_normalization: Literal["none", "mean", "sqrt"] | None = None
+    sum_gate: bool = True
+    conv_kernel_size: int | None = None
     pooling: Literal["sum", "mean", "last"] = "sum"
+
+    def __post_init__(self, **kwargs):
+        if self.num_sum_heads is None:
+            self.num_sum_heads = self.num_attention_heads
+        if self.sum_normalization is None:
+            self.sum_normalization = "sqrt" if self.sum_decay == "none" else "mean"
+        super().__post_init__(**kwargs)
 
     def default_layer_types(self) -> list[str]:
         """Every block sums but the last, which attends."""
         return (["summation"] * (self.num_hidden_layers - 1) + ["full_attention"])[: self.num_hidden_layers]
+
+    def validate_sums(self):
+        """Part of `@strict`-powered validation: the options of the summation mixers fit together."""
+        if self.num_sum_heads < 1 or self.hidden_size % self.num_sum_heads:
+            raise ValueError(
+                f"`num_sum_heads` must divide `hidden_size`, got {self.num_sum_heads} heads for a width of "
+                f"{self.hidden_size}."
+            )
+        if self.sum_normalization == "sqrt" and self.sum_decay != "none":
+            raise ValueError(
+                f"`sum_normalization='sqrt'` is for sums without decays, and `sum_decay` is {self.sum_decay!r}: choose "
+                "'mean' or 'none'."
+            )
+        if self.conv_kernel_size is not None and self.conv_kernel_size < 2:
+            raise ValueError(f"`conv_kernel_size` must be at least 2, or None, got {self.conv_kernel_size}.")
+        if self.conv_kernel_size is not None and not self.is_causal:
+            raise ValueError(
+                f"`conv_kernel_size` = {self.conv_kernel_size} is for causal models (`is_causal=True`): leave it out."
+            )
 
 
 __all__ = ["SumAggConfig"]

@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig, configuration_utils
 
 
 ATTENTION_TYPES = ("full_attention", "sliding_attention")
+ROPE_TYPES = ("default", "linear")
 
 
 @strict
@@ -32,6 +33,15 @@ class TextConfig(PreTrainedConfig):
             unlimited length) or `"none"`.
         max_position_embeddings (`int`, *optional*, defaults to 1024 where something is learned a position): the longest
             document in tokens. A model that has no limit has no such attribute, which is how clients tell.
+        rope_parameters (`dict`, *optional*): rotary positions (arXiv 2104.09864) in the attention layers, in the form that
+            transformers has for them: `{"rope_type": "default", "rope_theta": 10000.0}`, or `"linear"` with a `factor`.
+            `rope_theta=10000.0` as an argument stands for the former; `None` is no rotary positions.
+        sum_decay (`str`, defaults to `"none"`): what the sums of recurrent layers are multiplied by before a token is
+            added: nothing (`"none"`, as published), one decay for each head, learned (`"learned"`), or one for each head
+            and token, a learned function of the token (`"input"`).
+        sum_decay_min, sum_decay_max (`float`, default to 1.0 and 256.0): the time constants, in tokens, of the first and
+            of the last head at the start, the others between them in equal ratios: after as many tokens a term has
+            decayed to 1/e.
         embedding_dropout (`float`, defaults to 0.0): dropout on the embeddings.
         hidden_dropout (`float`, defaults to 0.0): dropout on the output of every mixer and feed-forward layer.
         attention_dropout (`float`, defaults to 0.0): dropout on the attention probabilities.
@@ -52,6 +62,8 @@ class TextConfig(PreTrainedConfig):
     # Both names of the decode state in outputs, over the versions of transformers.
     keys_to_ignore_at_inference = ["cache", "past_key_values"]
     recurrent_layer_types: ClassVar[tuple[str, ...]] = ()
+    # What the files of version 0.1 mean, which have none of these.
+    values_before_decays: ClassVar[dict[str, Any]] = {"sum_decay": "none", "rope_parameters": None}
     is_causal = True
 
     vocab_size: int = 50257
@@ -65,6 +77,10 @@ class TextConfig(PreTrainedConfig):
     position_embedding_type: Literal["learned", "sinusoidal", "none"] = "learned"
     # Without a default of the class, an unlimited config has no such attribute.
     max_position_embeddings: int | None = field(default_factory=lambda: None)
+    rope_parameters: dict[str, Any] | None = None
+    sum_decay: Literal["none", "learned", "input"] = "none"
+    sum_decay_min: float | int = 1.0
+    sum_decay_max: float | int = 256.0
     embedding_dropout: float | int = 0.0
     hidden_dropout: float | int = 0.0
     attention_dropout: float | int = 0.0
@@ -107,6 +123,8 @@ class TextConfig(PreTrainedConfig):
         Raises:
             `ValueError`: a changed value is not allowed, or does not fit the others.
         """
+        if "sum_decay" not in config_dict:
+            config_dict = {**cls.values_before_decays, **config_dict}
         changed = {f.name: kwargs.pop(f.name) for f in fields(cls) if f.name in kwargs and f.name != "dtype"}
         try:
             return super().from_dict({**config_dict, **changed}, **kwargs)
@@ -114,6 +132,37 @@ class TextConfig(PreTrainedConfig):
             if not changed:
                 raise
             raise ValueError(f"Changed in the config of the checkpoint: {changed}. {error}") from error
+
+    def convert_rope_params_to_dict(self, **kwargs) -> dict[str, Any]:
+        """As in transformers, but `None` stays `None`: no rotary positions."""
+        self._check_rope_type(kwargs.get("rope_scaling") or self.rope_parameters or {})
+        if self.rope_parameters is None and not {"rope_theta", "rope_scaling"} & kwargs.keys():
+            return kwargs
+        return super().convert_rope_params_to_dict(**kwargs)
+
+    def validate_rope(self):
+        """Part of `@strict`-powered validation: rotary positions that a decode state can go on with."""
+        if self.rope_parameters is None:
+            return
+        self._check_rope_type(self.rope_parameters)
+        heads = self.num_attention_heads
+        if heads > 0 and self.hidden_size > 0 and self.hidden_size % heads == 0 and self.hidden_size // heads % 2:
+            raise ValueError(
+                f"Rotary positions (`rope_parameters`) need an even width of attention heads, got {self.hidden_size} / "
+                f"{self.num_attention_heads}."
+            )
+        super().validate_rope()
+
+    @staticmethod
+    def _check_rope_type(rope_parameters: dict[str, Any]) -> None:
+        unknown = sorted(rope_parameters.keys() - {"rope_type", "rope_theta", "factor"})
+        rope_type = rope_parameters.get("rope_type", "default")
+        if unknown or rope_type not in ROPE_TYPES:
+            raise ValueError(
+                f"`rope_parameters` may have a `rope_type` of {list(ROPE_TYPES)}, `rope_theta` and, with 'linear', a "
+                f"`factor`, one of each for all attention layers; got {rope_parameters}. Other types change with the length "
+                "of the input, so that a decode state could not be gone on from."
+            )
 
     def default_layer_types(self) -> list[str]:
         """The mixers of a model that names none."""
@@ -153,6 +202,11 @@ class TextConfig(PreTrainedConfig):
             raise ValueError(
                 f"`num_attention_heads` must divide `hidden_size`, got {self.num_attention_heads} heads for a width of "
                 f"{self.hidden_size}."
+            )
+        if not 0 < self.sum_decay_min <= self.sum_decay_max:
+            raise ValueError(
+                "`sum_decay_min` must be above 0 and not above `sum_decay_max`, got "
+                f"{self.sum_decay_min} and {self.sum_decay_max} tokens."
             )
         if self.sliding_window is None and "sliding_attention" in (self.layer_types or ()):
             raise ValueError("`sliding_window` is None, and a layer of `layer_types` is 'sliding_attention'.")

@@ -22,6 +22,8 @@ class ToSTTextConfig(TextConfig):
             position, as published. Like a position table it ends the context at `max_position_embeddings`: unlimited
             length needs `False`, and positions that are not learned.
         layerscale_value (`float`, defaults to 1e-5): initial layer scale γ.
+        sum_decay (`str`, defaults to `"none"`, as published): the decays of all three sums ([`TextConfig`]).
+        rope_parameters (`dict`, *optional*): rotary positions of the attention layers ([`TextConfig`]).
         kwargs: those of [`TextConfig`]: `vocab_size` (here 50304 by default), `hidden_size`, `num_hidden_layers`,
             `num_attention_heads` (also the number K of subspaces among which each token distributes its membership Π),
             `intermediate_size`, `hidden_act`, `sliding_window`, `max_position_embeddings` (of the table and of β), the

@@ -5,37 +5,51 @@ doi 10.36227/techrxiv.175790522.25734653.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers import Cache
 from transformers import initialization as init
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
 from .configuration.configuration_sumagg import SumAggConfig
+from .decoder.convolution import CausalConvolution
+from .decoder.decay import SumDecay
 from .decoder.heads import ForCausalLM, ForMaskedLM, ForSequenceClassification, ForTokenClassification
 from .decoder.layers import DecoderLayer
 from .decoder.layout import SequenceLayout
 from .decoder.model import DecoderModel, DecoderPreTrainedModel
 from .decoder.positions import PositionModulation
 from .decoder.recurrence import recur
-from .ops.summation import bidirectional_sum, causal_sum
+from .ops.summation import bidirectional_mean, bidirectional_sum, causal_mean, causal_sum
 
 
 class SumAggSummation(nn.Module):
     """
     Summation mixer: `z_t = relu(W2 relu(W1 h_t))`, `s_t = sum_{u <= t} z_u` (over all u if the model is
     bidirectional), output `W_o s_t + b_o`.
+
+    With decays `a` of its heads, `s_t = a_t s_{t-1} + z_t`, or normalised the mean of the terms `z` with weights `1 - a`,
+    which decay; with a gate the output is `W_o (silu(W_g h_t) * s_t) + b_o`; a causal convolution may stand before it.
     """
 
     def __init__(self, config: SumAggConfig, layer_idx: int):
         super().__init__()
         self.is_causal = config.is_causal
+        self.sum_normalization = config.sum_normalization
         self.layer_idx = layer_idx
-        self.in_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-        self.hidden_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        width = config.hidden_size
+        self.conv = None
+        if config.conv_kernel_size is not None:
+            self.conv = CausalConvolution(width, config.conv_kernel_size, layer_idx)
+        self.in_proj = nn.Linear(width, width, bias=False)
+        self.hidden_proj = nn.Linear(width, width, bias=False)
+        self.decay = SumDecay(config, config.num_sum_heads) if config.sum_decay != "none" else None
+        self.gate_proj = nn.Linear(width, width, bias=False) if config.sum_gate else None
+        self.out_proj = nn.Linear(width, width)
 
     def forward(
         self,
@@ -46,16 +60,24 @@ class SumAggSummation(nn.Module):
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, None]:
         """`hidden_states` `[B, T, d]` to the output of the same shape; `sum_scale` `[1 or B, T]` normalises the sums."""
+        if self.conv is not None:
+            hidden_states = self.conv(hidden_states, layout, cache)
         terms = self.hidden_proj(self.in_proj(hidden_states).relu())
+        per_token = {"scale": sum_scale}
+        if self.decay is not None:
+            log_decay = self.decay(hidden_states)
+            per_token = {"log_decay": log_decay}
+            if self.sum_normalization == "mean":
+                per_token["weight"] = -log_decay.expm1()
         if self.is_causal:
-            sums = recur(causal_sum, terms, layout, cache, self.layer_idx, per_token={"scale": sum_scale}, relu=True)
+            operator = causal_mean if "weight" in per_token else causal_sum
+            sums = recur(operator, terms, layout, cache, self.layer_idx, per_token=per_token, relu=True)
         else:
-            sums = bidirectional_sum(
-                terms.relu(),
-                attention_mask=layout.attention_mask,
-                document_ids=layout.document_ids,
-                scale=sum_scale,
-            )
+            operator = bidirectional_mean if "weight" in per_token else bidirectional_sum
+            delimiters = {"attention_mask": layout.attention_mask, "document_ids": layout.document_ids}
+            sums = operator(terms.relu(), **delimiters, **per_token)
+        if self.gate_proj is not None:
+            sums = sums * F.silu(self.gate_proj(hidden_states))
         return self.out_proj(sums), None
 
 
@@ -105,17 +127,22 @@ class SumAggModel(SumAggPreTrainedModel, DecoderModel):
     def add_positions(self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         return self.modulation(inputs_embeds, position_ids)
 
-    def shared_arguments(self, layout: SequenceLayout) -> dict[str, torch.Tensor | None]:
-        """`sum_scale`, `1 / n` or `1 / sqrt(n)` for the `n` tokens that each sum adds, float32 `[1 or B, T]`, or `None`."""
-        if self.config.sum_normalization == "none" or "summation" not in self.config.layer_types:
-            return {"sum_scale": None}
+    def shared_arguments(self, layout: SequenceLayout) -> dict[str, Any]:
+        """
+        With sums that do not decay also `sum_scale`, `1 / n` or `1 / sqrt(n)` for the `n` tokens that each sum adds,
+        float32 `[1 or B, T]`.
+        """
+        shared, config = super().shared_arguments(layout), self.config
+        if config.sum_decay != "none" or config.sum_normalization == "none" or "summation" not in config.layer_types:
+            return shared
         count = layout.position_ids.float() + 1
-        if not self.config.is_causal:
+        if not config.is_causal:
             delimiters = {"attention_mask": layout.attention_mask, "document_ids": layout.document_ids}
             rows = max(tensor.shape[0] for tensor in (count, *delimiters.values()) if tensor is not None)
             ones = torch.ones_like(count).expand(rows, -1)[..., None]
             count = bidirectional_sum(ones, **delimiters).clamp(min=1)[..., 0]
-        return {"sum_scale": count.reciprocal() if self.config.sum_normalization == "mean" else count.rsqrt()}
+        scale = count.reciprocal() if config.sum_normalization == "mean" else count.rsqrt()
+        return {**shared, "sum_scale": scale}
 
 
 class SumAggForCausalLM(SumAggPreTrainedModel, ForCausalLM):

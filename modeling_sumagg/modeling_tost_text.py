@@ -16,6 +16,7 @@ from transformers.utils.output_capturing import OutputRecorder
 
 from .configuration.configuration_tost_text import ToSTTextConfig
 from .decoder.attention import Attention
+from .decoder.decay import SumDecay
 from .decoder.heads import ForCausalLM, ForSequenceClassification, ForTokenClassification
 from .decoder.layout import SequenceLayout
 from .decoder.model import DecoderModel, DecoderPreTrainedModel
@@ -40,6 +41,7 @@ class ToSTTextTokenStatistics(nn.Module):
             if config.use_membership_bias
             else None
         )
+        self.decay = SumDecay(config, config.num_attention_heads) if config.sum_decay != "none" else None
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.use_bias)
 
     def forward(
@@ -61,6 +63,7 @@ class ToSTTextTokenStatistics(nn.Module):
                 w.shape[0], -1, -1
             )
 
+        log_decay = None if self.decay is None else self.decay(hidden_states)
         membership = None
         if kwargs.get("output_attentions", self.config.output_attentions):
             # Kept out of the operator, whose training path stores neither Π nor the squares.
@@ -72,6 +75,7 @@ class ToSTTextTokenStatistics(nn.Module):
                 w,
                 self.temperature,
                 position_bias,
+                log_decay=log_decay,
                 initial_state=state,
                 attention_mask=layout.attention_mask,
                 document_ids=layout.document_ids,
@@ -83,7 +87,7 @@ class ToSTTextTokenStatistics(nn.Module):
             layout,
             cache,
             self.layer_idx,
-            per_token={"position_bias": position_bias},
+            per_token={"position_bias": position_bias, "log_decay": log_decay},
             temperature=self.temperature,
             dropout_p=self.config.attention_dropout if self.training else 0.0,
         )

@@ -191,7 +191,13 @@ def test_what_generate_asks_of_a_cache(model):
 
 
 def test_the_state_of_the_published_width_is_72_kib_a_sequence():
-    config = SumAggConfig(vocab_size=61, num_hidden_layers=12, layer_types=["summation"] * 12, intermediate_size=8)
+    config = SumAggConfig(
+        vocab_size=61,
+        num_hidden_layers=12,
+        layer_types=["summation"] * 12,
+        intermediate_size=8,
+        **SumAggConfig.values_before_decays,
+    )
     model = SumAggForCausalLM(config).to(torch.bfloat16)
     cache = DynamicCache(config=config)
     for length in (1, 100, 7):
@@ -207,4 +213,5 @@ def test_the_memory_of_sliding_attention_is_constant():
         with torch.no_grad():
             model(torch.randint(0, 61, (1, length)), cache=cache)
         sizes.add(sum(tensor.numel() for tensor in cache_tensors(cache)))
-    assert sizes == {16 + 2 * 4 * 16}
+    # The sums, the weights of the two heads, and the keys and values.
+    assert sizes == {16 + 2 + 2 * 4 * 16}

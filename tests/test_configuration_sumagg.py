@@ -1,5 +1,6 @@
 """The config: defaults, refusals, presets."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from huggingface_hub.errors import StrictDataclassError
 from testing import LAYER_TYPES, sumagg_config
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from modeling_sumagg import SumAggConfig
+from modeling_sumagg import SumAggConfig, ToSTTextConfig
 from modeling_sumagg.configuration import preset_path
 
 
@@ -48,11 +49,60 @@ def test_round_trip_through_a_file(layers, tmp_path):
         ({"hidden_size": "768"}, "hidden_size"),
         ({"layer_types": "summation"}, "layer_types"),
         ({"is_causal": "yes"}, "is_causal"),
+        ({"sum_decay": "tokens"}, r"'sum_decay' expected one of \(.*got tokens"),
+        (
+            {"sum_decay_min": 0},
+            "`sum_decay_min` must be above 0 and not above `sum_decay_max`, got 0 and 256.0 tokens",
+        ),
+        ({"sum_decay_min": 4, "sum_decay_max": 2.0}, "got 4 and 2.0 tokens"),
+        ({"num_sum_heads": 5}, "`num_sum_heads` must divide `hidden_size`, got 5 heads for a width of 768"),
+        (
+            {"sum_normalization": "sqrt"},
+            "for sums without decays, and `sum_decay` is 'input': choose 'mean' or 'none'",
+        ),
+        ({"conv_kernel_size": 1}, "`conv_kernel_size` must be at least 2, or None, got 1"),
+        ({"conv_kernel_size": 4, "is_causal": False}, "`conv_kernel_size` = 4 is for causal models"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "'default', 'linear'.*got .*'dynamic'"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "one of each for all attention layers"),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "got .*partial_rotary_factor"),
+        ({"hidden_size": 15, "num_attention_heads": 3}, "even width of attention heads, got 15 / 3"),
     ],
 )
 def test_bad_values_are_refused(arguments, message):
     with pytest.raises((StrictDataclassError, ValueError), match=message):
         SumAggConfig(**arguments)
+
+
+def test_rotary_positions_are_in_the_form_of_transformers():
+    default = {"rope_type": "default", "rope_theta": 10000.0}
+    assert SumAggConfig().rope_parameters == default
+    assert SumAggConfig(rope_theta=500.0).rope_parameters == {"rope_type": "default", "rope_theta": 500.0}
+    assert SumAggConfig(rope_parameters=None).rope_parameters is None
+    assert ToSTTextConfig().rope_parameters is None
+    assert ToSTTextConfig(rope_theta=10000.0).rope_parameters == default
+    linear = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+    assert SumAggConfig(rope_parameters={"rope_type": "linear", "factor": 4.0}).rope_parameters == linear
+
+
+@pytest.mark.parametrize("rope_parameters", [None, {"rope_type": "default", "rope_theta": 500.0}])
+def test_no_rotary_positions_stay_none_in_a_file(rope_parameters, tmp_path):
+    SumAggConfig(rope_parameters=rope_parameters).save_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path).rope_parameters == rope_parameters
+
+
+def test_a_file_of_before_decays_means_what_it_meant(tmp_path):
+    old = {"model_type": "sumagg", "hidden_size": 64, "num_attention_heads": 4, "sum_normalization": "sqrt"}
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert (config.sum_decay, config.sum_gate, config.conv_kernel_size, config.rope_parameters) == (
+        "none",
+        False,
+        None,
+        None,
+    )
+    assert config.position_embedding_type == "learned" and config.max_position_embeddings == 1024
+    changed = AutoConfig.from_pretrained(tmp_path, sum_decay="input", sum_normalization="mean")
+    assert changed.sum_decay == "input" and not changed.sum_gate
 
 
 def num_parameters(d, vocab, positions, mlp, sums, attentions, head):
@@ -77,14 +127,23 @@ def num_parameters(d, vocab, positions, mlp, sums, attentions, head):
             num_parameters(256, 10000, 512, 0, 0, 0, head=256 * 256 + 2 * 256 + 2),
         ),
         ("sumagg-hybrid-small", AutoModelForCausalLM, num_parameters(768, 50257, 1024, 3072, 11, 1, head=0)),
+        # A gate and the decays of the heads more in each mixer that sums.
+        (
+            "sumagg-small",
+            AutoModelForCausalLM,
+            num_parameters(768, 50257, 0, 3072, 11, 1, 11 * (768 * (768 + 12) + 12)),
+        ),
+        ("sumagg-pure-small", AutoModelForCausalLM, num_parameters(768, 50257, 0, 3072, 12, 0, 12 * (768 * 780 + 12))),
+        ("sumagg-medium", AutoModelForCausalLM, num_parameters(1024, 50257, 0, 4096, 23, 1, 23 * (1024 * 1040 + 16))),
+        ("sumagg-large", AutoModelForCausalLM, num_parameters(1280, 50257, 0, 5120, 35, 1, 35 * (1280 * 1300 + 20))),
     ],
 )
 def test_presets(preset, auto_class, expected):
     config = AutoConfig.from_pretrained(preset_path(preset))
     assert type(config) is SumAggConfig
-    known = SumAggConfig().to_dict()
+    known = {"architectures", "model_type", *(field.name for field in dataclasses.fields(SumAggConfig))}
     with open(preset_path(preset)) as file:
-        assert set(json.load(file)) <= set(known)
+        assert set(json.load(file)) <= known
     with torch.device("meta"):
         model = auto_class.from_config(config)
     assert model.config.architectures == [type(model).__name__]

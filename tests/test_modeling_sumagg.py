@@ -16,12 +16,15 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     DynamicCache,
+    LlamaConfig,
     QuantizedCache,
     StaticCache,
     set_seed,
 )
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
 
 from modeling_sumagg import (
+    SumAggConfig,
     SumAggForCausalLM,
     SumAggForMaskedLM,
     SumAggForSequenceClassification,
@@ -32,7 +35,16 @@ from modeling_sumagg.configuration import preset_path
 
 
 POSITIONS = ["learned", "sinusoidal", "none"]
-NORMALIZATIONS = ["none", "mean", "sqrt"]
+UNDECAYED = SumAggConfig.values_before_decays
+MIXERS = {
+    "sum": {**UNDECAYED, "sum_normalization": "none"},
+    "mean": {**UNDECAYED, "sum_normalization": "mean"},
+    "sqrt": {**UNDECAYED, "sum_normalization": "sqrt"},
+    "learned": {"sum_decay": "learned", "sum_normalization": "none", "sum_gate": False},
+    "input": {"sum_decay": "input", "num_sum_heads": 4},
+    "convolution": {"sum_decay": "learned", "conv_kernel_size": 3},
+}
+BIDIRECTIONAL_MIXERS = [name for name in MIXERS if name != "convolution"]
 
 
 def random_ids(*shape: int) -> torch.Tensor:
@@ -57,16 +69,12 @@ def run_in_segments(model, cuts, input_ids, attention_mask=None, position_ids=No
 
 
 @pytest.mark.parametrize("norm_position", ["pre", "post"])
-@pytest.mark.parametrize("sum_normalization", NORMALIZATIONS)
+@pytest.mark.parametrize("mixer", MIXERS)
 @pytest.mark.parametrize("position_embedding_type", POSITIONS)
 @pytest.mark.parametrize("layers", LAYER_TYPES)
-def test_any_segments_are_one_pass(layers, position_embedding_type, sum_normalization, norm_position):
-    config = sumagg_config(
-        layers,
-        position_embedding_type=position_embedding_type,
-        sum_normalization=sum_normalization,
-        norm_position=norm_position,
-    )
+def test_any_segments_are_one_pass(layers, position_embedding_type, mixer, norm_position):
+    own = {"position_embedding_type": position_embedding_type, "norm_position": norm_position}
+    config = sumagg_config(layers, **{**MIXERS[mixer], **own})
     model, length = build(SumAggForCausalLM, config), 40
     input_ids = random_ids(2, length)
     with torch.no_grad():
@@ -80,6 +88,68 @@ def test_any_segments_are_one_pass(layers, position_embedding_type, sum_normaliz
         assert cache.get_seq_length() == length
         for actual, reference in zip(cache_tensors(cache), cache_tensors(one_pass[1]), strict=True):
             assert_close(actual, reference)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_the_mixer_is_its_formula(mixer):
+    model = build(SumAggModel, sumagg_config("pure", **MIXERS[mixer])).double()
+    config, layer, length = model.config, model.layers[1].mixer, 12
+    calls = []
+    layer.register_forward_hook(lambda module, inputs, output: calls.append((inputs[0], output[0])))
+    with torch.no_grad():
+        model(random_ids(2, length), use_cache=False)
+    ((h, output),) = calls
+    weights = {name: parameter.detach() for name, parameter in layer.named_parameters()}
+    if "conv.weight" in weights:
+        taps = weights["conv.weight"].T.flip(0)
+        h = weights["conv.bias"] + sum(F.pad(h, (0, 0, back, 0))[:, :length] * tap for back, tap in enumerate(taps))
+        h = h * h.sigmoid()
+    z = ((h @ weights["in_proj.weight"].T).relu() @ weights["hidden_proj.weight"].T).relu()
+    decays = torch.ones(2, length, 1)
+    if config.sum_decay != "none":
+        logit = weights["decay.logit"].expand(2, length, -1)
+        if config.sum_decay == "input":
+            logit = logit + h @ weights["decay.proj.weight"].T
+        decays = logit.sigmoid()
+    weight = (
+        1 - decays if config.sum_decay != "none" and config.sum_normalization == "mean" else torch.ones_like(decays)
+    )
+    channels = config.hidden_size // decays.shape[2]
+    s, n, sums = 0, 0, []
+    for t in range(length):
+        a, v = (values[:, t].repeat_interleave(channels, dim=1) for values in (decays, weight))
+        s, n = a * s + v * z[:, t], a * n + v
+        sums.append(s / {"none": 1, "mean": n, "sqrt": (t + 1) ** 0.5}[config.sum_normalization])
+    expected = torch.stack(sums, dim=1)
+    if "gate_proj.weight" in weights:
+        gate = h @ weights["gate_proj.weight"].T
+        expected = expected * gate * gate.sigmoid()
+    assert_close(output, expected @ weights["out_proj.weight"].T + weights["out_proj.bias"])
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("rope", [{"rope_type": "default"}, {"rope_type": "linear", "factor": 3.0}])
+def test_rotary_attention_is_that_of_llama(rope, attention):
+    config = sumagg_config("pure", layer_types=["full_attention"] * 2, rope_parameters=rope)
+    config._attn_implementation = attention
+    model = build(SumAggModel, config)
+    llama_config = LlamaConfig(
+        hidden_size=16, num_attention_heads=2, attention_bias=True, rope_parameters=dict(config.rope_parameters)
+    )
+    llama_config._attn_implementation = attention
+    own = model.layers[0].mixer
+    llama, rotary = LlamaAttention(llama_config, 0), LlamaRotaryEmbedding(llama_config)
+    state = {name.replace("out_proj", "o_proj"): tensor for name, tensor in own.state_dict().items()}
+    llama.load_state_dict(state)
+    calls = []
+    own.register_forward_hook(lambda module, inputs, output: calls.append((inputs[0], output[0])))
+    position_ids = torch.arange(700, 720)[None]
+    with torch.no_grad():
+        model(random_ids(2, 20), position_ids=position_ids, use_cache=False)
+        ((h, output),) = calls
+        mask = torch.full((20, 20), -torch.inf).triu(1)[None, None]
+        expected, _ = llama(h, rotary(h, position_ids), mask)
+    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
 
 
 MASKS = {
@@ -114,16 +184,13 @@ def test_padding_is_transparent(layers, names, cuts):
 
 
 @pytest.mark.parametrize("position_embedding_type", POSITIONS)
-@pytest.mark.parametrize("sum_normalization", NORMALIZATIONS)
-@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize(
+    "mixer, bidirectional", [*((m, False) for m in MIXERS), *((m, True) for m in BIDIRECTIONAL_MIXERS)]
+)
 @pytest.mark.parametrize("layers", LAYER_TYPES)
-def test_padding_is_transparent_in_one_pass(layers, bidirectional, sum_normalization, position_embedding_type):
-    config = sumagg_config(
-        layers,
-        is_causal=not bidirectional,
-        sum_normalization=sum_normalization,
-        position_embedding_type=position_embedding_type,
-    )
+def test_padding_is_transparent_in_one_pass(layers, mixer, bidirectional, position_embedding_type):
+    own = {"position_embedding_type": position_embedding_type, "is_causal": not bidirectional}
+    config = sumagg_config(layers, **{**MIXERS[mixer], **own})
     model = build(SumAggForMaskedLM if bidirectional else SumAggForCausalLM, config)
     mask, input_ids = mask_of(*MASKS), random_ids(len(MASKS), 16)
     with torch.no_grad():
@@ -169,10 +236,10 @@ def test_packed_documents_are_alone(layers, cuts, masked):
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("sum_normalization", NORMALIZATIONS)
+@pytest.mark.parametrize("mixer", BIDIRECTIONAL_MIXERS)
 @pytest.mark.parametrize("layers", LAYER_TYPES)
-def test_packed_documents_are_alone_in_a_bidirectional_model(layers, sum_normalization, masked):
-    config = sumagg_config(layers, is_causal=False, sum_normalization=sum_normalization)
+def test_packed_documents_are_alone_in_a_bidirectional_model(layers, mixer, masked):
+    config = sumagg_config(layers, **{**MIXERS[mixer], "is_causal": False})
     model = build(SumAggForMaskedLM, config)
     input_ids, mask, position_ids = pack(masked)
     with torch.no_grad():
@@ -403,11 +470,16 @@ def test_half_precision_keeps_its_sums_in_float32(layers, dtype):
 @pytest.mark.parametrize("norm_position, scale", [("pre", 8**-0.5), ("post", 1.0)])
 def test_initial_weights(norm_position, scale):
     config = sumagg_config(
-        hidden_size=96, intermediate_size=96, num_hidden_layers=4, layer_types=None, norm_position=norm_position
-    )
+        hidden_size=96, intermediate_size=96, num_hidden_layers=4, layer_types=None, norm_position=norm_position,
+        num_sum_heads=3, sum_decay_min=2, sum_decay_max=32, conv_kernel_size=4,
+    )  # fmt: skip
     model = SumAggForCausalLM(config)
     for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
+        if name.endswith("decay.logit"):
+            torch.testing.assert_close(parameter.sigmoid(), torch.exp(-1 / torch.tensor([2.0, 8.0, 32.0])))
+        elif name.endswith("conv.weight"):
+            assert parameter.min() >= -0.5 and parameter.max() <= 0.5 and 0.2 < parameter.std() < 0.4
+        elif name.endswith(("bias", "decay.proj.weight")):
             assert not parameter.any(), name
         elif "norm" in name:
             assert (parameter == 1).all(), name
@@ -417,7 +489,7 @@ def test_initial_weights(norm_position, scale):
 
 
 def test_a_million_tokens():
-    config = sumagg_config("pure", position_embedding_type="sinusoidal", sum_normalization="mean")
+    config = sumagg_config("pure", **{**MIXERS["mean"], "position_embedding_type": "sinusoidal"})
     model, totals, sizes, cache = build(SumAggModel, config), [], set(), DynamicCache(config=config)
     for layer in model.layers:
         total = torch.zeros(1, config.hidden_size, dtype=torch.float64)
@@ -460,7 +532,7 @@ MODEL = {"input_ids": random_ids(2, 9)}
 )
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
-        build(SumAggForCausalLM, sumagg_config())(**{**MODEL, **arguments})
+        build(SumAggForCausalLM, sumagg_config(**UNDECAYED))(**{**MODEL, **arguments})
 
 
 @pytest.mark.parametrize("position_embedding_type", ["sinusoidal", "none"])

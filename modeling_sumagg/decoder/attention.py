@@ -5,6 +5,7 @@ from torch import nn
 from transformers import Cache, PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gpt2.modeling_gpt2 import eager_attention_forward
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
@@ -52,6 +53,7 @@ class Attention(nn.Module):
         hidden_states: torch.Tensor,
         layout: SequenceLayout,
         cache: Cache | None = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
@@ -59,6 +61,8 @@ class Attention(nn.Module):
             hidden_states (`torch.Tensor` of shape `[B, T, d]`): the segment.
             layout (`SequenceLayout`): where its tokens stand.
             cache (`transformers.Cache`, *optional*): the keys and values before it; they are added to.
+            position_embeddings (`tuple[torch.Tensor, torch.Tensor]`, *optional*): the cosines and sines of rotary
+                positions, `[1 or B, T, p]`.
 
         Returns:
             `tuple[torch.Tensor, torch.Tensor | None]`: the output `[B, T, d]`, and the weights `[B, H, T, past + T]` if
@@ -67,6 +71,9 @@ class Attention(nn.Module):
         query = self._heads(self.q_proj(hidden_states))
         key = self._heads(self.k_proj(hidden_states))
         value = self._heads(self.v_proj(hidden_states))
+        if position_embeddings is not None:
+            rotated = apply_rotary_pos_emb(query, key, *position_embeddings)
+            query, key = (x.to(query.dtype) for x in rotated)
         if cache is not None:
             padding = {"attention_mask": layout.attention_mask} if self.is_sliding else {}
             try:

@@ -22,9 +22,11 @@ from ..compatibility import (
 from .attention import Attention
 from .cache import adopt_cache, start_over
 from .checks import look_up
+from .convolution import CausalConvolution
+from .decay import SumDecay
 from .layout import SequenceLayout, last_real_hidden_states, sequence_layout
 from .masks import attention_masks
-from .positions import learned_positions, sinusoidal_positions
+from .positions import learned_positions, rotary_positions, sinusoidal_positions
 from .recurrence import RecurrentLayer, register_recurrent_layer_type
 
 
@@ -68,6 +70,12 @@ class DecoderPreTrainedModel(PreTrainedModel):
     def _can_set_attn_implementation(cls) -> bool:
         return True
 
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, CausalConvolution | SumDecay):
+            module.reset_parameters()
+
 
 class DecoderModel(DecoderPreTrainedModel):
     """
@@ -108,9 +116,12 @@ class DecoderModel(DecoderPreTrainedModel):
             return (inputs_embeds + positions).to(inputs_embeds.dtype)
         return inputs_embeds
 
-    def shared_arguments(self, layout: SequenceLayout) -> dict[str, torch.Tensor | None]:
-        """What all layers are given, computed once for a segment."""
-        return {}
+    def shared_arguments(self, layout: SequenceLayout) -> dict[str, Any]:
+        """What all layers are given, computed once for a segment: rotary positions, if attention layers turn by them."""
+        config = self.config
+        if config.rope_parameters is None or set(config.layer_types) <= set(config.recurrent_layer_types):
+            return {}
+        return {"position_embeddings": rotary_positions(config, layout.position_ids)}
 
     @accepts_cache
     @merge_with_config_defaults

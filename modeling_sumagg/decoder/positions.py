@@ -1,9 +1,10 @@
-"""Positions of tokens: the sinusoidal code, and the modulation of embeddings by their positions."""
+"""Positions of tokens: the sinusoidal and the rotary code, and the modulation of embeddings by their positions."""
 
 from collections.abc import Callable
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 
 def sinusoidal_positions(position_ids: torch.Tensor, hidden_size: int) -> torch.Tensor:
@@ -23,6 +24,27 @@ def sinusoidal_positions(position_ids: torch.Tensor, hidden_size: int) -> torch.
     channels = torch.arange(0, hidden_size, 2, device=position_ids.device, dtype=dtype)
     angles = position_ids[..., None].to(dtype) * 10000.0 ** (-channels / hidden_size)
     return torch.cat([angles.sin(), angles.cos()], dim=-1).float()
+
+
+def rotary_positions(config: PreTrainedConfig, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The cosines and sines of rotary positions (RoFormer, arXiv 2104.09864), as transformers' Llama applies them.
+
+    Args:
+        config (`PreTrainedConfig`): with `rope_parameters`, and the width of attention heads, p.
+        position_ids (`torch.Tensor` of shape `[..., T]`, integer): positions of any size.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: both `[..., T, p]`, float32.
+    """
+    # Computed for each segment: a buffer would be rounded with the model.
+    dtype = torch.float32 if position_ids.device.type == "mps" else torch.float64
+    head_dim = config.hidden_size // config.num_attention_heads
+    channels = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=dtype)
+    frequencies = float(config.rope_parameters["rope_theta"]) ** (-channels / head_dim)
+    angles = position_ids[..., None].to(dtype) * (frequencies / config.rope_parameters.get("factor", 1.0))
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos().float(), angles.sin().float()
 
 
 def learned_positions(table: Callable, position_ids: torch.Tensor, size: int | None) -> torch.Tensor:

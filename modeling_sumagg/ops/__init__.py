@@ -2,10 +2,11 @@
 
 import os
 
+from .causal_convolution import causal_convolution
 from .documents import document_runs
 from .kernels.kernel_dispatch import set_kernels
 from .sliding_attention import sliding_window_attention
-from .summation import bidirectional_sum, causal_mean, causal_sum
+from .summation import bidirectional_mean, bidirectional_sum, causal_mean, causal_sum
 from .summation_reference import causal_sum_reference
 from .token_statistics.formula import TokenStatisticsState
 from .token_statistics.operators import (
@@ -20,7 +21,9 @@ from .token_statistics.operators import (
 
 __all__ = [
     "TokenStatisticsState",
+    "bidirectional_mean",
     "bidirectional_sum",
+    "causal_convolution",
     "causal_mean",
     "causal_sum",
     "causal_sum_reference",

@@ -159,13 +159,8 @@ def causal_mean(
         `ValueError`: a shape does not fit `x`, or `weight` has other heads than `log_decay`.
     """
     _check_sequence(x, attention_mask, document_ids)
-    decays = _per_token("log_decay", log_decay, x, attention_mask)
+    decays, weights = _decays_and_weights(log_decay, weight, x, attention_mask)
     batch_size, length, heads = x.shape[0], decays.shape[1], decays.shape[2]
-    if weight is not None and weight.shape[-1] != heads:
-        raise ValueError(
-            f"`weight` must be given for the {heads} heads of `log_decay`, got the shape {list(weight.shape)}."
-        )
-    weights = _per_token("weight", x.new_ones(heads) if weight is None else weight, x, attention_mask)
     sums, total = (None, None) if initial_state is None else initial_state
     sums = _state("initial_state[0]", sums, x.shape[2], x)
     total = _state("initial_state[1]", total, heads, x)
@@ -185,23 +180,25 @@ def causal_mean(
         return means.view(x.shape).to(x.dtype), (sums, total)
     documents = find_documents(document_ids, attention_mask, have_states=sums.dim() == 3)
     totals, total = _causal_sum(weights, decays, total, None, documents, False, None)
-    scale = totals.masked_fill(totals == 0, 1).reciprocal()
-    means, sums = _causal_sum(terms, decays, sums, mask, documents, relu, scale)
+    means, sums = _causal_sum(terms, decays, sums, mask, documents, relu, _reciprocal(totals))
     return means.to(x.dtype), (sums, total)
 
 
 def bidirectional_sum(
     x: torch.Tensor,
     *,
+    log_decay: torch.Tensor | None = None,
     attention_mask: torch.Tensor | None = None,
     document_ids: torch.Tensor | None = None,
     scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
-    Sum over the whole sequence, `s = sum_u x_u`, given to every position: the bidirectional summation aggregator.
+    Sum over the whole sequence, `s = sum_u x_u`, given to every position: the bidirectional summation aggregator. With
+    decays each position has a sum of its own, that of a [`causal_sum`] and of another from the end, its own term once.
 
     Args:
         x (`torch.Tensor` of shape `[B, T, D]`, any floating dtype): the terms.
+        log_decay (`torch.Tensor` of shape `[K]` or `[B or 1, T, K]`, floating, *optional*): as for [`causal_sum`].
         attention_mask (`torch.Tensor` of shape `[B, T]`, bool or 0/1, *optional*): True where a token is real;
             masked positions add nothing.
         document_ids (`torch.Tensor` of shape `[B, T]`, integer, *optional*): with it, every position gets the sum
@@ -213,7 +210,7 @@ def bidirectional_sum(
         `torch.Tensor` of shape `[B, T, D]` in the dtype of `x`, accumulated in float32 (float64 for float64).
 
     Raises:
-        `TypeError`: `x` is not floating, or `document_ids` is not integer.
+        `TypeError`: `x` or `log_decay` is not floating, or `document_ids` is not integer.
         `ValueError`: a shape does not fit `x`.
     """
     _check_sequence(x, attention_mask, document_ids)
@@ -222,11 +219,65 @@ def bidirectional_sum(
     else:
         _check_scale(x, scale, None)
     terms = _masked_terms(x, attention_mask)
+    if log_decay is not None:
+        decays = _per_token("log_decay", log_decay, x, attention_mask)
+        tokens = [terms, decays, attention_mask, document_ids]
+        forward, backward = (
+            causal_sum(terms, log_decay=decays, attention_mask=mask, document_ids=ids)[0]
+            for terms, decays, mask, ids in (tokens, [None if t is None else t.flip(1) for t in tokens])
+        )
+        return scaled(forward + backward.flip(1) - terms, scale).to(x.dtype)
     if document_ids is None:
         return scaled(terms.sum(dim=1, keepdim=True), scale).to(x.dtype).expand_as(x)
     runs = document_runs(document_ids, attention_mask)[..., None].expand_as(terms)
     totals = torch.zeros_like(terms).scatter_add(1, runs, terms)
     return scaled(totals.gather(1, runs), scale).to(x.dtype)
+
+
+def bidirectional_mean(
+    x: torch.Tensor,
+    *,
+    log_decay: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    attention_mask: torch.Tensor | None = None,
+    document_ids: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """
+    Weighted mean over both sides, in which what is far has decayed: as [`causal_mean`], of [`bidirectional_sum`].
+
+    Args:
+        x, log_decay, attention_mask, document_ids: as for [`bidirectional_sum`].
+        weight (`torch.Tensor` of shape `[K]` or `[B or 1, T, K]`, floating, *optional*): not negative, for the heads of
+            `log_decay`. 1 if not given.
+
+    Returns:
+        `torch.Tensor` of shape `[B, T, D]` in the dtype of `x`, zero where the weights are.
+
+    Raises:
+        As [`causal_mean`].
+    """
+    _check_sequence(x, attention_mask, document_ids)
+    delimiters = {"attention_mask": attention_mask, "document_ids": document_ids}
+    decays, weights = _decays_and_weights(log_decay, weight, x, attention_mask)
+    terms = (_masked_terms(x, attention_mask).unflatten(2, (weights.shape[2], -1)) * weights[..., None]).flatten(2)
+    totals = bidirectional_sum(weights.expand(x.shape[0], -1, -1), log_decay=decays, **delimiters)
+    means = scaled(bidirectional_sum(terms, log_decay=decays, **delimiters), _reciprocal(totals))
+    return means.to(x.dtype)
+
+
+def _decays_and_weights(log_decay, weight, x, attention_mask):
+    decays = _per_token("log_decay", log_decay, x, attention_mask)
+    heads = decays.shape[2]
+    if weight is not None and weight.shape[-1] != heads:
+        raise ValueError(
+            f"`weight` must be given for the {heads} heads of `log_decay`, got the shape {list(weight.shape)}."
+        )
+    return decays, _per_token("weight", x.new_ones(heads) if weight is None else weight, x, attention_mask)
+
+
+def _reciprocal(totals: torch.Tensor) -> torch.Tensor:
+    """1 / n; 1 where nothing has a weight, and so the sum is zero."""
+    return totals.masked_fill(totals == 0, 1).reciprocal()
 
 
 def _check_sequence(x: torch.Tensor, attention_mask: torch.Tensor | None, document_ids: torch.Tensor | None) -> None:

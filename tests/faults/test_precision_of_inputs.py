@@ -4,24 +4,28 @@ import pytest
 import torch
 from testing import sumagg_config, tost_text_config
 
-from modeling_sumagg import SumAggForSequenceClassification, SumAggModel, ToSTTextModel
+from modeling_sumagg import SumAggConfig, SumAggForSequenceClassification, SumAggModel, ToSTTextModel
 
 from .kinds import INPUTS, KINDS, assert_near, logits, marked, tiny_model
 
 
+UNDECAYED = SumAggConfig.values_before_decays
+MIXERS = {
+    "mean": {**UNDECAYED, "sum_normalization": "mean"},
+    "sqrt": {**UNDECAYED, "sum_normalization": "sqrt"},
+    "decayed": {"sum_decay_min": 100.0, "sum_decay_max": 10_000.0},
+}
 HALVES = {torch.float16: 2**-11, torch.bfloat16: 2**-8}
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("normalization", ["mean", "sqrt"])
+@pytest.mark.parametrize("mixer", MIXERS)
 @pytest.mark.parametrize("is_causal", [True, False])
 @torch.no_grad()
-def test_sums_over_many_tokens(is_causal, normalization, dtype):
+def test_sums_over_many_tokens(is_causal, mixer, dtype):
     config = sumagg_config(
         "pure",
-        is_causal=is_causal,
-        sum_normalization=normalization,
-        position_embedding_type="sinusoidal",
+        **{**MIXERS[mixer], "is_causal": is_causal, "position_embedding_type": "sinusoidal"},
         initializer_range=0.5,
     )
     model = SumAggModel(config).eval()

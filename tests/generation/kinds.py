@@ -1,7 +1,7 @@
 """The kinds of models that the generation tests run over, tiny, with weights that make every term count."""
 
 import copy
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -13,12 +13,12 @@ VOCAB_SIZE = 32
 SLIDING_WINDOW = 4
 
 _COMMON = {"vocab_size": VOCAB_SIZE, "hidden_size": 16, "num_attention_heads": 2, "max_position_embeddings": 128}
-_SUMAGG = {**_COMMON, "intermediate_size": 32}
+_decayed_sums = partial(SumAggConfig, **_COMMON, intermediate_size=32, sum_decay_max=8.0)
+_sums = partial(_decayed_sums, **SumAggConfig.values_before_decays)
 _TOST = {**_COMMON, "intermediate_size": 32, "use_bias": True}
 CONFIGS = {
-    "sumagg-pure": SumAggConfig(**_SUMAGG, num_hidden_layers=2, layer_types=["summation"] * 2),
-    "sumagg-published": SumAggConfig(
-        **_SUMAGG,
+    "sumagg-pure": _sums(num_hidden_layers=2, layer_types=["summation"] * 2),
+    "sumagg-published": _sums(
         num_hidden_layers=2,
         layer_types=["summation"] * 2,
         norm_position="post",
@@ -27,32 +27,56 @@ CONFIGS = {
         lm_head_bias=True,
         tie_word_embeddings=False,
     ),
-    "sumagg-sinusoidal": SumAggConfig(
-        **_SUMAGG,
+    "sumagg-sinusoidal": _sums(
         num_hidden_layers=2,
         layer_types=["summation"] * 2,
         position_embedding_type="sinusoidal",
         sum_normalization="mean",
     ),
-    "sumagg-hybrid": SumAggConfig(**_SUMAGG, num_hidden_layers=3),
-    "sumagg-attention-first": SumAggConfig(
-        **_SUMAGG, num_hidden_layers=2, layer_types=["full_attention", "summation"]
-    ),
-    "sumagg-sliding": SumAggConfig(
-        **_SUMAGG,
+    "sumagg-hybrid": _sums(num_hidden_layers=3),
+    "sumagg-attention-first": _sums(num_hidden_layers=2, layer_types=["full_attention", "summation"]),
+    "sumagg-sliding": _sums(
         num_hidden_layers=3,
         layer_types=["summation", "sliding_attention", "summation"],
         sliding_window=SLIDING_WINDOW,
         position_embedding_type="sinusoidal",
     ),
-    "sumagg-sliding-full": SumAggConfig(
-        **_SUMAGG,
+    "sumagg-sliding-full": _sums(
         num_hidden_layers=3,
         layer_types=["sliding_attention", "summation", "full_attention"],
         sliding_window=SLIDING_WINDOW,
     ),
+    "sumagg-decayed": _decayed_sums(num_hidden_layers=2, layer_types=["summation"] * 2),
+    "sumagg-decayed-hybrid": _decayed_sums(num_hidden_layers=2, num_sum_heads=4, conv_kernel_size=3),
+    "sumagg-decayed-sliding": _decayed_sums(
+        num_hidden_layers=2,
+        layer_types=["sliding_attention", "summation"],
+        sliding_window=SLIDING_WINDOW,
+        sum_decay="learned",
+        sum_normalization="none",
+        sum_gate=False,
+        conv_kernel_size=2,
+    ),
+    "sumagg-decayed-mean": _decayed_sums(
+        num_hidden_layers=2,
+        layer_types=["summation"] * 2,
+        sum_decay="learned",
+        position_embedding_type="sinusoidal",
+        rope_parameters=None,
+    ),
     "tost-pure": ToSTTextConfig(**_TOST, num_hidden_layers=2),
     "tost-hybrid": ToSTTextConfig(**_TOST, num_hidden_layers=2, layer_types=["token_statistics", "full_attention"]),
+    "tost-decayed": ToSTTextConfig(
+        **_TOST, num_hidden_layers=2, sum_decay="learned", sum_decay_max=8.0, use_membership_bias=False
+    ),
+    "tost-decayed-hybrid": ToSTTextConfig(
+        **_TOST,
+        num_hidden_layers=2,
+        layer_types=["token_statistics", "full_attention"],
+        sum_decay="input",
+        sum_decay_max=8.0,
+        rope_theta=100.0,
+    ),
     "tost-sliding": ToSTTextConfig(
         **_TOST,
         num_hidden_layers=2,
@@ -65,7 +89,14 @@ CONFIGS = {
 _MODELS = {"sumagg": SumAggForCausalLM, "tost_text": ToSTForCausalLM}
 KINDS = list(CONFIGS)
 # One for each way of holding the state; the others differ in what is computed from it.
-MAIN_KINDS = ["sumagg-sinusoidal", "sumagg-hybrid", "sumagg-sliding-full", "tost-pure", "tost-hybrid"]
+MAIN_KINDS = [
+    "sumagg-sinusoidal",
+    "sumagg-hybrid",
+    "sumagg-decayed-hybrid",
+    "sumagg-sliding-full",
+    "tost-pure",
+    "tost-hybrid",
+]
 
 
 def build(model_class: type[PreTrainedModel], config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:

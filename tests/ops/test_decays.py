@@ -9,7 +9,14 @@ from test_summation import draw
 from testing import assert_close
 from torch._dynamo.testing import CompileCounter
 
-from modeling_sumagg.ops import causal_mean, causal_sum, causal_sum_reference
+from modeling_sumagg.ops import (
+    bidirectional_mean,
+    bidirectional_sum,
+    causal_mean,
+    causal_sum,
+    causal_sum_reference,
+    document_runs,
+)
 
 
 EXTREMES = torch.log(torch.tensor([1e-6, 1 - 1e-6, 0.5, 1.0], dtype=torch.float64))
@@ -393,3 +400,33 @@ def test_bad_arguments(arguments, error, message):
 def test_bad_arguments_of_the_mean(arguments, message):
     with pytest.raises(ValueError, match=message):
         causal_mean(torch.zeros(2, 3, 4), log_decay=torch.zeros(2), **arguments)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_bidirectional_sums_and_means_decay_to_both_sides(masked, packed):
+    x, delimiters = draw(2, 11, 4, masked=masked, packed=packed)
+    log_decay, weight = -torch.rand(2, 11, 2), torch.rand(2, 11, 2)
+    real = delimiters.get("attention_mask", torch.ones(2, 11, dtype=torch.bool))
+    runs = torch.zeros(2, 11, dtype=torch.long)
+    if packed:
+        runs = document_runs(delimiters["document_ids"], delimiters.get("attention_mask"))
+    sums, means = torch.zeros(2, 2, 11, 4, dtype=torch.float64)
+    for row in range(2):
+        for head in range(2):
+            decays = log_decay[row, :, head].double().where(real[row], 0)
+            for t in range(11):
+                own = real[row] & (runs[row] == runs[row, t])
+                # Between two tokens everything decays but at the earlier of them, and going back but at the later.
+                reach = torch.tensor(
+                    [(decays[u + 1 : t + 1] if u <= t else decays[t:u]).sum().exp().item() for u in range(11)]
+                )
+                factors = (reach * own).double()
+                terms = x[row, :, 2 * head : 2 * head + 2].double().where(real[row][:, None], 0)
+                sums[row, t, 2 * head : 2 * head + 2] = factors @ terms
+                weights = factors * weight[row, :, head]
+                means[row, t, 2 * head : 2 * head + 2] = (weights @ terms) / weights.sum().clamp(min=1e-300)
+    actual = bidirectional_sum(x, log_decay=log_decay, **delimiters)
+    assert_close(actual[real].double(), sums[real])
+    actual = bidirectional_mean(x, log_decay=log_decay, weight=weight, **delimiters)
+    assert_close(actual[real].double(), means[real])

@@ -1,0 +1,45 @@
+"""The decays of running sums: learned for each head, or by each token."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedConfig
+from transformers import initialization as init
+
+
+class SumDecay(nn.Module):
+    """
+    The decay of each head, `a = sigmoid(l)`, or of each head and token, `a_t = sigmoid(W h_t + l)`, as its logarithm.
+
+    At the start `W` is zero, and `a = exp(-1 / τ)` with time constants `τ` from `config.sum_decay_min` to
+    `config.sum_decay_max` tokens, in equal ratios.
+
+    Args:
+        config (`PreTrainedConfig`): with `sum_decay` `"learned"` or `"input"`, its bounds, and `hidden_size`.
+        num_heads (`int`): K.
+    """
+
+    def __init__(self, config: PreTrainedConfig, num_heads: int):
+        super().__init__()
+        self.bounds = config.sum_decay_min, config.sum_decay_max
+        self.proj = nn.Linear(config.hidden_size, num_heads, bias=False) if config.sum_decay == "input" else None
+        self.logit = nn.Parameter(torch.empty(num_heads))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`hidden_states` `[B, T, d]` to the logarithms, float32 at least, `[B, T, K]`; `[1, T, K]` if no token decides."""
+        dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+        # Tensor parallelism shards a bare parameter, and leaves it to its module to take its own part.
+        logit = self.logit.to_local() if hasattr(self.logit, "to_local") else self.logit
+        logit = logit.to(dtype)
+        if self.proj is None:
+            return F.logsigmoid(logit).expand(1, hidden_states.shape[1], -1)
+        return F.logsigmoid(self.proj(hidden_states).to(dtype) + logit)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        if self.proj is not None:
+            init.zeros_(self.proj.weight)
+        shortest, longest = (torch.tensor(bound, dtype=torch.float64).log() for bound in self.bounds)
+        steps = torch.linspace(0, 1, self.logit.shape[0], dtype=torch.float64)
+        rates = (-(shortest + steps * (longest - shortest))).exp()
+        init.copy_(self.logit, -rates.expm1().log())
