@@ -97,7 +97,11 @@ class Server:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.address = f"http://127.0.0.1:{free.getsockname()[1]}"
-        command = [shutil.which("vllm", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}"), "serve", self.folder]
+        command = [
+            shutil.which("vllm", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}"),
+            "serve",
+            self.folder,
+        ]
         options = ["--dtype", arguments.dtype, "--enforce-eager", "--skip-tokenizer-init", "--served-model-name", "it"]
         options += ["--max-num-seqs", str(max(arguments.concurrency)), "--no-enable-prefix-caching"]
         environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": str(arguments.cache_gib)}
@@ -174,7 +178,10 @@ class Server:
 def table(rows: list[Row]) -> str:
     """A line for each load, ratios to GPT-2 in brackets."""
     base = {(row.prompt_tokens, row.concurrency): row for row in rows if row.case == "gpt2"}
-    lines = ["| prompt | clients | model | requests/s | tokens/s | KiB of cache a request |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| prompt | clients | model | requests/s | tokens/s | KiB of cache a request |",
+        "|---|---|---|---|---|---|",
+    ]
     for row in sorted(rows, key=lambda row: (row.prompt_tokens, row.concurrency)):
         peer = base.get((row.prompt_tokens, row.concurrency))
         ratio = "" if peer in (None, row) else f" ({row.tokens_per_second / peer.tokens_per_second:.2f} ×)"
@@ -197,7 +204,9 @@ def plot(rows: list[Row], path: Path) -> None:
             ]
             axis.plot(*zip(*points, strict=True), marker="os^D"[i % 4], color=f"C{i}", label=case)
         axis.set(xscale="log", yscale="log", xlabel="clients", title=f"prompts of {length} tokens")
-        axis.set_xticks(sorted({row.concurrency for row in rows}), sorted({str(row.concurrency) for row in rows}, key=int))
+        axis.set_xticks(
+            sorted({row.concurrency for row in rows}), sorted({str(row.concurrency) for row in rows}, key=int)
+        )
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("tokens written a second")
@@ -226,7 +235,9 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     where = {**hardware("cpu"), "vllm": vllm.__version__}
     results = {"hardware": where, "arguments": asdict(arguments), "parameters": parameters}
-    (folder / "serving.json").write_text(json.dumps({**results, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+    (folder / "serving.json").write_text(
+        json.dumps({**results, "rows": [asdict(row) for row in rows]}, indent=1) + "\n"
+    )
     sizes = ", ".join(f"{case} {count / 1e6:.1f}M" for case, count in parameters.items())
     caption = (
         f"Served by vLLM, {arguments.new_tokens} tokens an answer; parameters: {sizes}. "

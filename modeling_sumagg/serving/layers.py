@@ -5,7 +5,9 @@ import re
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from vllm.config import CacheConfig
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.attention import Attention as EngineAttention
 from vllm.model_executor.layers.attention import EncoderOnlyAttention
 from vllm.model_executor.layers.linear import (
@@ -17,6 +19,7 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.layers.quantization import QuantizationConfig
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.utils import set_weight_attrs
 
 from ..decoder.attention import Attention
 from ..decoder.layout import SequenceLayout
@@ -60,6 +63,7 @@ class PagedAttention(nn.Module):
             prefix=f"{prefix}.qkv_proj",
             return_bias=False,
         )
+        self.head_dim = attention.head_dim
         self.output_name = attention.output_name
         output = RowParallelLinear(
             config.hidden_size,
@@ -83,9 +87,22 @@ class PagedAttention(nn.Module):
             prefix=f"{prefix}.attn",
         )
 
-    def forward(self, hidden_states: torch.Tensor, layout: SequenceLayout, **kwargs) -> tuple[torch.Tensor, None]:
-        """`hidden_states` `[B, T, d]`, all tokens of the step in the order of the engine, to the output of that shape."""
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        layout: SequenceLayout,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, None]:
+        """
+        `hidden_states` `[B, T, d]`, all tokens of the step in the order of the engine, to the output of that shape;
+        `position_embeddings` are the cosines and sines of rotary positions, `[B, T, p]`.
+        """
         query, key, value = self.qkv_proj(hidden_states.flatten(0, 1)).chunk(3, dim=-1)
+        if position_embeddings is not None:
+            cos, sin = (x.flatten(0, 1) for x in position_embeddings)
+            heads = (x.unflatten(-1, (-1, self.head_dim)) for x in (query, key))
+            query, key = (x.to(value.dtype).flatten(1) for x in apply_rotary_pos_emb(*heads, cos, sin))
         output = self.attn(query, key, value)
         return getattr(self, self.output_name)(output).view(hidden_states.shape), None
 
@@ -111,11 +128,32 @@ def put_in_engine_layers(
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear):
             model.set_submodule(name, parallel_linear(module, plan_of(name, config), quant_config, f"{prefix}.{name}"))
-    for module in model.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            if parameter.is_meta:
-                empty = torch.empty(parameter.shape, dtype=parameter.dtype)
-                setattr(module, name, nn.Parameter(empty, requires_grad=False))
+    rank, num_processes = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+    for name, parameter in list(model.named_parameters()):
+        if not parameter.is_meta:
+            continue
+        own = nn.Parameter(torch.empty(local_shape(name, parameter, config, num_processes), dtype=parameter.dtype))
+        if own.shape != parameter.shape:
+            set_weight_attrs(own, {"weight_loader": PartLoader(rank)})
+        module_name, _, parameter_name = name.rpartition(".")
+        setattr(model.get_submodule(module_name), parameter_name, own.requires_grad_(False))
+
+
+class PartLoader:
+    """Reads into a parameter that is split along its first dimension the part of one process, `rank`."""
+
+    def __init__(self, rank: int):
+        self.rank = rank
+
+    def __call__(self, parameter: nn.Parameter, loaded: torch.Tensor) -> None:
+        size = parameter.shape[0]
+        parameter.data.copy_(loaded.narrow(0, self.rank * size, size))
+
+
+def local_shape(name: str, parameter: nn.Parameter, config: PreTrainedConfig, num_processes: int) -> list[int]:
+    """The shape of a parameter that belongs to no linear map in one of several processes."""
+    size, *others = parameter.shape
+    return [size // num_processes if plan_of(name, config) == "colwise" else size, *others]
 
 
 def shard_on_meta(model: nn.Module, config: PreTrainedConfig, num_processes: int) -> None:
@@ -130,6 +168,12 @@ def shard_on_meta(model: nn.Module, config: PreTrainedConfig, num_processes: int
                 inputs //= num_processes
             local = nn.Linear(inputs, outputs, bias=module.bias is not None, device="meta", dtype=module.weight.dtype)
             model.set_submodule(name, local)
+    for name, parameter in list(model.named_parameters()):
+        shape = local_shape(name, parameter, config, num_processes)
+        if list(parameter.shape) != shape:
+            module_name, _, parameter_name = name.rpartition(".")
+            own = nn.Parameter(torch.empty(shape, dtype=parameter.dtype, device="meta"))
+            setattr(model.get_submodule(module_name), parameter_name, own)
 
 
 def plan_of(name: str, config: PreTrainedConfig) -> str | None:

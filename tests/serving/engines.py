@@ -20,49 +20,57 @@ ENVIRONMENT = {
 }
 VOCAB_SIZE = 500
 SIZES = {"vocab_size": VOCAB_SIZE, "hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}
-PUBLISHED = {"norm_position": "post", "sum_normalization": "none", "hidden_act": "relu", "intermediate_size": 128}
+TABLE = {"position_embedding_type": "learned", "max_position_embeddings": 2304}
+UNDECAYED = {"sum_decay": "none", "sum_gate": False, "rope_parameters": None}
+PUBLISHED = {**TABLE, **UNDECAYED, "norm_position": "post", "sum_normalization": "none", "hidden_act": "relu"}
+
+
+def sumagg(**options) -> SumAggForCausalLM:
+    return SumAggForCausalLM(SumAggConfig(**{**SIZES, "tie_word_embeddings": False, **options}))
+
+
+def tost(**options) -> ToSTForCausalLM:
+    options = {**SIZES, "tie_word_embeddings": False, "layerscale_value": 0.5, **options}
+    return ToSTForCausalLM(ToSTTextConfig(**options))
+
+
+# All that the configs can say, in as few models as hold it.
 KINDS = {
-    "sums, as published": lambda: SumAggForCausalLM(
-        SumAggConfig(
-            **SIZES,
-            **PUBLISHED,
-            layer_types=["summation"] * 3,
-            tie_word_embeddings=False,
-            lm_head_bias=True,
-            max_position_embeddings=2304,
-        )
+    "sums, as published": lambda: sumagg(**PUBLISHED, layer_types=["summation"] * 3, lm_head_bias=True),
+    "hybrid": lambda: sumagg(**TABLE, **UNDECAYED, position_bias=0.0, tie_word_embeddings=True),
+    "sliding": lambda: sumagg(
+        **UNDECAYED,
+        layer_types=["sliding_attention", "summation", "full_attention"],
+        sliding_window=32,
+        sum_normalization="mean",
+        position_embedding_type="sinusoidal",
+        position_bias=0.0,
     ),
-    "hybrid": lambda: SumAggForCausalLM(SumAggConfig(**SIZES, position_bias=0.0, max_position_embeddings=2304)),
-    "sliding": lambda: SumAggForCausalLM(
-        SumAggConfig(
-            **SIZES,
-            layer_types=["sliding_attention", "summation", "full_attention"],
-            sliding_window=32,
-            position_bias=0.0,
-            sum_normalization="mean",
-            position_embedding_type="sinusoidal",
-            tie_word_embeddings=False,
-        )
+    "attention": lambda: sumagg(**TABLE, **UNDECAYED, layer_types=["full_attention"] * 3, position_bias=0.0),
+    "token statistics": lambda: tost(use_bias=True, max_position_embeddings=2304),
+    "token statistics, hybrid": lambda: tost(
+        layer_types=["token_statistics", "token_statistics", "full_attention"],
+        use_membership_bias=False,
+        position_embedding_type="sinusoidal",
     ),
-    "attention": lambda: SumAggForCausalLM(
-        SumAggConfig(
-            **SIZES, layer_types=["full_attention"] * 3, position_bias=0.0, max_position_embeddings=2304
-        )
+    "defaults": lambda: sumagg(),
+    "decays, gates and convolutions": lambda: sumagg(
+        layer_types=["summation", "summation", "sliding_attention"],
+        sliding_window=32,
+        conv_kernel_size=4,
+        num_sum_heads=8,
+        rope_parameters={"rope_type": "linear", "rope_theta": 1000.0, "factor": 2.0},
     ),
-    "token statistics": lambda: ToSTForCausalLM(
-        ToSTTextConfig(
-            **SIZES, layerscale_value=0.5, use_bias=True, tie_word_embeddings=False, max_position_embeddings=2304
-        )
+    "decays learned, sums": lambda: sumagg(
+        layer_types=["summation"] * 3, sum_decay="learned", sum_normalization="none", conv_kernel_size=2
     ),
-    "token statistics, hybrid": lambda: ToSTForCausalLM(
-        ToSTTextConfig(
-            **SIZES,
-            layerscale_value=0.5,
-            layer_types=["token_statistics", "token_statistics", "full_attention"],
-            use_membership_bias=False,
-            position_embedding_type="sinusoidal",
-            tie_word_embeddings=False,
-        )
+    "token statistics with decays": lambda: tost(
+        sum_decay="input",
+        layer_types=["token_statistics", "token_statistics", "sliding_attention"],
+        sliding_window=32,
+        use_membership_bias=False,
+        position_embedding_type="none",
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
     ),
 }
 
@@ -75,18 +83,22 @@ def make_model(kind: str, seed: int = 0) -> PreTrainedModel:
 
 @torch.no_grad()
 def randomized(model: PreTrainedModel) -> PreTrainedModel:
+    # Sums of terms that are all positive would otherwise drown the tokens.
+    normalization, decays = getattr(model.config, "sum_normalization", "mean"), model.config.sum_decay != "none"
+    output_std = {"mean": 0.1, "sqrt": 0.005, "none": 0.005 if decays else 0.0002}[normalization]
     for name, parameter in model.named_parameters():
-        if "norm" in name or "layer_scale" in name or "temperature" in name:
+        if "decay.logit" in name:
+            continue
+        elif "norm" in name or "layer_scale" in name or "temperature" in name or "decay.proj" in name:
             parameter.add_(0.1 * torch.randn_like(parameter))
         elif "embed" in name:
             parameter.normal_()
         elif "membership_bias" in name:
             parameter.normal_(std=0.1)
         elif "out_proj" in name:
-            # Sums of terms that are all positive would otherwise drown the tokens.
-            parameter.normal_(std=0.0002 if getattr(model.config, "sum_normalization", "") == "none" else 0.005)
+            parameter.normal_(std=output_std)
         else:
-            parameter.normal_(std=0.2)
+            parameter.normal_(std=0.5 if ".conv." in name else 0.2)
     return model.eval()
 
 

@@ -6,8 +6,6 @@ import torch
 
 pytest.importorskip("vllm", reason="needs vLLM, in an environment of its own: `tests/serving/run`")
 
-from serving.engines import SIZES, Engine, random_prompts, randomized
-
 from modeling_sumagg import (
     SumAggConfig,
     SumAggForSequenceClassification,
@@ -16,6 +14,7 @@ from modeling_sumagg import (
     ToSTTextForSequenceClassification,
     ToSTTextModel,
 )
+from serving.engines import SIZES, Engine, random_prompts, randomized
 
 
 pytestmark = pytest.mark.serving

@@ -19,11 +19,11 @@ pytest.importorskip("vllm", reason="needs vLLM, in an environment of its own: `t
 
 import openai
 import psutil
-from serving.engines import ENVIRONMENT, expected_text, random_prompts, randomized
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from modeling_sumagg import SumAggConfig, SumAggForCausalLM
+from serving.engines import ENVIRONMENT, expected_text, random_prompts, randomized
 
 
 pytestmark = pytest.mark.serving

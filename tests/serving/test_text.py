@@ -8,14 +8,13 @@ import torch
 
 pytest.importorskip("vllm", reason="needs vLLM, in an environment of its own: `tests/serving/run`")
 
-from serving.engines import KINDS, Engine, expected_text, make_model, random_prompts
-
 from modeling_sumagg.serving.states import StepBuilder
+from serving.engines import KINDS, Engine, expected_text, make_model, random_prompts
 
 
 pytestmark = pytest.mark.serving
 
-LENGTH = 24  # tokens generated
+LENGTH = 16  # tokens generated
 # 32 prompts of 1 to 2,000 tokens, of which some fit into one chunk, and some end with one.
 LENGTHS = [1, 1, 2, 3, 5, 8, 13, 21, 31, 32, 33, 63, 64, 65, 66, 100, 127, 128, 129, 130, 192, 193, 200, 256, 257, 300]
 LENGTHS += [400, 512, 513, 700, 1000, 2000]
