@@ -19,6 +19,7 @@ from vllm.model_executor.models.interfaces import (
     SupportsMambaPrefixCaching,
     SupportsQuant,
 )
+from vllm.model_executor.models.interfaces_base import attn_type
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, maybe_prefix
 from vllm.sequence import IntermediateTensors
 
@@ -60,6 +61,8 @@ class Served(nn.Module, HasInnerState, IsHybrid, SupportsMambaPrefixCaching, Sup
         with torch.device("meta"):
             self.model = bare_model_class(config)(config)
         layers = self.states_of(vllm_config)
+        if layers and not vllm_config.model_config.is_hybrid:
+            prepare_for_states(vllm_config)
         size = max((page_size(operators) for operators in layers.values()), default=0)
         self.states = {
             i: RecurrentState(operators, f"{prefix}.layers.{i}.state", size) for i, operators in layers.items()
@@ -152,6 +155,7 @@ class CausalLM(Served):
         return self.logits_processor(self.lm_head, hidden_states, self.lm_head.bias)
 
 
+@attn_type("hybrid")
 class Embedding(Served):
     """A bare model: the hidden states of its tokens, or that of the last one."""
 
@@ -166,6 +170,7 @@ class Embedding(Served):
         self.pooler = DispatchPooler.for_embedding(vllm_config.model_config.pooler_config)
 
 
+@attn_type("hybrid")
 class SequenceClassification(Served):
     """
     A sequence classifier. A pooled sum or mean goes on from token to token as one more decode state, so that prompts may
@@ -236,6 +241,20 @@ def states_of(config: PreTrainedConfig, dtype: torch.dtype, num_processes: int) 
     return states
 
 
+def prepare_for_states(vllm_config: VllmConfig) -> None:
+    """
+    Prepare the cache for the pooled sum of a classifier whose layers have no states, which vLLM does not expect to have
+    any, and so sets nothing up for.
+    """
+    cache_config = vllm_config.cache_config
+    if cache_config.enable_prefix_caching:
+        raise ValueError(
+            "This classifier's only decode state is its pooled sum, which prefix caching would leave out: start without it "
+            "(`--no-enable-prefix-caching`, the default of classifiers)."
+        )
+    cache_config.mamba_block_size = vllm_config.model_config.max_model_len
+
+
 def check_engine(vllm_config: VllmConfig) -> None:
     """Refuse at the start what would be wrong later."""
     config, cache_config = vllm_config.model_config.hf_config, vllm_config.cache_config
@@ -244,6 +263,11 @@ def check_engine(vllm_config: VllmConfig) -> None:
         raise ValueError(
             "Speculative decoding needs decode states that go back over rejected tokens, which vLLM's memory of them does "
             "not: leave out `speculative_config`. (`generate` of transformers does assisted decoding with these models.)"
+        )
+    if not config.is_causal and "sliding_attention" in config.layer_types:
+        raise ValueError(
+            "A window of attention to both sides (`is_causal=False` with 'sliding_attention' layers) is another one in "
+            "vLLM: use full attention in bidirectional models, or transformers to run this one."
         )
     if cache_config.mamba_cache_mode == "all":
         raise ValueError(

@@ -14,7 +14,7 @@ from modeling_sumagg import (
     ToSTTextForSequenceClassification,
     ToSTTextModel,
 )
-from serving.engines import SIZES, Engine, random_prompts, randomized
+from serving.engines import SIZES, Engine, byte_tokenizer, random_prompts, randomized
 
 
 pytestmark = pytest.mark.serving
@@ -30,6 +30,10 @@ CLASSIFIERS = {
     "token statistics": lambda: ToSTTextForSequenceClassification(
         ToSTTextConfig(**SHORT, **LABELS, layerscale_value=0.5)
     ),
+    "attention": lambda: SumAggForSequenceClassification(
+        SumAggConfig(**SHORT, **LABELS, layer_types=["full_attention", "sliding_attention"], sliding_window=32)
+    ),
+    "both sides": lambda: SumAggForSequenceClassification(SumAggConfig(**SHORT, **LABELS, is_causal=False)),
 }
 BARE = {
     "sums": lambda: SumAggModel(SumAggConfig(**SHORT)),
@@ -39,9 +43,11 @@ PROMPTS = random_prompts([1, 2, 31, 32, 33, 64, 150, 400])
 
 
 def started(model, folder) -> Engine:
-    """An engine that reads 64 tokens of a prompt at a time, at most."""
+    """An engine that reads 64 tokens of a prompt at a time, at most, if the model is causal."""
     model.save_pretrained(folder)
-    return Engine(folder, runner="pooling", max_model_len=512, max_num_batched_tokens=64)
+    byte_tokenizer().save_pretrained(folder)
+    tokens = {"max_num_batched_tokens": 64} if model.config.is_causal else {}
+    return Engine(folder, runner="pooling", max_model_len=512, skip_tokenizer_init=False, **tokens)
 
 
 @pytest.mark.parametrize("kind", CLASSIFIERS)
@@ -95,3 +101,9 @@ def test_a_published_classifier_has_no_blocks(tmp_path):
     with torch.no_grad():
         expected = torch.cat([model(torch.tensor([prompt])).logits for prompt in PROMPTS]).softmax(dim=-1)
     torch.testing.assert_close(probabilities, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_window_to_both_sides_is_refused(tmp_path):
+    config = SumAggConfig(**SHORT, is_causal=False, layer_types=["summation", "sliding_attention"], sliding_window=32)
+    with pytest.raises(ValueError, match="'sliding_attention'"):
+        started(SumAggModel(config), tmp_path)

@@ -19,26 +19,14 @@ pytest.importorskip("vllm", reason="needs vLLM, in an environment of its own: `t
 
 import openai
 import psutil
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from modeling_sumagg import SumAggConfig, SumAggForCausalLM
-from serving.engines import ENVIRONMENT, expected_text, random_prompts, randomized
+from serving.engines import ENVIRONMENT, byte_tokenizer, expected_text, random_prompts, randomized
 
 
 pytestmark = pytest.mark.serving
 
 CLIENTS, REQUESTS, LENGTH = 8, 200, 16
-
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A token for each byte."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate(alphabet)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
 @pytest.fixture(scope="module")

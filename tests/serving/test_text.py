@@ -83,13 +83,26 @@ def has_states(model) -> bool:
     return any(kind in model.config.recurrent_layer_types for kind in model.config.layer_types)
 
 
-def test_mixed_lengths(whole, prompts, texts):
-    assert whole.greedy(prompts, LENGTH) == texts
+def assert_same(model, prompts, found, expected, tie=1e-4, most=1):
+    """The same texts; up to `most` may end in another way from two tokens on whose logits differ by less than `tie`."""
+    different = 0
+    for prompt, text, other in zip(prompts, found, expected, strict=True):
+        first = next((i for i, (a, b) in enumerate(zip(text, other, strict=True)) if a != b), None)
+        if first is not None:
+            different += 1
+            with torch.no_grad():
+                logits = model(torch.tensor([prompt + other[:first]])).logits[0, -1].float()
+            assert logits[other[first]] - logits[text[first]] < tie, f"{len(prompt)} tokens: {text}, not {other}"
+    assert different <= most
 
 
-def test_chunks_of_64_tokens_and_preemption(chunked, prompts, texts):
+def test_mixed_lengths(whole, model, prompts, texts):
+    assert_same(model, prompts, whole.greedy(prompts, LENGTH), texts)
+
+
+def test_chunks_of_64_tokens_and_preemption(chunked, model, prompts, texts):
     preempted = chunked.count("vllm:num_preemptions")
-    assert chunked.greedy(prompts, LENGTH) == texts
+    assert_same(model, prompts, chunked.greedy(prompts, LENGTH), texts)
     assert chunked.count("vllm:num_preemptions") > preempted
 
 
@@ -97,9 +110,9 @@ def test_shared_prefixes_come_from_the_cache(chunked, model):
     prefix, *tails = random_prompts([300, 1, 20, 100], seed=1)
     prompts = [prefix, *[prefix[: 300 - i] + tail for i, tail in enumerate(tails)]]
     expected = [expected_text(model, prompt, LENGTH) for prompt in prompts]
-    assert chunked.greedy(prompts[:1], LENGTH) == expected[:1]
+    assert_same(model, prompts[:1], chunked.greedy(prompts[:1], LENGTH), expected[:1])
     hits = chunked.count("vllm:prefix_cache_hits")
-    assert chunked.greedy(prompts, LENGTH) == expected
+    assert_same(model, prompts, chunked.greedy(prompts, LENGTH), expected)
     assert chunked.count("vllm:prefix_cache_hits") >= hits + 4 * 256
 
 
@@ -138,7 +151,7 @@ def test_a_broken_state_is_seen(chunked, model, prompts, texts, broken, monkeypa
     monkeypatch.undo()
     chunked.llm.reset_prefix_cache()
     assert sum(a != b for a, b in zip(wrong, expected, strict=True)) > len(chosen) / 2
-    assert chunked.greedy(some, LENGTH) == expected
+    assert_same(model, some, chunked.greedy(some, LENGTH), expected)
 
 
 def test_bfloat16_differs_at_near_ties_only(model, prompts, tmp_path):
@@ -150,14 +163,5 @@ def test_bfloat16_differs_at_near_ties_only(model, prompts, tmp_path):
         found = engine.greedy(some, LENGTH)
     finally:
         engine.close()
-    same = 0
-    for prompt, text in zip(some, found, strict=True):
-        expected = expected_text(model, prompt, LENGTH)
-        first = next((i for i, (a, b) in enumerate(zip(text, expected, strict=True)) if a != b), None)
-        if first is None:
-            same += 1
-            continue
-        with torch.no_grad():
-            logits = model(torch.tensor([prompt + expected[:first]])).logits[0, -1].float()
-        assert logits[expected[first]] - logits[text[first]] < 0.05, (len(prompt), first)
-    assert same > len(some) / 2
+    expected = [expected_text(model, prompt, LENGTH) for prompt in some]
+    assert_same(model, some, found, expected, tie=0.05, most=len(some) // 2)
