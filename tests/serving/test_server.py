@@ -54,7 +54,8 @@ def server(model, tmp_path_factory):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     options = ["--dtype", "float32", "--max-model-len", "1024", "--max-num-seqs", "16", "--enable-prefix-caching"]
-    command = [str(Path(sys.executable).parent / "vllm"), "serve", str(folder), "--served-model-name", "ours"]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
+    command += ["--served-model-name", "ours"]
     with open(folder / "log", "w") as log:
         process = subprocess.Popen(
             [*command, *options, "--port", str(port)],
