@@ -113,7 +113,7 @@ class SumAggConfig(TextConfig):
 
     def validate_sums(self):
         """Part of `@strict`-powered validation: the options of the summation mixers fit together."""
-        if self.num_sum_heads < 1 or self.hidden_size % self.num_sum_heads:
+        if not self.num_sum_heads or self.num_sum_heads < 1 or self.hidden_size % self.num_sum_heads:
             raise ValueError(
                 f"`num_sum_heads` must divide `hidden_size`, got {self.num_sum_heads} heads for a width of "
                 f"{self.hidden_size}."

@@ -108,15 +108,13 @@ def main() -> None:
     datasets = {split: Dataset.from_dict({"input_ids": rows, "labels": rows}) for split, rows in blocks.items()}
 
     special_tokens = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    # No table of positions and no attention to the whole text: the length has no limit, and the decode state no growth.
+    # Sums in every layer, no attention and no positions: the length has no limit, and the decode state no growth.
     config = SumAggConfig(
         vocab_size=len(tokenizer),
         hidden_size=arguments.hidden_size,
         num_hidden_layers=arguments.num_hidden_layers,
         num_attention_heads=arguments.num_attention_heads,
-        layer_types=["summation"] * (arguments.num_hidden_layers - 1) + ["sliding_attention"],
-        sliding_window=128,
-        position_embedding_type="sinusoidal",
+        layer_types=["summation"] * arguments.num_hidden_layers,
         **special_tokens,
     )
     model = AutoModelForCausalLM.from_config(config)
@@ -178,11 +176,10 @@ def main() -> None:
     if cross_entropy >= unigram:
         print("  The model is no better than the frequencies: train it for more steps.")
 
-    constant, per_token = decode_state_size(model)
-    state = constant + config.sliding_window * per_token
+    state, _ = decode_state_size(model)
     attention = 2 * config.num_hidden_layers * config.hidden_size * model.dtype.itemsize
     print(
-        f"\nDecode state of one sequence: at most {state:,} bytes, however long the text. Attention in every layer would "
+        f"\nDecode state of one sequence: {state:,} bytes, however long the text. Attention in every layer would "
         f"hold {attention:,} bytes a token, {1024 * attention:,} after 1,024 tokens."
     )
     training_speed = training["train_samples_per_second"] * arguments.context_length

@@ -60,7 +60,8 @@ from modeling_sumagg.scripts import (
 from modeling_sumagg.training import decay_parameter_names
 
 
-# A model for a few minutes on two cores; `--config_overrides` changes it.
+# A model for a few minutes on two cores, with the mixers that a config has by default: decayed, gated sums and one layer
+# of rotary attention. `--config_overrides` changes it.
 SMALL_MODEL = {
     "model_type": "sumagg",
     "hidden_size": 128,

@@ -149,8 +149,11 @@ def _infer_sumagg(state_dict: StateDict) -> tuple[type[PreTrainedModel], dict[st
         "position_embedding_type": "learned",
         "position_bias": 2.0,
         "max_position_embeddings": state_dict["pos_embedding.weight"].shape[0],
+        "rope_parameters": None,
         "norm_position": "post",
+        "sum_decay": "none",
         "sum_normalization": "none",
+        "sum_gate": False,
         "lm_head_bias": "output_projection.bias" in state_dict,
         "tie_word_embeddings": False,
     }
@@ -184,7 +187,7 @@ FAMILIES: dict[str, Family] = {
                 "AutoModelForSequenceClassification": SumAggForSequenceClassification,
                 "AutoModelForTokenClassification": SumAggForTokenClassification,
             },
-            lora_target_modules=("in_proj", "hidden_proj", "q_proj", "v_proj"),
+            lora_target_modules=("in_proj", "hidden_proj", "gate_proj", "q_proj", "v_proj"),
             paper=SUMMATION,
             original_format=OriginalFormat(
                 renaming=(

@@ -5,6 +5,7 @@ doi 10.36227/techrxiv.175790522.25734653.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -63,12 +64,13 @@ class SumAggSummation(nn.Module):
         if self.conv is not None:
             hidden_states = self.conv(hidden_states, layout, cache)
         terms = self.hidden_proj(self.in_proj(hidden_states).relu())
-        per_token = {"scale": sum_scale}
+        per_token: dict[str, torch.Tensor | None] = {"scale": sum_scale}
         if self.decay is not None:
             log_decay = self.decay(hidden_states)
             per_token = {"log_decay": log_decay}
             if self.sum_normalization == "mean":
                 per_token["weight"] = -log_decay.expm1()
+        operator: Callable
         if self.is_causal:
             operator = causal_mean if "weight" in per_token else causal_sum
             sums = recur(operator, terms, layout, cache, self.layer_idx, per_token=per_token, relu=True)

@@ -90,16 +90,17 @@ def configurations(arguments: LanguageModelArguments, max_length: int) -> dict[s
     tokens = {"vocab_size": arguments.vocab_size, "bos_token_id": 0, "eos_token_id": 0}
     size = {"hidden_size": width, "num_hidden_layers": depth, "num_attention_heads": arguments.num_attention_heads}
     size |= {"intermediate_size": 4 * width, "max_position_embeddings": max_length} | tokens
-    # The settings of `presets/sumagg-hybrid-small.json`.
+    # The settings of `presets/sumagg-small.json`, and the same without decays, gates and rotary positions.
     ours = size | {"fuse_linear_cross_entropy": arguments.fuse_linear_cross_entropy}
-    sums = ours | {"norm_position": "pre", "sum_normalization": "sqrt"}
     lower = ["summation"] * (depth - 1)
+    pure = {"layer_types": [*lower, "summation"]}
     return {
-        "SumAgg": SumAggConfig(**sums, layer_types=[*lower, "summation"]),
+        "SumAgg": SumAggConfig(**ours, **pure),
         "SumAgg, sliding window last": SumAggConfig(
-            **sums, layer_types=[*lower, "sliding_attention"], sliding_window=arguments.sliding_window
+            **ours, layer_types=[*lower, "sliding_attention"], sliding_window=arguments.sliding_window
         ),
-        "SumAgg, full attention last": SumAggConfig(**sums, layer_types=[*lower, "full_attention"]),
+        "SumAgg, full attention last": SumAggConfig(**ours, layer_types=[*lower, "full_attention"]),
+        "SumAgg, plain sums": SumAggConfig(**ours, **pure, **SumAggConfig.values_before_decays),
         "ToST": ToSTTextConfig(**ours),
         "GPT-2": GPT2Config(
             n_embd=width, n_layer=depth, n_head=arguments.num_attention_heads, n_positions=max_length, **tokens
