@@ -28,7 +28,7 @@ from ..decoder.recurrence import recur
 from ..families import FAMILIES
 from ..ops.summation import causal_sum
 from .layers import put_in_engine_layers, shard_on_meta
-from .states import EngineCache, RecurrentState, StateRecorder, StateSpec, page_size, pages
+from .states import EngineCache, OperatorStates, RecurrentState, StateRecorder, StateSpec, page_size, pages
 
 
 MAPPER = WeightsMapper(
@@ -38,7 +38,7 @@ MAPPER = WeightsMapper(
         ".v_proj.": (".qkv_proj.", "v"),
     },
 )
-StatesOfLayers = dict[int, dict[str, list[StateSpec]]]
+StatesOfLayers = dict[int, OperatorStates]
 
 
 class Served(nn.Module, HasInnerState, IsHybrid, SupportsMambaPrefixCaching, SupportsLoRA, SupportsQuant):

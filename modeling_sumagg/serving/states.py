@@ -1,6 +1,5 @@
 """Decode states in vLLM's memory: one slot a request and layer, and the one call that runs an operator on them."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -21,6 +20,7 @@ from ..decoder.recurrence import Call
 
 BACKEND_NAME = "MODELING_SUMAGG"
 StateSpec = tuple[tuple[int, ...], torch.dtype]
+OperatorStates = dict[str, list[StateSpec]]  # by the name of the operator
 
 
 @dataclass
@@ -115,13 +115,13 @@ class RecurrentState(MambaBase):
     The states of one layer for all requests, as a layer of vLLM's cache.
 
     Args:
-        operators (`dict[str, Sequence[StateSpec]]`): the state of each operator of the layer by the operator's name, shape
+        operators (`OperatorStates`): the state of each operator of the layer by the operator's name, shape
             and dtype of every tensor of one request.
         prefix (`str`): the name of the layer in the engine.
         page_size (`int`): the bytes of a page, which hold the state of any layer.
     """
 
-    def __init__(self, operators: dict[str, Sequence[StateSpec]], prefix: str, page_size: int):
+    def __init__(self, operators: OperatorStates, prefix: str, page_size: int):
         self.prefix = prefix
         self.page_size = page_size
         self.specs, self.places = pages(operators)
@@ -171,7 +171,7 @@ class EngineCache:
         return state.run(call, self.steps[state.prefix]), None
 
 
-def pages(operators: dict[str, Sequence[StateSpec]]) -> tuple[list[StateSpec], dict[str, list[int]]]:
+def pages(operators: OperatorStates) -> tuple[list[StateSpec], dict[str, list[int]]]:
     """
     The tensors of all operators of a layer in the order in which they lie in a page of memory, and the places of those of
     each operator. The widest dtypes come first, so that each is aligned.
@@ -184,7 +184,7 @@ def pages(operators: dict[str, Sequence[StateSpec]]) -> tuple[list[StateSpec], d
     return [specs[i][1] for i in order], places
 
 
-def page_size(operators: dict[str, Sequence[StateSpec]]) -> int:
+def page_size(operators: OperatorStates) -> int:
     """The bytes of the states of one layer and request, rounded up so that pages stay aligned."""
     size = sum(prod(shape) * dtype.itemsize for state in operators.values() for shape, dtype in state)
     return -(-size // 16) * 16

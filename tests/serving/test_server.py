@@ -54,6 +54,8 @@ def server(model, tmp_path_factory):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     options = ["--dtype", "float32", "--max-model-len", "1024", "--max-num-seqs", "16", "--enable-prefix-caching"]
+    # So few blocks that all have been written to before memory is measured.
+    options += ["--num-gpu-blocks-override", "48"]
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
     command += ["--served-model-name", "ours"]
     with open(folder / "log", "w") as log:
