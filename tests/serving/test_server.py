@@ -27,6 +27,11 @@ from serving.engines import ENVIRONMENT, byte_tokenizer, expected_text, random_p
 pytestmark = pytest.mark.serving
 
 CLIENTS, REQUESTS, LENGTH = 8, 200, 16
+SERVER_ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+    # oneDNN keeps what it compiled for each shape of a matrix, by default of 1,024: GPT-2's memory grows as much by it.
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16",
+}
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +66,7 @@ def server(model, tmp_path_factory):
     with open(folder / "log", "w") as log:
         process = subprocess.Popen(
             [*command, *options, "--port", str(port)],
-            env={**os.environ, **ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
+            env={**os.environ, **ENVIRONMENT, **SERVER_ENVIRONMENT},
             stdout=log,
             stderr=subprocess.STDOUT,
         )
@@ -110,7 +115,8 @@ def test_200_requests_of_8_clients(server, model):
         return answer.choices[0].token_ids
 
     with ThreadPoolExecutor(CLIENTS) as pool:
-        assert list(pool.map(ask, range(40))) == texts
+        for _ in range(3):
+            assert list(pool.map(ask, range(40))) == texts
         before = memory_of(process)
         asked = list(itertools.islice(itertools.cycle(range(40)), REQUESTS))
         answers = list(pool.map(ask, asked))

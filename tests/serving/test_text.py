@@ -150,7 +150,8 @@ def test_a_broken_state_is_seen(chunked, model, prompts, texts, broken, monkeypa
     wrong = chunked.greedy(some, LENGTH)
     monkeypatch.undo()
     chunked.llm.reset_prefix_cache()
-    assert sum(a != b for a, b in zip(wrong, expected, strict=True)) > len(chosen) / 2
+    # Decays forget it again.
+    assert sum(a != b for a, b in zip(wrong, expected, strict=True)) > 1
     assert_same(model, some, chunked.greedy(some, LENGTH), expected)
 
 
