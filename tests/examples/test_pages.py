@@ -193,7 +193,7 @@ def test_every_step_runs_after_a_short_training(folder, in_a_clean_process):
 def test_the_pages_are_linked_and_the_readme_is_read_in_one_go():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert all(f"]({page}" in readme for page in PAGES[1:])
-    assert readme.count("\n") <= 310
+    assert readme.replace(OWN_MIXER, "").count("\n") <= 300
     titles = re.findall(r"^## (.+)$", readme, re.MULTILINE)
     order = [
         "Speed",
