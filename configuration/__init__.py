@@ -2,11 +2,16 @@
 
 from pathlib import Path
 
+from .configuration_fields import NamedFields
 from .configuration_sumagg import SumAggConfig
 from .configuration_sumagg_multimodal import SumAggMultimodalConfig
 from .configuration_text import TextConfig
 from .configuration_tost import ToSTConfig
 from .configuration_tost_text import ToSTTextConfig
+
+
+_PRESETS = {path.stem: path for path in sorted((Path(__file__).parent / "presets").glob("*.json"))}
+NamedFields.preset_names = tuple(_PRESETS)
 
 
 def preset_path(name: str) -> str:
@@ -19,10 +24,9 @@ def preset_path(name: str) -> str:
     Raises:
         `ValueError`: there is no such preset; the message lists them.
     """
-    presets = {path.stem: path for path in (Path(__file__).parent / "presets").glob("*.json")}
-    if name not in presets:
-        raise ValueError(f"There is no preset {name!r}. The presets are {sorted(presets)}.")
-    return str(presets[name])
+    if name not in _PRESETS:
+        raise ValueError(f"There is no preset {name!r}. The presets are {list(_PRESETS)}.")
+    return str(_PRESETS[name])
 
 
 __all__ = ["SumAggConfig", "SumAggMultimodalConfig", "TextConfig", "ToSTConfig", "ToSTTextConfig", "preset_path"]

@@ -6,9 +6,11 @@ from typing import Any, Literal
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from .configuration_fields import NamedFields
+
 
 @strict
-class SumAggMultimodalConfig(PreTrainedConfig):
+class SumAggMultimodalConfig(NamedFields, PreTrainedConfig):
     r"""
     Configuration of a [`SumAggForMultimodalRegression`]: text, numbers and images, each summed into one latent vector.
 

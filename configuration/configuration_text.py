@@ -7,13 +7,15 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, configuration_utils
 
+from .configuration_fields import NamedFields
+
 
 ATTENTION_TYPES = ("full_attention", "sliding_attention")
 ROPE_TYPES = ("default", "linear")
 
 
 @strict
-class TextConfig(PreTrainedConfig):
+class TextConfig(NamedFields, PreTrainedConfig):
     r"""
     The fields and checks that the configs of all decoders share. A family names its `recurrent_layer_types`, and
     defines `default_layer_types` where not every layer is of the first of them.

@@ -8,9 +8,11 @@ from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig
 
+from .configuration_fields import NamedFields
+
 
 @strict
-class ToSTConfig(BackboneConfigMixin, PreTrainedConfig):
+class ToSTConfig(NamedFields, BackboneConfigMixin, PreTrainedConfig):
     r"""
     Configuration of a ToST vision model: [`ToSTModel`], [`ToSTForImageClassification`], [`ToSTBackbone`]. The defaults
     are the published small-12 model at patch 16; all published sizes are in `configuration/presets`.

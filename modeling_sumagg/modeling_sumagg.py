@@ -17,7 +17,6 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
 from .configuration.configuration_sumagg import SumAggConfig
-from .decoder.convolution import CausalConvolution
 from .decoder.decay import SumDecay
 from .decoder.heads import ForCausalLM, ForMaskedLM, ForSequenceClassification, ForTokenClassification
 from .decoder.layers import DecoderLayer
@@ -25,7 +24,23 @@ from .decoder.layout import SequenceLayout
 from .decoder.model import DecoderModel, DecoderPreTrainedModel
 from .decoder.positions import PositionModulation
 from .decoder.recurrence import recur
+from .ops.causal_convolution import causal_convolution
 from .ops.summation import bidirectional_mean, bidirectional_sum, causal_mean, causal_sum
+
+
+class SumAggConvolution(nn.Module):
+    """Depthwise causal convolution over the real tokens of a document, SiLU after it."""
+
+    def __init__(self, config: SumAggConfig, layer_idx: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.weight = nn.Parameter(torch.empty(config.hidden_size, config.conv_kernel_size))
+        self.bias = nn.Parameter(torch.empty(config.hidden_size))
+
+    def forward(self, hidden_states: torch.Tensor, layout: SequenceLayout, cache: Cache | None = None) -> torch.Tensor:
+        """`hidden_states` `[B, T, d]` to the outputs of the same shape."""
+        parameters = {"weight": self.weight, "bias": self.bias}
+        return F.silu(recur(causal_convolution, hidden_states, layout, cache, self.layer_idx, **parameters))
 
 
 class SumAggSummation(nn.Module):
@@ -43,9 +58,7 @@ class SumAggSummation(nn.Module):
         self.sum_normalization = config.sum_normalization
         self.layer_idx = layer_idx
         width = config.hidden_size
-        self.conv = None
-        if config.conv_kernel_size is not None:
-            self.conv = CausalConvolution(width, config.conv_kernel_size, layer_idx)
+        self.conv = SumAggConvolution(config, layer_idx) if config.conv_kernel_size is not None else None
         self.in_proj = nn.Linear(width, width, bias=False)
         self.hidden_proj = nn.Linear(width, width, bias=False)
         self.decay = SumDecay(config, config.num_sum_heads) if config.sum_decay != "none" else None
@@ -66,10 +79,10 @@ class SumAggSummation(nn.Module):
         terms = self.hidden_proj(self.in_proj(hidden_states).relu())
         per_token: dict[str, torch.Tensor | None] = {"scale": sum_scale}
         if self.decay is not None:
-            log_decay = self.decay(hidden_states)
+            log_decay, weight = self.decay(hidden_states)
             per_token = {"log_decay": log_decay}
             if self.sum_normalization == "mean":
-                per_token["weight"] = -log_decay.expm1()
+                per_token["weight"] = weight
         operator: Callable
         if self.is_causal:
             operator = causal_mean if "weight" in per_token else causal_sum
@@ -101,7 +114,11 @@ class SumAggPreTrainedModel(DecoderPreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if getattr(module, "adds_to_stream", False):
+        if isinstance(module, SumAggConvolution):
+            bound = self.config.conv_kernel_size**-0.5  # as PyTorch starts its convolutions
+            init.uniform_(module.weight, -bound, bound)
+            init.zeros_(module.bias)
+        elif getattr(module, "adds_to_stream", False):
             # Each of the 2 L residual branches adds to the same stream, so each starts smaller.
             std = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
             init.normal_(module.weight, std=std)

@@ -63,7 +63,7 @@ class ToSTTextTokenStatistics(nn.Module):
                 w.shape[0], -1, -1
             )
 
-        log_decay = None if self.decay is None else self.decay(hidden_states)
+        log_decay = None if self.decay is None else self.decay(hidden_states)[0]
         membership = None
         if kwargs.get("output_attentions", self.config.output_attentions):
             # Kept out of the operator, whose training path stores neither Π nor the squares.

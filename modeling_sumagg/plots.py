@@ -1,5 +1,5 @@
 """
-The picture of a training run.
+The picture of a training run, and what makes others as easy to read.
 
 It needs what the example scripts need: `pip install 'modeling-sumagg[examples]'`.
 """
@@ -11,8 +11,9 @@ from typing import Any
 
 try:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
+    from matplotlib.ticker import Formatter, LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 except ImportError as error:
     raise ImportError(f"The plots need {error.name}: run `pip install 'modeling-sumagg[examples]'`.") from error
 
@@ -92,14 +93,25 @@ def _draw(
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     if axes.get_yscale() == "log":
-        low, high = axes.get_ylim()
-        # A decade has few round numbers: several ticks need more of them.
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 30 * low else (1, 1.5, 2, 3, 4, 5, 7)))
-        axes.yaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+        label_logarithmic(axes.yaxis)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.3)
     _name_ends(axes, ends)
+
+
+def label_logarithmic(axis: Axis, formatter: str | Formatter = "{x:,g}") -> None:
+    """
+    Several round ticks on a logarithmic axis, however long it is, with their numbers written out.
+
+    Args:
+        axis (`matplotlib.axis.Axis`): of axes to which nothing is added later.
+        formatter (`str` or `matplotlib.ticker.Formatter`, defaults to `"{x:,g}"`): how to write a number.
+    """
+    low, high = axis.get_view_interval()
+    # A decade has few round numbers: several ticks need more of them.
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 30 * low else (1, 1.5, 2, 3, 5, 7)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(StrMethodFormatter(formatter) if isinstance(formatter, str) else formatter)
 
 
 def _name_ends(axes: Axes, ends: list[tuple[float, str, str]]) -> None:
@@ -126,4 +138,4 @@ def _name_ends(axes: Axes, ends: list[tuple[float, str, str]]) -> None:
         )
 
 
-__all__ = ["plot_training"]
+__all__ = ["label_logarithmic", "plot_training"]

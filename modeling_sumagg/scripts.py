@@ -25,7 +25,7 @@ from transformers import (
 )
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
-from .configuration import preset_path
+from .configuration import TextConfig, preset_path
 
 
 try:
@@ -168,6 +168,8 @@ def load_config(
     if arguments.preset is not None:
         defaults, _ = PreTrainedConfig.get_config_dict(preset_path(arguments.preset))
     defaults = dict(defaults)
+    if checkpoint is not None and checkpoint in TextConfig.preset_names and not Path(checkpoint).exists():
+        raise ValueError(f"{checkpoint} is a preset, an architecture without weights: give it as --preset.")
     if checkpoint is not None:
         config_class = type(AutoConfig.from_pretrained(checkpoint))
     else:

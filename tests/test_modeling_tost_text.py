@@ -130,9 +130,35 @@ def test_chunks_and_single_tokens_equal_one_pass(layers, positions):
                 assert_close(state, final)
 
 
+@pytest.mark.parametrize("sum_decay", ["none", "learned", "input"])
+@torch.no_grad()
+def test_token_statistics_are_their_formula(sum_decay):
+    config = text_config(sum_decay=sum_decay, use_membership_bias=False, position_embedding_type="none")
+    model = build(ToSTTextModel, config).double()
+    layer, calls = model.layers[1].attention, []
+    layer.register_forward_hook(lambda module, inputs, output: calls.append((inputs[0], *output)))
+    model(tokens(2, 12), output_attentions=True)
+    ((h, output, memberships),) = calls
+    w = layer.w_proj(h).unflatten(2, (2, 8))
+    decays = torch.ones(2, 12, 2, dtype=torch.float64)
+    if sum_decay != "none":
+        logit = layer.decay.logit + (layer.decay.proj(h) if sum_decay == "input" else torch.zeros(2, 12, 2))
+        decays = logit.sigmoid()
+    squares, weighted, weights, expected = 0, 0, 0, []
+    for t in range(12):
+        a, w_t = decays[:, t, :, None], w[:, t]
+        squares = a * squares + w_t**2
+        membership = (layer.temperature * (w_t**2 / squares.clamp(min=1e-12)).sum(-1, keepdim=True)).softmax(1)
+        weighted, weights = a * weighted + w_t**2 * membership, a * weights + membership
+        expected.append(-w_t * membership / (1 + weighted / (weights + 1e-8)))
+        torch.testing.assert_close(memberships[:, :, t].double(), membership[..., 0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(output, layer.o_proj(torch.stack(expected, dim=1).flatten(2)), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("sum_decay", ["none", "input"])
 @pytest.mark.parametrize("layers", LAYER_TYPES)
-def test_padding_is_transparent(layers):
-    model = build(ToSTForCausalLM, text_config(layers))
+def test_padding_is_transparent(layers, sum_decay):
+    model = build(ToSTForCausalLM, text_config(layers, sum_decay=sum_decay, rope_theta=100.0))
     input_ids = tokens(1, 12)
     alone = model(input_ids).logits[0]
     masks = {

@@ -12,10 +12,41 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import transformers
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, Formatter, NullLocator, StrMethodFormatter
+
+from modeling_sumagg.plots import label_logarithmic
+
+
+FLOOR = "matrix products of "
+# The same in every picture; what has attention and is compared with is black.
+COLORS = {
+    "SumAgg": "tab:blue",
+    "SumAgg, sliding window last": "tab:cyan",
+    "SumAgg, full attention last": "navy",
+    "SumAgg, plain sums": "deepskyblue",
+    "sum": "tab:blue",
+    "causal_sum": "tab:blue",
+    "ToST": "tab:orange",
+    "token_statistics": "tab:orange",
+    "causal_token_statistics": "tab:orange",
+    "GPT-2": "black",
+    "ViT": "black",
+    "attention": "black",
+    "attention, with its weights": "dimgray",
+    "Llama": "tab:red",
+    "Mamba2": "tab:purple",
+    "RWKV": "tab:green",
+    "copy": "black",
+    "formula": "tab:green",
+    "formula, compiled": "tab:purple",
+    "HGRN (fla)": "tab:brown",
+    "retention (fla)": "tab:pink",
+}
 
 
 @dataclass
@@ -247,38 +278,76 @@ def write_results(
     folder.mkdir(parents=True, exist_ok=True)
     where = hardware(arguments.device)
     described = [asdict(row) | {"median": row.median, "spread": row.spread} for row in rows]
-    results = {"title": title, "hardware": where, "arguments": asdict(arguments), "rows": described}
+    facts = {"title": title, "size_name": size_name, "baseline": baseline}
+    results = {**facts, "hardware": where, "arguments": asdict(arguments), "rows": described}
     (folder / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
 
     caption = f"{title}. {', '.join(f'{key} {value}' for key, value in where.items())}, {arguments.dtype}."
     table = f"{caption}\n\n{markdown_table(rows, size_name, baseline)}"
     (folder / f"{name}.md").write_text(table)
     print(f"\n{table}")
-    _plot(rows, title, size_name, folder / f"{name}.png")
+    plot(rows, title, size_name, baseline, folder / f"{name}.png")
     print(f"Written to {folder}: {name}.json, {name}.md, {name}.png")
 
 
-def _plot(rows: list[Row], title: str, size_name: str, path: Path) -> None:
-    with_memory = any(row.peak_bytes is not None for row in rows)
-    figure, axes = plt.subplots(1, 1 + with_memory, figsize=(8 + 3 * with_memory, 5), squeeze=False)
-    panels = [("seconds", lambda row: row.median)]
-    if with_memory:
-        panels.append(("peak memory (MiB)", lambda row: row.peak_bytes and row.peak_bytes / 2**20))
-    for axis, (label, value) in zip(axes[0], panels, strict=True):
-        for i, case in enumerate(dict.fromkeys(row.case for row in rows)):
-            points = [(row.size, value(row)) for row in rows if row.case == case and value(row) is not None]
+def plot(rows: list[Row], title: str, size_name: str, baseline: str, path: Path) -> None:
+    """
+    A panel of how many times faster than the baseline each case is, one of times, with a bar from the lower to the upper
+    quartile of the runs, and one of peak memory; those that nothing was measured for are left out.
+    """
+    bases = {row.size: row for row in rows if row.case == baseline}
+    times, memory = "time (median and quartiles)", "peak memory (MiB)"
+    panels: list[tuple[str, str | Formatter, Callable[[Row], float | None]]] = [
+        (
+            f"times as fast as {baseline}",
+            "{x:,g} ×",
+            lambda row: bases[row.size].median / row.median if row.size in bases else None,
+        ),
+        (times, EngFormatter("s"), lambda row: row.median),
+        (memory, "{x:,g}", lambda row: row.peak_bytes and row.peak_bytes / 2**20),
+    ]
+    panels = [panel for panel in panels if any(panel[2](row) is not None for row in rows)]
+    figure = Figure(figsize=(1 + 4.5 * len(panels), 5.5), layout="constrained")
+    for axes, (label, formatter, value) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        axes.set(xscale="log", xlabel=size_name, ylabel=label)
+        for case in dict.fromkeys(row.case for row in rows):
+            points = [row for row in rows if row.case == case and value(row) is not None]
             if points:
-                marker = "o^sDvPX*"[i % 8]
-                axis.plot(*zip(*points, strict=True), marker=marker, color=f"C{i}", label=case)
-        axis.set(xscale="log", yscale="log", xlabel=size_name, ylabel=label)
+                _draw_case(axes, case, points, value, quartiles=label == times)
         sizes = sorted({row.size for row in rows})
-        axis.set_xticks(sizes, [str(size) for size in sizes])
-        axis.minorticks_off()
-        axis.grid(alpha=0.3)
+        axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
+        axes.xaxis.set_minor_locator(NullLocator())
+        if label == memory:
+            axes.set_ylim(bottom=0)
+            axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+        else:
+            axes.set_yscale("log")
+            low, high = axes.get_ylim()
+            # Where nothing changes, the picture is to look so.
+            widening = max(1.1, (8 * low / high) ** 0.5)
+            axes.set_ylim(low / widening, high * widening)
+            label_logarithmic(axes.yaxis, formatter)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.3)
     figure.suptitle(title.replace("; ", "\n", 1), fontsize="medium")
+    handles = dict(zip(*reversed(figure.axes[-1].get_legend_handles_labels()), strict=True))
+    for axes in figure.axes:
+        handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     figure.legend(
-        *axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize="small"
+        handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize="small"
     )
-    figure.set_layout_engine("constrained")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    figure.savefig(path, dpi=120)
+
+
+def _draw_case(axes: Axes, case: str, rows: list[Row], value: Callable[[Row], float | None], quartiles: bool) -> None:
+    name = case.removeprefix(FLOOR)
+    color = COLORS.get(name, "gray")
+    style = {"linestyle": ":", "marker": ""} if case.startswith(FLOOR) else {"linestyle": "-", "marker": "o"}
+    values = [value(row) for row in rows]
+    errors = None
+    if quartiles:
+        low, high = np.percentile([row.seconds for row in rows], [25, 75], axis=1)
+        errors = np.stack([values - low, high - values])
+    axes.errorbar(
+        [row.size for row in rows], values, errors, color=color, markersize=4, capsize=3, label=case, **style
+    )

@@ -93,7 +93,7 @@ def main() -> None:
     arguments.set_up()
     rows = benchmark(arguments, arguments.resolutions, MODELS, prepare_run)
     work = "Training step" if arguments.training else "Forward"
-    title = f"{work} of {arguments.preset} and a ViT of its sizes, {arguments.batch_size} image(s) a batch"
+    title = f"{work} of {arguments.preset} and a ViT of its sizes, batches of {arguments.batch_size}"
     write_results(arguments, "images", title, "pixels a side", BASELINE, rows)
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
-from benchmark_utils import BenchmarkArguments, benchmark, compiled, write_results
+from benchmark_utils import FLOOR, BenchmarkArguments, benchmark, compiled, write_results
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -36,7 +36,6 @@ from modeling_sumagg import SumAggConfig, ToSTTextConfig
 
 
 BASELINE = "GPT-2"
-FLOOR = "matrix products of "
 LENGTHS = {
     "prefill": [512, 2048, 8192, 32768],
     "decode": [16, 1024, 4096, 32768, 131072],
@@ -253,7 +252,7 @@ def main() -> None:
         rows = [dataclasses.replace(row, seconds=[seconds / STEPS for seconds in row.seconds]) for row in rows]
     title = (
         f"{TITLES[arguments.work]}; width {arguments.hidden_size}, {arguments.num_hidden_layers} layers, "
-        f"{arguments.vocab_size} tokens in the vocabulary"
+        f"{arguments.vocab_size:,} tokens in the vocabulary"
     )
     if arguments.fuse_linear_cross_entropy:
         title += ", loss of our models fused"

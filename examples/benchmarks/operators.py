@@ -9,14 +9,18 @@ at least, each input read once and each output written once, over the time; that
 
 import functools
 import importlib.util
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
-import matplotlib.pyplot as plt
+import numpy as np
 import torch
-from benchmark_utils import BenchmarkArguments, Row, benchmark, hardware, markdown_table
+from benchmark_utils import COLORS, BenchmarkArguments, Row, benchmark, hardware, markdown_table
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 from transformers import HfArgumentParser
 
 from modeling_sumagg.ops import (
@@ -26,6 +30,7 @@ from modeling_sumagg.ops import (
     token_statistics,
     token_statistics_reference,
 )
+from modeling_sumagg.plots import label_logarithmic
 
 
 COPY, FORMULA, COMPILED = "copy", "formula", "formula, compiled"
@@ -140,6 +145,47 @@ def bandwidth_table(rows: list[Row], moved: dict[tuple[str, int], int]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def plot(results: list[dict[str, Any]], title: str, path: Path) -> None:
+    """The bandwidth of each case as a share of the copy's in its own panel, with bars for the quartiles of its runs."""
+    figure = Figure(figsize=(14, 8), layout="constrained")
+    panels = figure.subplots(len(PASSES), len(OPERATORS), squeeze=False, sharey=True)
+    for (column, operator), (row, title_of_pass) in itertools.product(enumerate(OPERATORS), enumerate(PASSES)):
+        found = [result for result in results if (result["operator"], result["pass"]) == (operator, title_of_pass)]
+        axes, sizes = panels[row][column], sorted({result["size"] for result in found})
+        copies = {r["size"]: r["moved_bytes"] / r["median"] for r in found if r["case"] == COPY}
+        for case in dict.fromkeys(result["case"] for result in found):
+            results_of_case = [result for result in found if result["case"] == case]
+            shares = np.array([
+                [100 * r["moved_bytes"] / seconds / copies[r["size"]]
+                 for seconds in (r["median"], *np.percentile(r["seconds"], [25, 75]))]
+                for r in results_of_case
+            ]).T  # fmt: skip
+            axes.errorbar(
+                [result["size"] for result in results_of_case],
+                shares[0],
+                [shares[0] - shares[2], shares[1] - shares[0]],
+                color=COLORS[case],
+                linestyle="--" if case == COPY else "-",
+                marker="o",
+                markersize=4,
+                capsize=3,
+                label=case,
+            )
+        speeds = f"copy: {min(copies.values()) / 1e9:.3g} to {max(copies.values()) / 1e9:.3g} GB/s"
+        axes.set(title=f"{operator}, {title_of_pass}\n{speeds}", xscale="log", yscale="log")
+        axes.set(xlabel="tokens", ylabel="share of the copy's bandwidth")
+        axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
+    for axes in figure.axes:
+        label_logarithmic(axes.yaxis, "{x:,g} %")
+        axes.yaxis.set_tick_params(labelleft=True)
+    figure.suptitle(f"Bandwidth of the operators beside that of a copy; {title}")
+    figure.savefig(path, dpi=120)
+
+
 def main() -> None:
     (arguments,) = HfArgumentParser(OperatorArguments).parse_args_into_dataclasses()
     arguments.set_up()
@@ -147,8 +193,7 @@ def main() -> None:
     sizes = f"batch {arguments.batch_size}, width {arguments.hidden_size}, {arguments.num_heads} heads"
     described = ", ".join(f"{key} {value}" for key, value in where.items())
     report, results = [f"Operators, {sizes}, {arguments.dtype}. {described}.\n"], []
-    figure, panels = plt.subplots(len(PASSES), len(OPERATORS), figsize=(14, 8), squeeze=False)
-    for column, operator in enumerate(OPERATORS):
+    for operator in OPERATORS:
         for i, title in enumerate(PASSES):
             run = functools.partial(prepare_run, operator=operator, backward=i == 1)
             rows = benchmark(arguments, arguments.lengths, cases(arguments, operator), run)
@@ -161,18 +206,10 @@ def main() -> None:
             for row in rows:
                 facts = {"operator": operator, "pass": title, "median": row.median, "spread": row.spread}
                 results.append(asdict(row) | facts | {"moved_bytes": moved[row.case, row.size]})
-            panel = panels[i][column]
-            for k, case in enumerate(dict.fromkeys(row.case for row in rows)):
-                points = [(row.size, moved[case, row.size] / row.median / 1e9) for row in rows if row.case == case]
-                panel.plot(*zip(*points, strict=True), marker="o^sDvP"[k], label=case)
-            panel.set(title=f"{operator}, {title}", xscale="log", yscale="log", xlabel="tokens", ylabel="GB/s")
-            panel.legend()
 
     folder = Path(arguments.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    figure.suptitle(f"Least bytes moved over time; {sizes}, {arguments.dtype}")
-    figure.set_layout_engine("constrained")
-    figure.savefig(folder / "operators.png", dpi=150)
+    plot(results, f"{sizes}, {arguments.dtype}", folder / "operators.png")
     (folder / "operators.md").write_text("\n".join(report))
     written = {"hardware": where, "arguments": asdict(arguments), "rows": results}
     (folder / "operators.json").write_text(json.dumps(written, indent=1) + "\n")

@@ -25,15 +25,20 @@ class SumDecay(nn.Module):
         self.proj = nn.Linear(config.hidden_size, num_heads, bias=False) if config.sum_decay == "input" else None
         self.logit = nn.Parameter(torch.empty(num_heads))
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """`hidden_states` `[B, T, d]` to the logarithms, float32 at least, `[B, T, K]`; `[1, T, K]` if no token decides."""
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        `hidden_states` `[B, T, d]` to `log a` and `1 - a`, float32 at least, `[B, T, K]`; `[1, T, K]` if no token decides.
+        """
         dtype = torch.promote_types(hidden_states.dtype, torch.float32)
         # Tensor parallelism shards a bare parameter, and leaves it to its module to take its own part.
         logit = self.logit.to_local() if hasattr(self.logit, "to_local") else self.logit
         logit = logit.to(dtype)
+        if self.proj is not None:
+            logit = self.proj(hidden_states).to(dtype) + logit
+        log_decay, rest = F.logsigmoid(logit), (-logit).sigmoid()
         if self.proj is None:
-            return F.logsigmoid(logit).expand(1, hidden_states.shape[1], -1)
-        return F.logsigmoid(self.proj(hidden_states).to(dtype) + logit)
+            return tuple(x.expand(1, hidden_states.shape[1], -1) for x in (log_decay, rest))
+        return log_decay, rest
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

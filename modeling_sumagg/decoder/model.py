@@ -1,5 +1,9 @@
 """The frame of every decoder: one forward pass, and what `generate` needs to know of it."""
 
+import contextlib
+import logging
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -22,7 +26,6 @@ from ..compatibility import (
 from .attention import Attention
 from .cache import adopt_cache, start_over
 from .checks import look_up
-from .convolution import CausalConvolution
 from .decay import SumDecay
 from .layout import SequenceLayout, last_real_hidden_states, sequence_layout
 from .masks import attention_masks
@@ -73,7 +76,7 @@ class DecoderPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, CausalConvolution | SumDecay):
+        if isinstance(module, SumDecay):
             module.reset_parameters()
 
 
@@ -219,14 +222,32 @@ _NEWER_TRANSFORMERS = (
 )
 
 
+@contextlib.contextmanager
+def _no_warning_of_right_padding() -> Iterator[None]:
+    """transformers does not warn, in this thread, of what is exact here."""
+    thread, logger = threading.get_ident(), logging.getLogger(GenerationMixin.__module__)
+
+    def is_told(record: logging.LogRecord) -> bool:
+        return record.thread != thread or "right-padding was detected" not in record.getMessage()
+
+    logger.addFilter(is_told)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_told)
+
+
 class RecurrentGenerationMixin(GenerationMixin):
     """[`~transformers.GenerationMixin`] with positions and masks that are exact under any padding."""
 
     def generate(self, *args, **kwargs):
         """As in transformers, with the decode state as `cache` or as `past_key_values`, whatever its version calls it."""
         num_hidden_layers = self.config.num_hidden_layers
+        # Without a mask padding may be taken for text.
+        masked = kwargs.get("attention_mask") is not None
         try:
-            return super().generate(*args, **with_cache_renamed(kwargs, CACHE_NAME))
+            with _no_warning_of_right_padding() if masked else contextlib.nullcontext():
+                return super().generate(*args, **with_cache_renamed(kwargs, CACHE_NAME))
         finally:
             # An early exit lowers it, and does not restore it where something fails.
             self.config.num_hidden_layers = num_hidden_layers

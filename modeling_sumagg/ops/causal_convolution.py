@@ -2,7 +2,7 @@
 
 import torch
 
-from .documents import check_tokens, ids_of_tokens
+from .documents import check_tokens, document_runs, ids_of_tokens
 
 
 def causal_convolution(
@@ -67,7 +67,7 @@ def causal_convolution(
         return x, state
     if state.dim() == 3 and (mask is None or length == 1):
         window = torch.cat([state, x], dim=1)
-        ids = None if document_ids is None or length == 1 else ids_of_tokens(document_ids, mask)
+        ids = None if document_ids is None or length == 1 else document_runs(document_ids, mask)
         y, last = _convolve(window, weight, bias, ids), window[:, length:]
         if mask is not None:
             last = torch.where(mask[..., None], last, state)
@@ -89,7 +89,7 @@ def causal_convolution(
     window = _scatter(window, first.flatten(1), states.flatten(1, 2))[:, 1:]
     ids = None
     if document_ids is not None and state.dim() == 3:
-        ids = ids_of_tokens(document_ids, mask)
+        ids = document_runs(document_ids, mask)
         compact = torch.zeros_like(torch.cat([ids[:, :1], ids], dim=1))
         ids = compact.scatter(1, (columns - past).clamp(min=0), ids)[:, 1:]
     y = _convolve(window, weight, bias, ids)

@@ -167,7 +167,8 @@ def causal_mean(
     terms, mask = x, attention_mask
     if weight is not None:
         terms, mask = _masked_terms(x, mask), None
-        terms = ((terms.relu() if relu else terms).unflatten(2, (heads, -1)) * weights[..., None]).flatten(2)
+        terms = (terms.relu() if relu else terms).unflatten(2, (heads, x.shape[2] // heads))
+        terms = (terms * weights[..., None]).flatten(2)
     weights = weights.expand(batch_size, length, heads)
 
     if length == 1 and sums.dim() == 2:
@@ -259,7 +260,8 @@ def bidirectional_mean(
     _check_sequence(x, attention_mask, document_ids)
     delimiters = {"attention_mask": attention_mask, "document_ids": document_ids}
     decays, weights = _decays_and_weights(log_decay, weight, x, attention_mask)
-    terms = (_masked_terms(x, attention_mask).unflatten(2, (weights.shape[2], -1)) * weights[..., None]).flatten(2)
+    heads = weights.shape[2], x.shape[2] // weights.shape[2]
+    terms = (_masked_terms(x, attention_mask).unflatten(2, heads) * weights[..., None]).flatten(2)
     totals = bidirectional_sum(weights.expand(x.shape[0], -1, -1), log_decay=decays, **delimiters)
     means = scaled(bidirectional_sum(terms, log_decay=decays, **delimiters), _reciprocal(totals))
     return means.to(x.dtype)
@@ -349,7 +351,7 @@ def scaled(y: torch.Tensor, scale: torch.Tensor | None, in_place: bool = False) 
     if scale.dim() == 2:
         scale = scale.detach()
     else:
-        heads = y.reshape(*y.shape[:2], scale.shape[2], -1)
+        heads = y.unflatten(2, (scale.shape[2], y.shape[2] // scale.shape[2]))
     scale = scale.unsqueeze(-1)
     return (heads.mul_(scale) if in_place else heads * scale).flatten(2)
 

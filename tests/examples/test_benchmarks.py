@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -62,6 +63,61 @@ def test_table_of_medians_spreads_and_ratios():
         "| ours | 1 MiB, 0.25 × | – |\n"
         "| peer | 4 MiB | – |\n"
     )
+
+
+def test_the_picture_shows_ratios_quartiles_and_several_ticks_in_one_colour_a_model(tmp_path, monkeypatch):
+    import benchmark_utils
+    from benchmark_utils import COLORS, Row, plot
+
+    figures: list[Figure] = []
+    monkeypatch.setattr(benchmark_utils, "Figure", lambda **options: figures.append(Figure(**options)) or figures[-1])
+    rows = [
+        Row(case, size, [seconds, 3 * seconds, 2 * seconds], peak_bytes=size * 2**20)
+        for size in (16, 128)
+        for case, seconds in (("SumAgg", 0.01), ("GPT-2", 0.02 * size), ("matrix products of SumAgg", 0.01))
+    ]
+    plot(rows, "title", "tokens", "GPT-2", tmp_path / "a.png")
+    ratios, times, memory = figures[0].axes
+    assert [axes.get_ylabel() for axes in (ratios, times, memory)] == [
+        "times as fast as GPT-2",
+        "time (median and quartiles)",
+        "peak memory (MiB)",
+    ]
+    for axes in figures[0].axes:
+        drawn = {bars.get_label(): bars for bars in axes.containers}
+        assert {name: bars.lines[0].get_color() for name, bars in drawn.items()} == {
+            "SumAgg": COLORS["SumAgg"],
+            "GPT-2": COLORS["GPT-2"],
+            "matrix products of SumAgg": COLORS["SumAgg"],
+        }
+        low, high = axes.get_ylim()
+        assert len([tick for tick in axes.get_yticks() if low <= tick <= high]) >= 4
+        assert [label.get_text() for label in axes.get_xticklabels()] == ["16", "128"]
+    assert ratios.containers[0].lines[0].get_ydata() == pytest.approx([32, 256])
+    (bars,) = times.containers[0].lines[2]
+    # Of 10, 20 and 30 ms.
+    assert bars.get_segments()[0][:, 1] == pytest.approx([0.015, 0.025])
+
+    plot([Row("SumAgg", 16, [0.01]), Row("SumAgg", 32, [0.0101])], "title", "tokens", "GPT-2", tmp_path / "a.png")
+    (times,) = figures[1].axes
+    low, high = times.get_ylim()
+    assert high > 4 * low
+
+
+def test_every_case_of_a_benchmark_has_a_colour():
+    import document_classifier
+    import images
+    import language_models
+    import operators
+    from benchmark_utils import COLORS
+
+    models = language_models.configurations(language_models.LanguageModelArguments("out", "cpu"), 2)
+    assert {*models, *images.MODELS, *document_classifier.MODELS} <= set(COLORS)
+    arguments = operators.OperatorArguments("out", device="cuda", compile=True)
+    assert {case for name in operators.OPERATORS for case in operators.cases(arguments, name)} <= set(COLORS)
+    # No two models of one picture share one.
+    for names in (models, images.MODELS, document_classifier.MODELS):
+        assert len({COLORS[name] for name in names}) == len(names)
 
 
 def test_a_case_that_would_take_too_long_is_left_out(capsys):

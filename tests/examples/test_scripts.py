@@ -96,6 +96,7 @@ def test_errors_of_users_are_one_line():
         ({"config_overrides": '{"hidden_size": "wide"}'}, r"hidden_size.*expected int, got str"),
         ({"config_overrides": '{"hidden_size": 66}'}, "`num_attention_heads` must divide `hidden_size`, got 4 heads"),
         ({"preset": "sumagg-hybrid-smal"}, "no preset 'sumagg-hybrid-smal'"),
+        ({"model_name_or_path": "tost-base"}, "tost-base is a preset, an architecture without weights: give it as --preset"),
         ({"preset": "tost-base", "model_name_or_path": "runs/clm"}, "--model_name_or_path or --preset, not both"),
         ({"lora_rank": 8}, "--lora_rank adapts a trained model: name it with --model_name_or_path"),
     ],
@@ -122,7 +123,7 @@ def test_a_config_is_of_the_defaults_the_preset_or_the_checkpoint_with_overrides
 @pytest.mark.parametrize(
     ("config", "length"),
     [
-        (SumAggConfig(max_position_embeddings=77), 77),
+        (SumAggConfig(position_embedding_type="learned", max_position_embeddings=77), 77),
         (SumAggConfig(position_embedding_type="sinusoidal"), 10**30),
         (SumAggConfig(position_embedding_type="none"), 10**30),
         (ToSTTextConfig(position_embedding_type="none", max_position_embeddings=77), 77),

@@ -5,6 +5,7 @@ from transformers import AutoModelForCausalLM
 
 @pytest.mark.slow
 def test_trl_fine_tunes_our_language_models(language_model, tmp_path):
+    # TRL needs Python 3.11.
     pytest.importorskip("trl")
     base = language_model("sumagg", "flattened").folder
     run = run_alone(

@@ -90,7 +90,7 @@ def test_what_is_changed_on_loading_works(tmp_path):
 def test_early_exit(kind):
     model = tiny_model(kind)
     num_hidden_layers = model.config.num_hidden_layers
-    ids = torch.randint(61, (1, 7))
+    ids = torch.randint(1, 61, (1, 7))
     expected = greedy(model, ids, 12)
     settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
     for early_exit in range(1, num_hidden_layers + 1):

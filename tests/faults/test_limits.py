@@ -13,7 +13,7 @@ from .kinds import UNLIMITED_SUMAGG, UNLIMITED_TOST
 CONFIGS = {
     "sumagg-sinusoidal": (SumAggForCausalLM, sumagg_config, UNLIMITED_SUMAGG, None),
     "sumagg-none": (SumAggForCausalLM, sumagg_config, {"position_embedding_type": "none"}, None),
-    "sumagg-learned": (SumAggForCausalLM, sumagg_config, {}, 64),
+    "sumagg-learned": (SumAggForCausalLM, sumagg_config, {"position_embedding_type": "learned"}, 64),
     "tost-none": (ToSTForCausalLM, tost_text_config, UNLIMITED_TOST, None),
     # β is learned for each position.
     "tost-membership-bias": (ToSTForCausalLM, tost_text_config, {"position_embedding_type": "sinusoidal"}, 64),

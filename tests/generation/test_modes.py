@@ -2,12 +2,13 @@
 
 import copy
 import itertools
+import logging
 import math
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models
-from transformers import DynamicCache, PreTrainedTokenizerFast, set_seed
+from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, set_seed
 from transformers.generation.streamers import BaseStreamer
 
 from modeling_sumagg.compatibility import find_cache
@@ -36,6 +37,26 @@ def padded_batch(layout: str = "mixed") -> dict[str, torch.Tensor]:
     for row, prompt in enumerate(PROMPTS):
         input_ids[row, padding[row] == 0] = torch.tensor(prompt)
     return {"input_ids": input_ids, "attention_mask": 1 - padding}
+
+
+@pytest.mark.parametrize("kind", MAIN_KINDS)
+def test_transformers_warns_of_right_padding_only_where_it_is_taken_for_text(kind, caplog, monkeypatch):
+    model = tiny_model(kind)
+    inputs = {
+        "input_ids": torch.tensor([[5, 9, 2], [3, 13, 13]]),
+        "attention_mask": torch.tensor([[1, 1, 1], [1, 0, 0]]),
+    }
+    options = {"pad_token_id": 13, "eos_token_id": 13, "max_new_tokens": 2, "do_sample": False}
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    model.generate(**inputs, **options)
+    assert "padding" not in caplog.text
+    # The mask has not been passed, and cannot be guessed: the padding ends a text.
+    model.generate(inputs["input_ids"], **options)
+    assert "right-padding was detected" in caplog.text
+    caplog.clear()
+    config = GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=20, bos_token_id=13, eos_token_id=13)
+    GPT2LMHeadModel(config).generate(**inputs, **options)
+    assert "right-padding was detected" in caplog.text
 
 
 def new_tokens(generated: torch.Tensor, inputs: dict[str, torch.Tensor]) -> list[list[int]]:

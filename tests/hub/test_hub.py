@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
 from modeling_sumagg import (
+    SumAggConfig,
     SumAggForCausalLM,
     SumAggForMultimodalRegression,
     SumAggForSequenceClassification,
@@ -99,7 +100,7 @@ def test_the_card_says_what_was_run(tmp_path, model_class, config, pipeline_tag,
 @pytest.mark.parametrize(
     ("config", "length", "limit"),
     [
-        (sumagg_config(), "64 tokens", True),
+        (sumagg_config(position_embedding_type="learned"), "64 tokens", True),
         (sumagg_config(position_embedding_type="sinusoidal"), "unlimited", False),
         (tost_text_config(), "64 tokens", True),
         (tost_text_config(position_embedding_type="none"), "64 tokens", True),
@@ -134,9 +135,10 @@ def test_cards_of_other_tasks_do_not_generate():
 
 
 def test_state_size_is_what_the_cache_holds():
-    # 2 summation layers of 16 float64, and 1 attention layer with 2 x 16 float32 a token.
-    assert decode_state_size(build(SumAggForCausalLM, sumagg_config("hybrid"))) == (2 * 16 * 8, 2 * 16 * 4)
-    assert decode_state_size(build(SumAggForCausalLM, sumagg_config("pure"))) == (2 * 16 * 8, 0)
+    # 2 summation layers of 16 float64 and the weights of 2 heads, and 1 attention layer with 2 x 16 float32 a token.
+    assert decode_state_size(build(SumAggForCausalLM, sumagg_config("hybrid"))) == (2 * 18 * 8, 2 * 16 * 4)
+    plain = sumagg_config("pure", **SumAggConfig.values_before_decays)
+    assert decode_state_size(build(SumAggForCausalLM, plain)) == (2 * 16 * 8, 0)
     # 2 layers of 2 heads of 8 channels: two sums of squares a channel, and one of memberships a head.
     assert decode_state_size(build(ToSTForCausalLM, tost_text_config("pure"))) == (2 * (2 * 16 + 2) * 8, 0)
     assert decode_state_size(build(ToSTForImageClassification, tost_config())) is None

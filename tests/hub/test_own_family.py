@@ -28,7 +28,8 @@ def gated_sum(monkeypatch):
 
 def tiny(gated_sum):
     config = gated_sum.GatedSumConfig(**{key: getattr(sumagg_config(), key) for key in ("vocab_size", "layer_types")})
-    for name, size in {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}.items():
+    sizes = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "num_sum_heads": 2}
+    for name, size in sizes.items():
         setattr(config, name, size)
     return build(gated_sum.GatedSumForCausalLM, config)
 

