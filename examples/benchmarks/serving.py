@@ -46,6 +46,9 @@ class ServingArguments:
     concurrency: list[int] = field(default_factory=lambda: [1, 8, 32], metadata={"help": "Clients at once."})
     new_tokens: int = field(default=64, metadata={"help": "Tokens of an answer."})
     rounds: int = field(default=2, metadata={"help": "Requests of each client."})
+    repetitions: int = field(
+        default=3, metadata={"help": "Times that each load is put on each model; the median counts."}
+    )
     hidden_size: int = field(default=256, metadata={"help": "Width; heads have 64 channels."})
     num_hidden_layers: int = field(default=6, metadata={"help": "Blocks."})
     vocab_size: int = field(default=8192, metadata={"help": "Tokens of the vocabulary."})
@@ -229,11 +232,13 @@ def main() -> None:
         servers = {case: stack.enter_context(Server(arguments, case)) for case in arguments.cases}
         for case, server in servers.items():
             server.load(case, 16, max(arguments.concurrency), 1, 4)
-        for length, concurrency, (case, server) in itertools.product(
-            arguments.prompt_tokens, arguments.concurrency, servers.items()
-        ):
-            rows.append(server.load(case, length, concurrency, arguments.rounds, arguments.new_tokens))
-            print(rows[-1], flush=True)
+        for length, concurrency in itertools.product(arguments.prompt_tokens, arguments.concurrency):
+            runs: dict[str, list[Row]] = {case: [] for case in servers}
+            for _, (case, server) in itertools.product(range(arguments.repetitions), servers.items()):
+                runs[case].append(server.load(case, length, concurrency, arguments.rounds, arguments.new_tokens))
+            for case_runs in runs.values():
+                rows.append(sorted(case_runs, key=lambda row: row.tokens_per_second)[len(case_runs) // 2])
+                print(rows[-1], flush=True)
         parameters = {case: server.num_parameters for case, server in servers.items()}
 
     import vllm
