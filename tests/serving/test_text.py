@@ -103,7 +103,7 @@ def test_mixed_lengths(whole, model, prompts, texts):
 def test_chunks_of_64_tokens_and_preemption(chunked, model, prompts, texts):
     preempted = chunked.count("vllm:num_preemptions")
     assert_same(model, prompts, chunked.greedy(prompts, LENGTH), texts)
-    assert chunked.count("vllm:num_preemptions") > preempted
+    assert chunked.count("vllm:num_preemptions") > preempted or not has_states(model)
 
 
 def test_shared_prefixes_come_from_the_cache(chunked, model):
@@ -143,14 +143,15 @@ def test_a_broken_state_is_seen(chunked, model, prompts, texts, broken, monkeypa
         step.restart = torch.full_like(step.restart, broken == "nothing is carried on")
         return step
 
-    chosen = [i for i, prompt in enumerate(prompts) if 64 < len(prompt) < 300]
+    # What an earlier request left weighs most where few tokens have been added to it.
+    shortest, longest = (65, 300) if broken == "nothing is carried on" else (1, 64)
+    chosen = [i for i, prompt in enumerate(prompts) if shortest <= len(prompt) <= longest]
     some, expected = [prompts[i] for i in chosen], [texts[i] for i in chosen]
     monkeypatch.setattr(StepBuilder, "build", build_broken)
     chunked.llm.reset_prefix_cache()
     wrong = chunked.greedy(some, LENGTH)
     monkeypatch.undo()
     chunked.llm.reset_prefix_cache()
-    # Decays forget it again.
     assert sum(a != b for a, b in zip(wrong, expected, strict=True)) > 1
     assert_same(model, some, chunked.greedy(some, LENGTH), expected)
 
