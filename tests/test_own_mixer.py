@@ -1,4 +1,4 @@
-"""A mixer of one's own, `examples/own_mixer`, in every mode, against a loop over tokens in float64."""
+"""A mixer of one's own, as the README shows it, in every mode, against a loop over tokens in float64."""
 
 import copy
 import importlib
@@ -145,6 +145,13 @@ def padded(side):
 
 def close(actual, expected, tolerance=2e-5):
     torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_the_readme_shows_it():
+    section = (
+        (ROOT / "README.md").read_text(encoding="utf-8").partition("\n## Your own mixer\n")[2].partition("\n## ")[0]
+    )
+    assert section.count("```python\n" + SOURCE.read_text(encoding="utf-8") + "```\n") == 1
 
 
 @pytest.mark.parametrize("length", [1, 2, 7, 64, 300])

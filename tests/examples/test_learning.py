@@ -279,14 +279,22 @@ def test_runs_that_are_there_are_not_made_again(learning, tiny, run_main, texts,
     assert set(llama["versions"]) == {"torch", "transformers", "modeling-sumagg", "python"}
 
 
-def test_a_run_learns_and_depends_on_its_seed_alone(learning, tiny, texts, tmp_path):
+def test_a_run_learns_and_depends_on_its_seed_alone(learning, tiny, texts, monkeypatch):
     arguments = learning.LearningArguments(
         train_file=texts[1], validation_file=texts[3], cache_dir=texts[5], context=64, steps=30, device="cpu"
     )
     data = learning.load_data(arguments)
-    first, again = (learning.run(arguments, data, "llama", 0, 1e-2) for _ in range(2))
+    starts, optimizer_of = [], learning.optimizer_of
+
+    def recorded(model, *given):
+        starts.append(model.get_input_embeddings().weight.detach().clone())
+        return optimizer_of(model, *given)
+
+    monkeypatch.setattr(learning, "optimizer_of", recorded)
+    first, again, other = (learning.run(arguments, data, "llama", seed, 1e-2) for seed in (0, 0, 1))
     assert first["loss"] == again["loss"] and first["loss"] < first["curve"][0]["loss"] - 0.3
-    assert learning.run(arguments, data, "llama", 1, 1e-2)["loss"] != first["loss"]
+    assert torch.equal(starts[0], starts[1]) and not torch.equal(starts[0], starts[2])
+    assert other["loss"] != first["loss"]
 
 
 @pytest.mark.parametrize("task", ["recall", "copying"])
