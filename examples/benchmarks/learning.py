@@ -442,6 +442,8 @@ def build_model(name: str, scale: Scale, vocab_size: int, context: int, **adapte
         for layer, kind in zip(model.base_model.layers, model.config.layer_types, strict=True):
             if kind in model.config.recurrent_layer_types:
                 layer.mixer = MODELS[name].mixer(model.config).apply(model._init_weights)
+                if isinstance(layer.mixer, NoMixer):
+                    layer.mixer_norm = nn.Identity()
     return model
 
 

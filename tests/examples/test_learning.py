@@ -119,6 +119,18 @@ def test_sizes_that_do_not_match_are_an_error(learning, monkeypatch):
         learning.matched_sizes("mamba2", learning.SCALES["cpu"], 4096, 256)
 
 
+def test_every_parameter_of_every_model_is_trained(learning, tiny):
+    input_ids = torch.randint(300, (2, 64), generator=torch.Generator().manual_seed(0))
+    for name in learning.MODELS:
+        torch.manual_seed(0)
+        sizes = {"state_size": 8} if name == "mamba2" else {"intermediate_size": 24}
+        model = learning.build_model(name, tiny, 300, 64, **sizes).train()
+        losses, _ = learning.token_losses(model, input_ids, input_ids)
+        assert losses.mean().item() == pytest.approx(math.log(300), rel=0.1), name
+        losses.mean().backward()
+        assert [n for n, parameter in model.named_parameters() if parameter.grad is None] == [], name
+
+
 def test_deleted_mixers_leave_the_feed_forward_layers(learning, tiny):
     torch.manual_seed(0)
     layers = learning.build_model("hybrid-deleted", tiny, 300, 64).base_model.layers
