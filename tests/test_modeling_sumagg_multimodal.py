@@ -330,6 +330,7 @@ def test_a_checkpoint_carries_no_language_model(tmp_path):
     config().save_pretrained(tmp_path)
     assert {path.stem for path in tmp_path.glob("*.py")} == {
         "checks",
+        "configuration_fields",
         "configuration_sumagg_multimodal",
         "modeling_sumagg_multimodal",
         "positions",

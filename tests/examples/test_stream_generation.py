@@ -186,7 +186,10 @@ def _handles(pid: int, number: int) -> bool:
     [
         (GPT2Config(), "type 'gpt2' has no state of constant size"),
         (SumAggConfig(num_hidden_layers=2), r"Layers \[1\] of the model attend to the whole text"),
-        (SumAggConfig(num_hidden_layers=1, layer_types=["summation"]), r"after 1024 tokens \(learned positions\)"),
+        (
+            SumAggConfig(num_hidden_layers=1, layer_types=["summation"], position_embedding_type="learned"),
+            r"after 1024 tokens \(learned positions\)",
+        ),
         (ToSTTextConfig(position_embedding_type="sinusoidal"), r"after 1024 tokens \(use_membership_bias=True\)"),
     ],
     ids=["gpt2", "full attention", "learned positions", "membership bias"],
