@@ -30,6 +30,11 @@ def pytest_configure(config):
         config.addinivalue_line("markers", f"{marker}: of transformers' tests")
 
 
+def pytest_collection_modifyitems(items):
+    """The longest test first, so that no worker waits for it at the end."""
+    items.sort(key=lambda item: item.name != "test_every_step_prints_what_the_pages_show")
+
+
 def pytest_terminal_summary(terminalreporter):
     """One line per model class: how many of transformers' tests passed, were skipped and failed."""
     counts = defaultdict(Counter)
