@@ -47,6 +47,20 @@ def input_ids():
     return torch.randint(0, 61, (3, 12))
 
 
+@pytest.mark.parametrize("begins", [1, 3])
+def test_crop_goes_back_over_the_beginning_of_a_document(model, input_ids, begins):
+    position_ids = torch.tensor([[*range(6), *range(begins)]])
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(input_ids[:, :6], cache=cache)
+        cache.activate_past_recording()
+        model(input_ids[:, 6 : 6 + begins], position_ids=position_ids[:, 6:], cache=cache)
+        cache.crop(-begins)
+        actual = model(input_ids[:, 9:], position_ids=torch.arange(6, 9)[None], cache=cache).logits
+        expected = model(input_ids[:, [*range(6), 9, 10, 11]], use_cache=False).logits[:, 6:]
+    assert_close(actual, expected)
+
+
 @pytest.mark.parametrize("segments", [(12,), (5, 12), (5, 6, 9, 12), tuple(range(1, 13))])
 def test_crop_goes_back_to_any_recorded_token(model, input_ids, segments):
     for length in (0, 1, 4, 5, 7, 11, 12):

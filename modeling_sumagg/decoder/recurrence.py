@@ -104,10 +104,11 @@ class Call:
 
 
 class Record(NamedTuple):
-    """A call that `crop` can go back over, and the state that it found."""
+    """A call that `crop` can go back over, the state that it found, and the rows that dropped theirs `[B]`."""
 
     state: State | None
     call: Call
+    restart: torch.Tensor | None
 
 
 class RecurrentLayer(CacheLayerMixin):
@@ -166,10 +167,10 @@ class RecurrentLayer(CacheLayerMixin):
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states)
-        state = self._restarted(self.states.get(call.name), restart)
+        state = self.states.get(call.name)
         if self.record_past:
-            self.records.setdefault(call.name, []).append(Record(self._kept(state), call))
-        outputs, state = call.run(state)
+            self.records.setdefault(call.name, []).append(Record(self._kept(state), call, restart))
+        outputs, state = call.run(self._restarted(state, restart))
         self._hold(call.name, state)
         # A layer that runs several operators sees each token once.
         if call.name == next(iter(self.states)):
@@ -229,18 +230,23 @@ class RecurrentLayer(CacheLayerMixin):
         self.records = {}
         self.recorded = 0
 
-    @staticmethod
-    def _state_without_last(records: list[Record], length: int) -> State | None:
+    @classmethod
+    def _state_without_last(cls, records: list[Record], length: int) -> State | None:
         """The state before the last `length` tokens of all calls of one operator."""
         remaining = -length
         while remaining < 0:
-            state, call = records.pop()
+            state, call, restart = records.pop()
             remaining += call.length
         if remaining == 0:
             return state
         # `generate` goes back outside of the forward pass, where autograd may be on again.
         with torch.set_grad_enabled(call.inputs[0].requires_grad):
-            return call.first(remaining).run(state)[1]
+            call = call.first(remaining)
+            if restart is not None:
+                # A document begins with its first real token, which may be among those removed.
+                mask = call.arguments["attention_mask"]
+                restart = restart.to(mask.device) & mask.any(dim=1)
+            return call.run(cls._restarted(state, restart))[1]
 
     def get_seq_length(self) -> int:
         return self.cumulative_length
@@ -259,7 +265,10 @@ class RecurrentLayer(CacheLayerMixin):
 
         self.states = {name: of_state(state) for name, state in self.states.items()}
         self.records = {
-            name: [Record(of_state(state), call.map_batch(function)) for state, call in records]
+            name: [
+                Record(of_state(state), call.map_batch(function), None if restart is None else function(restart))
+                for state, call, restart in records
+            ]
             for name, records in self.records.items()
         }
         for state in self.states.values():
