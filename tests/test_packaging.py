@@ -4,6 +4,7 @@ import ast
 import graphlib
 import importlib.util
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -24,6 +25,7 @@ FLOORS = (
 )
 SCRIPT = """
 import json
+import re
 from pathlib import Path
 import torch
 import modeling_sumagg
@@ -135,5 +137,5 @@ def test_wheel(tmp_path):
         capture_output=True,
         text=True,
     )
-    assert "forward: [1, 8, 300], finite" in run.stdout and "card: text-generation" in run.stdout
+    assert re.search(r"forward: \[1, 8, \d+\], finite", run.stdout) and "card: text-generation" in run.stdout
     assert (tmp_path / "elsewhere" / "out" / "model.safetensors").is_file()
