@@ -8,7 +8,7 @@ import torch
 from accelerate import cpu_offload, disk_offload
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
-from testing import assert_close, build, tiny_config, tiny_inputs
+from testing import assert_close, build, dequantized, tiny_config, tiny_inputs
 from torch import nn
 from torch.ao.quantization import quantize_dynamic
 from torch.func import functional_call, grad, vmap
@@ -81,27 +81,6 @@ def test_dynamic_quantization(model_class):
     assert not any(type(module) is nn.Linear for module in quantized.modules())
     with torch.no_grad():
         assert_near(prediction(quantized, inputs), prediction(model, inputs), 0.2)
-
-
-def dequantized(quantized: nn.Module, model: nn.Module) -> nn.Module:
-    """The plain model with the weights that the quantized layers stand for."""
-    plain, count = copy.deepcopy(model), 0
-    for name, module in quantized.named_modules():
-        weight = getattr(module, "weight", None)
-        if hasattr(weight, "quant_state"):
-            from bitsandbytes.functional import dequantize_4bit
-
-            dense = dequantize_4bit(weight.data, weight.quant_state)
-        elif hasattr(weight, "SCB"):
-            dense = weight.CB.float() * weight.SCB[:, None] / 127
-        elif hasattr(weight, "qdata"):
-            dense = weight.dequantize()
-        else:
-            continue
-        plain.get_submodule(name).weight.data.copy_(dense)
-        count += 1
-    assert count >= 4
-    return plain
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])

@@ -1,5 +1,7 @@
 """What several tests share: tiny models, and a comparison relative to the size of the whole tensor."""
 
+import copy
+
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import Cache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast, set_seed
@@ -120,3 +122,24 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, rtol: float = 1e-
         error = (actual.detach().double() - expected.detach().double()).abs().max()
         limit = rtol * expected.detach().double().abs().max()
         assert error <= limit, f"off by {error:.3g}, allowed {limit:.3g}"
+
+
+def dequantized(quantized: torch.nn.Module, model: torch.nn.Module, at_least: int = 4) -> torch.nn.Module:
+    """The plain model with the weights that the quantized layers, `at_least` so many, stand for."""
+    plain, count = copy.deepcopy(model), 0
+    for name, module in quantized.named_modules():
+        weight = getattr(module, "weight", None)
+        if hasattr(weight, "quant_state"):
+            from bitsandbytes.functional import dequantize_4bit
+
+            dense = dequantize_4bit(weight.data, weight.quant_state)
+        elif hasattr(weight, "SCB"):
+            dense = weight.CB.float() * weight.SCB[:, None] / 127
+        elif hasattr(weight, "qdata"):
+            dense = weight.dequantize()
+        else:
+            continue
+        plain.get_submodule(name).weight.data.copy_(dense)
+        count += 1
+    assert count >= at_least
+    return plain

@@ -1,10 +1,8 @@
 """Text models whose linear layers are quantized: they compute what the plain model does with the weights so rounded."""
 
-import copy
-
 import pytest
 import torch
-from testing import assert_close
+from testing import assert_close, dequantized
 from torch import nn
 from torch.ao.quantization import quantize_dynamic
 from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup
@@ -25,27 +23,6 @@ def test_dynamic_quantization(kind):
     for inputs in INPUTS.values():
         inputs = inputs()
         assert_near(logits(quantized, inputs), logits(model, inputs), 0.1)
-
-
-def dequantized(quantized: nn.Module, model: nn.Module) -> nn.Module:
-    """The plain model with the weights that the quantized layers stand for."""
-    plain, count = copy.deepcopy(model), 0
-    for name, module in quantized.named_modules():
-        weight = getattr(module, "weight", None)
-        if hasattr(weight, "quant_state"):
-            from bitsandbytes.functional import dequantize_4bit
-
-            dense = dequantize_4bit(weight.data, weight.quant_state)
-        elif hasattr(weight, "SCB"):
-            dense = weight.CB.float() * weight.SCB[:, None] / 127
-        elif hasattr(weight, "qdata"):
-            dense = weight.dequantize()
-        else:
-            continue
-        plain.get_submodule(name).weight.data.copy_(dense)
-        count += 1
-    assert count >= 4 * model.config.num_hidden_layers
-    return plain
 
 
 def load_quantized(model, bits: str, dtype: torch.dtype, directory) -> nn.Module:
@@ -80,7 +57,7 @@ QUANTIZED = [
 def test_quantized_weights(kind, bits, dtype, tmp_path):
     model = tiny_model(kind, **SIZES)
     quantized = load_quantized(model, bits, dtype, tmp_path)
-    plain = dequantized(quantized, model.to(dtype))
+    plain = dequantized(quantized, model.to(dtype), at_least=4 * model.config.num_hidden_layers)
     for inputs in INPUTS.values():
         inputs = inputs()
         actual, expected = logits(quantized, inputs), logits(plain, inputs)
