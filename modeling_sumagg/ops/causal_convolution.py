@@ -2,7 +2,7 @@
 
 import torch
 
-from .documents import check_tokens, document_runs, ids_of_tokens
+from .documents import check_tokens, find_documents
 
 
 def causal_convolution(
@@ -61,48 +61,42 @@ def causal_convolution(
         )
     state = initial_state.to(x.dtype)
     mask = None if attention_mask is None else attention_mask.bool()
-    if state.dim() == 4 and document_ids is None:
-        raise ValueError("An `initial_state` for each document, [B, R, …], needs the `document_ids` of the tokens.")
+    documents = find_documents(document_ids, mask, have_states=state.dim() == 4)
     if length == 0:
         return x, state
+    ids = None
+    if documents is not None and state.dim() == 3 and length > 1:
+        ids = documents.starts.long().cumsum(dim=1)
     if state.dim() == 3 and (mask is None or length == 1):
         window = torch.cat([state, x], dim=1)
-        ids = None if document_ids is None or length == 1 else document_runs(document_ids, mask)
         y, last = _convolve(window, weight, bias, ids), window[:, length:]
         if mask is not None:
             last = torch.where(mask[..., None], last, state)
         elif ids is not None:
-            last = _of_last_document(last, ids)
+            last = _of_last_document(last, ids, ids.new_full((batch_size, 1), length))
         # A copy: a slice would keep the whole window in memory as long as the state.
         return y, last.clone()
 
     # The real tokens behind one another, those of each state behind it; column 0 takes what is masked.
     states = state if state.dim() == 4 else state[:, None]
     real = x.new_ones(x.shape[:2], dtype=torch.bool) if mask is None else mask
-    owners = ids_of_tokens(document_ids, mask).long() if state.dim() == 4 else torch.zeros_like(real, dtype=torch.long)
+    owners = None if documents is None else documents.state_ids
+    owners = torch.zeros_like(real, dtype=torch.long) if owners is None else owners
     counts = real.new_zeros(batch_size, states.shape[1], dtype=torch.long).scatter_add(1, owners, real.long())
     steps = torch.arange(states.shape[1] * past, device=x.device).unflatten(0, (-1, past))
     first = 1 + (counts.cumsum(dim=1) - counts)[..., None] + steps
     columns = torch.where(real, real.long().cumsum(dim=1) + (owners + 1) * past, 0)
     window = x.new_zeros(batch_size, 1 + states.shape[1] * past + length, hidden_size)
-    window = _scatter(window, columns, x)
-    window = _scatter(window, first.flatten(1), states.flatten(1, 2))[:, 1:]
-    ids = None
-    if document_ids is not None and state.dim() == 3:
-        ids = document_runs(document_ids, mask)
+    window = window.scatter(1, _channels(columns, x), x)
+    window = window.scatter(1, _channels(first.flatten(1), x), states.flatten(1, 2))[:, 1:]
+    if ids is not None:
         compact = torch.zeros_like(torch.cat([ids[:, :1], ids], dim=1))
         ids = compact.scatter(1, (columns - past).clamp(min=0), ids)[:, 1:]
-    y = _convolve(window, weight, bias, ids)
-    y = _gather(y, (columns - past - 1).clamp(min=0))
-    last = _gather(window, (first + counts[..., None] - 1).flatten(1)).unflatten(1, states.shape[1:3])
-    if state.dim() == 3:
-        last = last[:, 0]
-        if ids is not None:
-            # The document of each of the last columns, where that of the first token goes on before it.
-            before = ids[:, :1].expand(-1, past)
-            last_ids = torch.cat([before, ids], dim=1).gather(1, counts + steps[0])
-            last = last.masked_fill((last_ids != last_ids[:, -1:])[..., None], 0)
-    return y, last
+    y = _convolve(window, weight, bias, ids).gather(1, _channels((columns - past - 1).clamp(min=0), x))
+    last = window.gather(1, _channels((first + counts[..., None] - 1).flatten(1), x)).unflatten(1, states.shape[1:3])
+    if state.dim() == 4:
+        return y, last
+    return y, last[:, 0] if ids is None else _of_last_document(last[:, 0], ids, counts)
 
 
 def _convolve(
@@ -121,7 +115,7 @@ def _convolve(
     if length == 1:
         return (y + (window.to(dtype) * weight.T).sum(dim=1, keepdim=True)).to(window.dtype)
     if ids is not None:
-        sources = torch.cat([ids[:, :1].expand(-1, past), ids], dim=1)
+        sources = _of_window(ids, past)
     for tap in range(taps):
         x = window[:, tap : tap + length].to(dtype)
         if ids is not None and tap < past:
@@ -130,15 +124,17 @@ def _convolve(
     return y.to(window.dtype)
 
 
-def _of_last_document(last: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """The last inputs `[B, k - 1, D]`, those zero that belong to another document than the last of the `ids` `[B, T]`."""
-    padded = torch.cat([ids[:, :1].expand(-1, last.shape[1]), ids], dim=1)[:, ids.shape[1] :]
-    return last.masked_fill((padded != padded[:, -1:])[..., None], 0)
+def _of_window(ids: torch.Tensor, past: int) -> torch.Tensor:
+    """The documents `[B, past + T]` of a window: what is before the tokens belongs to the first of their `ids` `[B, T]`."""
+    return torch.cat([ids[:, :1].expand(-1, past), ids], dim=1)
 
 
-def _scatter(window: torch.Tensor, columns: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    return window.scatter(1, columns[..., None].expand(-1, -1, x.shape[2]), x)
+def _of_last_document(last: torch.Tensor, ids: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """The inputs `last` `[B, k - 1, D]` before token `counts` `[B, 1]`, zero where they belong to an earlier document."""
+    past = last.shape[1]
+    ids = _of_window(ids, past).gather(1, counts + torch.arange(past, device=ids.device))
+    return last.masked_fill((ids != ids[:, -1:])[..., None], 0)
 
 
-def _gather(window: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    return window.gather(1, columns[..., None].expand(-1, -1, window.shape[2]))
+def _channels(columns: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return columns[..., None].expand(-1, -1, x.shape[2])
