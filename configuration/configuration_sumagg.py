@@ -32,7 +32,8 @@ class SumAggConfig(TextConfig):
             (`"post"`, as published).
         rope_parameters (`dict`, *optional*, defaults to rotary positions with `rope_theta=10000.0`): those of the
             attention layers ([`TextConfig`]); published: `None`.
-        sum_decay (`str`, defaults to `"input"`): the decays of the sums ([`TextConfig`]); published: `"none"`.
+        sum_decay (`str`, *optional*): the decays of the sums ([`TextConfig`]); `"input"` by default, and `"none"` with
+            `sum_normalization="sqrt"`; published: `"none"`.
         num_sum_heads (`int`, *optional*, defaults to `num_attention_heads`): heads of the sums, each with a decay of its
             own; must divide `hidden_size`.
         sum_normalization (`str`, *optional*): divide the sum over `n` tokens by `n` (`"mean"`, the default with decays), by
@@ -93,7 +94,7 @@ class SumAggConfig(TextConfig):
     position_bias: float | int = 2.0
     rope_parameters: dict[str, Any] | None = field(default_factory=lambda: {"rope_type": "default"})
     norm_position: Literal["pre", "post"] = "pre"
-    sum_decay: Literal["none", "learned", "input"] = "input"
+    sum_decay: Literal["none", "learned", "input"] | None = None  # type: ignore[assignment]
     num_sum_heads: int | None = None
     sum_normalization: Literal["none", "mean", "sqrt"] | None = None
     sum_gate: bool = True
@@ -103,6 +104,8 @@ class SumAggConfig(TextConfig):
     def __post_init__(self, **kwargs):
         if self.num_sum_heads is None:
             self.num_sum_heads = self.num_attention_heads
+        if self.sum_decay is None:
+            self.sum_decay = "none" if self.sum_normalization == "sqrt" else "input"
         if self.sum_normalization is None:
             self.sum_normalization = "sqrt" if self.sum_decay == "none" else "mean"
         super().__post_init__(**kwargs)

@@ -157,9 +157,9 @@ class TextConfig(NamedFields, PreTrainedConfig):
 
     @staticmethod
     def _check_rope_type(rope_parameters: dict[str, Any]) -> None:
-        unknown = sorted(rope_parameters.keys() - {"rope_type", "rope_theta", "factor"})
         rope_type = rope_parameters.get("rope_type", "default")
-        if unknown or rope_type not in ROPE_TYPES:
+        known = {"rope_type", "rope_theta", *(["factor"] if rope_type == "linear" else [])}
+        if rope_type not in ROPE_TYPES or rope_parameters.keys() - known:
             raise ValueError(
                 f"`rope_parameters` may have a `rope_type` of {list(ROPE_TYPES)}, `rope_theta` and, with 'linear', a "
                 f"`factor`, one of each for all attention layers; got {rope_parameters}. Other types change with the length "

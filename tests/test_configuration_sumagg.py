@@ -21,6 +21,18 @@ def test_every_layer_sums_but_the_last_by_default():
     assert SumAggConfig(num_hidden_layers=0).layer_types == []
 
 
+def test_sums_decay_unless_they_are_normalised_by_the_root_of_their_number():
+    for given, (decay, normalization) in (
+        ({}, ("input", "mean")),
+        ({"sum_normalization": "sqrt"}, ("none", "sqrt")),
+        ({"sum_normalization": "none"}, ("input", "none")),
+        ({"sum_decay": "none"}, ("none", "sqrt")),
+        ({"sum_decay": "learned"}, ("learned", "mean")),
+    ):
+        config = SumAggConfig(**given)
+        assert (config.sum_decay, config.sum_normalization) == (decay, normalization)
+
+
 @pytest.mark.parametrize("layers", LAYER_TYPES)
 def test_round_trip_through_a_file(layers, tmp_path):
     config = sumagg_config(layers, sum_normalization="mean", pooling="last", num_labels=7)
@@ -57,13 +69,17 @@ def test_round_trip_through_a_file(layers, tmp_path):
         ({"sum_decay_min": 4, "sum_decay_max": 2.0}, "got 4 and 2.0 tokens"),
         ({"num_sum_heads": 5}, "`num_sum_heads` must divide `hidden_size`, got 5 heads for a width of 768"),
         (
-            {"sum_normalization": "sqrt"},
+            {"sum_normalization": "sqrt", "sum_decay": "input"},
             "for sums without decays, and `sum_decay` is 'input': choose 'mean' or 'none'",
         ),
         ({"conv_kernel_size": 1}, "`conv_kernel_size` must be at least 2, or None, got 1"),
         ({"conv_kernel_size": 4, "is_causal": False}, "`conv_kernel_size` = 4 is for causal models"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "'default', 'linear'.*got .*'dynamic'"),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "one of each for all attention layers"),
+        (
+            {"rope_parameters": {"rope_type": "default", "factor": 2.0}},
+            "with 'linear', a `factor`.*got .*'factor': 2.0",
+        ),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "got .*partial_rotary_factor"),
         ({"hidden_size": 15, "num_attention_heads": 3}, "even width of attention heads, got 15 / 3"),
     ],

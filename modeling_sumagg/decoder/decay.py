@@ -32,13 +32,12 @@ class SumDecay(nn.Module):
         dtype = torch.promote_types(hidden_states.dtype, torch.float32)
         # Tensor parallelism shards a bare parameter, and leaves it to its module to take its own part.
         logit = self.logit.to_local() if hasattr(self.logit, "to_local") else self.logit
-        logit = logit.to(dtype)
-        if self.proj is not None:
-            logit = self.proj(hidden_states).to(dtype) + logit
-        log_decay, rest = F.logsigmoid(logit), (-logit).sigmoid()
         if self.proj is None:
-            return tuple(x.expand(1, hidden_states.shape[1], -1) for x in (log_decay, rest))
-        return log_decay, rest
+            logits = logit.to(dtype).expand(1, hidden_states.shape[1], -1)
+        else:
+            # In the dtype of the decays: float32 in a model that was loaded in float16.
+            logits = self.proj(hidden_states.to(logit.dtype)).to(dtype) + logit.to(dtype)
+        return F.logsigmoid(logits), (-logits).sigmoid()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

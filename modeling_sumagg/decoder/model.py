@@ -50,6 +50,8 @@ class DecoderPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    # Neither rounded to float16 nor quantized: a decay near 1 is told from 1 by its last digits.
+    _keep_in_fp32_modules = ["decay.proj", "decay.logit"]
     # transformers looks for the call of the attention interface in the file of a model; ours is in `attention.py`.
     _can_set_attn_implementation_cached_value = True
 
