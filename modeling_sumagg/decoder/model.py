@@ -50,8 +50,6 @@ class DecoderPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    # Neither rounded to float16 nor quantized: a decay near 1 is told from 1 by its last digits.
-    _keep_in_fp32_modules = ["decay.proj", "decay.logit"]
     # transformers looks for the call of the attention interface in the file of a model; ours is in `attention.py`.
     _can_set_attn_implementation_cached_value = True
 
@@ -70,6 +68,11 @@ class DecoderPreTrainedModel(PreTrainedModel):
         # `from_pretrained(..., num_hidden_layers=...)` sets attributes of a config that was valid before.
         config.validate()
         warn_of_untested_transformers()
+
+    def post_init(self) -> None:
+        # Neither rounded to float16 nor quantized: a decay near 1 is told from 1 by its last digits.
+        self._keep_in_fp32_modules = [name for name, module in self.named_modules() if isinstance(module, SumDecay)]
+        super().post_init()
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
