@@ -29,35 +29,31 @@ from peft import TaskType
 from torch.nn import functional as F
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     DataCollatorForSeq2Seq,
     DataCollatorWithFlattening,
     EvalPrediction,
-    GPT2Tokenizer,
     HfArgumentParser,
     PreTrainedTokenizerBase,
-    Trainer,
     TrainingArguments,
     default_data_collator,
     set_seed,
 )
-from transformers.integrations import unset_hf_deepspeed_config
 
 from modeling_sumagg.embedded_data import standard_library_sources
-from modeling_sumagg.families import FAMILIES
-from modeling_sumagg.hub import save_model_card
 from modeling_sumagg.plots import plot_training
 from modeling_sumagg.scripts import (
     DataArguments,
+    DecayTrainer,
     TextModelArguments,
     add_adapters,
     load_config,
     load_model,
     load_splits,
+    load_tokenizer,
     model_max_length,
+    save_checked,
     user_errors,
 )
-from modeling_sumagg.training import decay_parameter_names
 
 
 # A model for a few minutes on two cores, with the mixers that a config has by default: decayed, gated sums and one layer
@@ -85,11 +81,6 @@ class TextArguments(DataArguments):
             "another. padded: a document a row, padded."
         },
     )
-
-
-class DecayTrainer(Trainer):
-    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
-        return decay_parameter_names(model)
 
 
 def to_sequences(
@@ -173,13 +164,7 @@ def main() -> None:
             streaming=data_arguments.streaming,
             held_out_rows=data_arguments.held_out_rows,
         )
-        name = model_arguments.tokenizer_name or model_arguments.model_name_or_path
-        if name is not None:
-            tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
-        else:
-            tokenizer = GPT2Tokenizer(pad_token="<|endoftext|>", padding_side="left").train_new_from_iterator(
-                (row["text"] or "" for row in splits["train"]), model_arguments.vocab_size
-            )
+        tokenizer = load_tokenizer(model_arguments, (row["text"] or "" for row in splits["train"]))
         config = load_config(model_arguments, SMALL_MODEL, tokenizer)
         model = load_model(AutoModelForCausalLM, model_arguments, config)
         sequences = splits.map(
@@ -237,29 +222,13 @@ def main() -> None:
     seen = training_arguments.max_steps * training_arguments.train_batch_size * training_arguments.world_size
     seen = seen * training_arguments.gradient_accumulation_steps if data_arguments.streaming else None
     baselines["unigram frequencies"] = unigram_perplexity(itertools.islice(train, seen), validation, config.vocab_size)
-    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        # What was trained is in pieces, and one process alone cannot run it.
-        unset_hf_deepspeed_config()
-        model = AutoModelForCausalLM.from_pretrained(folder)
-    names = ("learning_rate", "lr_scheduler_type", "weight_decay", "per_device_train_batch_size", "seed")
-    card = {
-        "dataset_name": source,
-        "metrics": {"perplexity": metrics["eval_perplexity"]},
-        "baselines": {name: {"perplexity": value} for name, value in baselines.items()},
-        "hyperparameters": {name: getattr(training_arguments, name) for name in names},
-        "steps": trainer.state.global_step,
-    }
-    saved = {folder: model}
-    if model_arguments.lora_rank:
-        # One model without adapters, which any Auto class loads.
-        saved[folder / "merged"] = copy.deepcopy(model).merge_and_unload()
-        saved[folder / "merged"].save_pretrained(folder / "merged")
-        tokenizer.save_pretrained(folder / "merged")
-    # A baseline of another library has no card of ours.
-    for place, each in saved.items() if config.model_type in FAMILIES else ():
-        print(f"\nThe check of {place}, where this package is not installed:")
-        save_model_card(each, place, **card)
+    save_checked(
+        trainer,
+        AutoModelForCausalLM,
+        dataset_name=source,
+        metrics={"perplexity": metrics["eval_perplexity"]},
+        baselines={name: {"perplexity": value} for name, value in baselines.items()},
+    )
     plot_training(
         trainer.state.log_history,
         folder / "training.png",

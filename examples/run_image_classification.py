@@ -9,7 +9,6 @@ Without arguments: a small ToST on the handwritten digits of scikit-learn, which
     python run_image_classification.py --train_dir photos/train --model_name_or_path runs/photos --lora_rank 8
 """
 
-import copy
 import io
 import os
 from dataclasses import dataclass, field
@@ -32,21 +31,18 @@ from transformers import (
     DefaultDataCollator,
     EvalPrediction,
     HfArgumentParser,
-    Trainer,
     TrainingArguments,
     set_seed,
 )
-from transformers.integrations import unset_hf_deepspeed_config
 
 # The top-level name is missing from transformers 5.17 where torchvision is.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from modeling_sumagg.embedded_data import handwritten_digits
-from modeling_sumagg.families import FAMILIES
-from modeling_sumagg.hub import save_model_card
 from modeling_sumagg.modeling_tost import tost_image_processor
 from modeling_sumagg.plots import plot_training
 from modeling_sumagg.scripts import (
+    DecayTrainer,
     LabelledDataArguments,
     ModelArguments,
     add_adapters,
@@ -54,9 +50,9 @@ from modeling_sumagg.scripts import (
     load_config,
     load_model,
     load_splits,
+    save_checked,
     user_errors,
 )
-from modeling_sumagg.training import decay_parameter_names
 
 
 # A model for a minute or two on two cores; `--config_overrides` changes it.
@@ -73,11 +69,6 @@ SMALL_MODEL = {
 @dataclass
 class ImageArguments(LabelledDataArguments):
     image_column_name: str = field(default="image", metadata={"help": "Column with the images."})
-
-
-class DecayTrainer(Trainer):
-    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
-        return decay_parameter_names(model)
 
 
 def check_images(splits: DatasetDict) -> None:
@@ -209,29 +200,13 @@ def main() -> None:
         return
 
     baselines |= baseline_accuracies(images)
-    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        # What was trained is in pieces, and one process alone cannot run it.
-        unset_hf_deepspeed_config()
-        model = AutoModelForImageClassification.from_pretrained(folder)
-    fields = ("learning_rate", "lr_scheduler_type", "weight_decay", "per_device_train_batch_size", "seed")
-    card = {
-        "dataset_name": f"{source}, {held_out[-1]} split",
-        "metrics": {"accuracy": accuracies[held_out[-1]]},
-        "baselines": {name: {"accuracy": by_split[held_out[-1]]} for name, by_split in baselines.items()},
-        "hyperparameters": {name: getattr(training_arguments, name) for name in fields},
-        "steps": trainer.state.global_step,
-    }
-    saved = {folder: model}
-    if model_arguments.lora_rank:
-        # One model without adapters, which any Auto class loads.
-        saved[folder / "merged"] = copy.deepcopy(model).merge_and_unload()
-        saved[folder / "merged"].save_pretrained(folder / "merged")
-        image_processor.save_pretrained(folder / "merged")
-    # A baseline of another library has no card of ours.
-    for place, each in saved.items() if config.model_type in FAMILIES else ():
-        print(f"\nThe check of {place}, where this package is not installed:")
-        save_model_card(each, place, **card)
+    save_checked(
+        trainer,
+        AutoModelForImageClassification,
+        dataset_name=f"{source}, {held_out[-1]} split",
+        metrics={"accuracy": accuracies[held_out[-1]]},
+        baselines={name: {"accuracy": by_split[held_out[-1]]} for name, by_split in baselines.items()},
+    )
     plot_training(
         trainer.state.log_history,
         folder / "training.png",

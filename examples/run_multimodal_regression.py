@@ -25,17 +25,14 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import numpy as np
 import torch
-from datasets import Dataset, DatasetDict
-from matplotlib.figure import Figure
+from datasets import DatasetDict
 from sklearn.linear_model import RidgeCV
 from sklearn.metrics import r2_score, root_mean_squared_error
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     EvalPrediction,
-    GPT2Tokenizer,
     HfArgumentParser,
     PreTrainedConfig,
     Trainer,
@@ -45,19 +42,21 @@ from transformers import (
 
 from modeling_sumagg import DataCollatorForMultimodalRegression
 from modeling_sumagg.embedded_data import SIGNATURE_COLUMNS, standard_library_functions
-from modeling_sumagg.hub import save_model_card
-from modeling_sumagg.plots import plot_training
+from modeling_sumagg.plots import plot_predictions, plot_training
 from modeling_sumagg.scripts import (
+    DecayTrainer,
     LabelledDataArguments,
     TextModelArguments,
     add_adapters,
     load_config,
     load_model,
     load_splits,
+    load_tokenizer,
     model_max_length,
+    save_checked,
     user_errors,
 )
-from modeling_sumagg.training import decay_parameter_names
+from modeling_sumagg.training import feature_statistics
 
 
 # The published form at half the width, which is enough for a few thousand rows.
@@ -77,11 +76,6 @@ class RowArguments(LabelledDataArguments):
             self.numeric_column_names = SIGNATURE_COLUMNS
         if not self.numeric_column_names:
             raise ValueError("Name the columns with the numbers to predict from: --numeric_column_names.")
-
-
-class DecayTrainer(Trainer):
-    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        return decay_parameter_names(model)
 
 
 class ConcatenationBaseline(nn.Module):
@@ -139,16 +133,6 @@ def to_numbers(row: dict, index: int, columns: list[str]) -> dict:
     return {"text": text, "numeric_features": [to_number(row[column]) for column in columns], "labels": label}
 
 
-def statistics(train: Dataset) -> dict[str, list[float]]:
-    """Means and standard deviations of the training data, for the config; 1 for the deviation of a constant."""
-    values = {}
-    for name, column in (("numeric", "numeric_features"), ("label", "labels")):
-        rows = np.array(train[column], dtype=float).reshape(len(train), -1)
-        mean, std = np.nanmean(rows, axis=0), np.nanstd(rows, axis=0)
-        values |= {f"{name}_mean": mean.tolist(), f"{name}_std": np.where(std > 0, std, 1).tolist()}
-    return values
-
-
 def ridge_predictions(splits: DatasetDict, config: PreTrainedConfig) -> dict[str, np.ndarray]:
     """What a ridge regression on the standardised numbers predicts; a number that is not given is the mean."""
     x = {}
@@ -165,20 +149,6 @@ def scores(outputs: EvalPrediction) -> dict[str, float]:
         "r2": r2_score(outputs.label_ids, predictions),
         "rmse": root_mean_squared_error(outputs.label_ids, predictions),
     }
-
-
-def plot_predictions(predictions: dict[str, np.ndarray], labels: np.ndarray, label_name: str, path: Path) -> None:
-    """Predictions over labels, a panel for each model, with the line on which they agree."""
-    figure = Figure(figsize=(4 * len(predictions), 4.2), layout="constrained")
-    panels = figure.subplots(1, len(predictions), sharex=True, sharey=True)
-    for index, (axes, (name, values)) in enumerate(zip(panels, predictions.items(), strict=True)):
-        axes.scatter(labels, values, s=8, alpha=0.4, color=f"C{index}", edgecolors="none")
-        axes.axline((labels.mean(), labels.mean()), slope=1, color="black", linewidth=1)
-        axes.set_title(f"{name}\nR² {r2_score(labels, values):.3f}", color=f"C{index}", fontsize=11)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.supxlabel(f"{label_name}, true (black line: predicted = true)")
-    panels[0].set_ylabel("predicted")
-    figure.savefig(path, dpi=120)
 
 
 def main() -> None:
@@ -223,14 +193,8 @@ def main() -> None:
         splits = splits.map(
             to_numbers, with_indices=True, fn_kwargs={"columns": numeric}, remove_columns=[*numeric, "label"]
         )
-        name = model_arguments.tokenizer_name or model_arguments.model_name_or_path
-        if name is not None:
-            tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
-        else:
-            tokenizer = GPT2Tokenizer(pad_token="<|endoftext|>", padding_side="left").train_new_from_iterator(
-                splits["train"]["text"], model_arguments.vocab_size, length=len(splits["train"])
-            )
-        facts = {"num_numeric_features": len(numeric), **statistics(splits["train"])}
+        tokenizer = load_tokenizer(model_arguments, splits["train"]["text"])
+        facts = {"num_numeric_features": len(numeric), **feature_statistics(splits["train"])}
         config = load_config(model_arguments, SMALL_MODEL, tokenizer, **facts)
         model = load_model(AutoModelForSequenceClassification, model_arguments, config)
 
@@ -309,26 +273,14 @@ def main() -> None:
         label_name,
         folder / "predictions.png",
     )
-    fields = ("learning_rate", "lr_scheduler_type", "weight_decay", "per_device_train_batch_size", "seed")
-    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-    saved = {folder: model}
-    if model_arguments.lora_rank:
-        # One model without adapters, which any Auto class loads.
-        saved[folder / "merged"] = copy.deepcopy(model).merge_and_unload()
-        saved[folder / "merged"].save_pretrained(folder / "merged")
-        tokenizer.save_pretrained(folder / "merged")
-    for place, each in saved.items():
-        print(f"\nThe check of {place}, where this package is not installed:")
-        save_model_card(
-            each,
-            place,
-            dataset_name=f"{source}, {last} split",
-            metrics=results[name][last],
-            baselines={key: by_split[last] for key, by_split in baselines.items()},
-            hyperparameters={field: getattr(training_arguments, field) for field in fields},
-            steps=trainer.state.global_step,
-            units={"rmse": label_name},
-        )
+    save_checked(
+        trainer,
+        AutoModelForSequenceClassification,
+        dataset_name=f"{source}, {last} split",
+        metrics=results[name][last],
+        baselines={key: by_split[last] for key, by_split in baselines.items()},
+        units={"rmse": label_name},
+    )
 
     print(f"\nOn the {last} split ({len(labels[last])} rows), RMSE in the unit of {label_name}:")
     print(f"  {'R²':>7}  {'RMSE':>9}")

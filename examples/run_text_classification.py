@@ -30,23 +30,19 @@ from sklearn.metrics import accuracy_score
 from sklearn.pipeline import make_pipeline
 from transformers import (
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     DataCollatorWithPadding,
     EvalPrediction,
-    GPT2Tokenizer,
     HfArgumentParser,
     PreTrainedTokenizerBase,
-    Trainer,
     TrainingArguments,
     set_seed,
 )
-from transformers.integrations import unset_hf_deepspeed_config
 
 from modeling_sumagg.embedded_data import standard_library_packages
 from modeling_sumagg.families import FAMILIES
-from modeling_sumagg.hub import save_model_card
 from modeling_sumagg.plots import plot_training
 from modeling_sumagg.scripts import (
+    DecayTrainer,
     LabelledDataArguments,
     TextModelArguments,
     add_adapters,
@@ -54,10 +50,11 @@ from modeling_sumagg.scripts import (
     load_config,
     load_model,
     load_splits,
+    load_tokenizer,
     model_max_length,
+    save_checked,
     user_errors,
 )
-from modeling_sumagg.training import decay_parameter_names
 
 
 # The published classifier, no blocks at all, but for the mean instead of the sum, dropout, and positions without end.
@@ -78,11 +75,6 @@ SMALL_CLASSIFIER = {
 class DocumentArguments(LabelledDataArguments):
     text_column_name: str = field(default="text", metadata={"help": "Column with the texts."})
     max_length: int = field(default=1024, metadata={"help": "Tokens of a document to train on; the rest is cut off."})
-
-
-class DecayTrainer(Trainer):
-    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
-        return decay_parameter_names(model)
 
 
 def to_tokens(texts: list, tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, list[list[int]]]:
@@ -152,13 +144,7 @@ def main() -> None:
         columns = {"text": data_arguments.text_column_name, "label": data_arguments.label_column_name}
         splits = load_splits(data_arguments, standard_library_packages, columns, seed=training_arguments.seed)
         splits, names = encode_labels(splits)
-        name = model_arguments.tokenizer_name or model_arguments.model_name_or_path
-        if name is not None:
-            tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
-        else:
-            tokenizer = GPT2Tokenizer(pad_token="<|endoftext|>", padding_side="left").train_new_from_iterator(
-                map(as_text, splits["train"]["text"]), model_arguments.vocab_size, length=len(splits["train"])
-            )
+        tokenizer = load_tokenizer(model_arguments, map(as_text, splits["train"]["text"]))
         labels = {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
         config = load_config(model_arguments, SMALL_CLASSIFIER, tokenizer, **labels)
         model = load_model(AutoModelForSequenceClassification, model_arguments, config)
@@ -211,29 +197,14 @@ def main() -> None:
         return
 
     baselines |= baseline_accuracies(splits)
-    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        # What was trained is in pieces, and one process alone cannot run it.
-        unset_hf_deepspeed_config()
-        model = AutoModelForSequenceClassification.from_pretrained(folder)
-    fields = ("learning_rate", "lr_scheduler_type", "weight_decay", "per_device_train_batch_size", "seed")
-    card = {
-        "dataset_name": f"{source}, {held_out[-1]} split",
-        "metrics": {"accuracy": accuracies[held_out[-1]]},
-        "baselines": {name: {"accuracy": by_split[held_out[-1]]} for name, by_split in baselines.items()},
-        "hyperparameters": {name: getattr(training_arguments, name) for name in fields} | {"max_length": max_length},
-        "steps": trainer.state.global_step,
-    }
-    saved = {folder: model}
-    if model_arguments.lora_rank:
-        # One model without adapters, which any Auto class loads.
-        saved[folder / "merged"] = copy.deepcopy(model).merge_and_unload()
-        saved[folder / "merged"].save_pretrained(folder / "merged")
-        tokenizer.save_pretrained(folder / "merged")
-    # A baseline of another library has no card of ours.
-    for place, each in saved.items() if config.model_type in FAMILIES else ():
-        print(f"\nThe check of {place}, where this package is not installed:")
-        save_model_card(each, place, **card)
+    save_checked(
+        trainer,
+        AutoModelForSequenceClassification,
+        hyperparameters={"max_length": max_length},
+        dataset_name=f"{source}, {held_out[-1]} split",
+        metrics={"accuracy": accuracies[held_out[-1]]},
+        baselines={name: {"accuracy": by_split[held_out[-1]]} for name, by_split in baselines.items()},
+    )
     plot_training(
         trainer.state.log_history,
         folder / "training.png",

@@ -8,6 +8,8 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 
 try:
     from matplotlib.axes import Axes
@@ -67,6 +69,31 @@ def plot_training(
         _draw(panels[1], log_history, [(f"eval_{metric}", model_name, "C0", "-")], baselines or {}, steps)
         name, unit = METRICS.get(metric, (metric, ""))
         panels[1].set(title=f"{name} on the validation split", ylabel=f"{name} ({unit})" if unit else name)
+    figure.savefig(path, dpi=120)
+
+
+def plot_predictions(
+    predictions: dict[str, np.ndarray], labels: np.ndarray, label_name: str, path: str | os.PathLike
+) -> None:
+    """
+    Draw the predictions of a regression over the labels, a panel for each model, with the line on which they agree.
+
+    Args:
+        predictions (`dict[str, np.ndarray]`): by the name of a model, its predictions `[N]`.
+        labels (`np.ndarray` of shape `[N]`): the true values.
+        label_name (`str`): what they are, with the unit.
+        path (`str` or `os.PathLike`): the PNG to write.
+    """
+    figure = Figure(figsize=(4 * len(predictions), 4.2), layout="constrained")
+    panels = figure.subplots(1, len(predictions), sharex=True, sharey=True, squeeze=False)[0]
+    for index, (axes, (name, values)) in enumerate(zip(panels, predictions.items(), strict=True)):
+        r2 = 1 - np.mean((labels - values) ** 2) / np.var(labels)
+        axes.scatter(labels, values, s=8, alpha=0.4, color=f"C{index}", edgecolors="none")
+        axes.axline((labels.mean(), labels.mean()), slope=1, color="black", linewidth=1)
+        axes.set_title(f"{name}\nR² {r2:.3f}", color=f"C{index}", fontsize=11)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.supxlabel(f"{label_name}, true (black line: predicted = true)")
+    panels[0].set_ylabel("predicted")
     figure.savefig(path, dpi=120)
 
 

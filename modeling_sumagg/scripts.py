@@ -6,26 +6,35 @@ It needs what the example scripts need: `pip install 'modeling-sumagg[examples]'
 """
 
 import contextlib
+import copy
 import difflib
 import json
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
+from torch import nn
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
+    AutoTokenizer,
+    GPT2Tokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    Trainer,
 )
+from transformers.integrations import unset_hf_deepspeed_config
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from .configuration import TextConfig, preset_path
+from .families import FAMILIES
+from .hub import save_model_card
+from .training import decay_parameter_names
 
 
 try:
@@ -43,6 +52,17 @@ LOADERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".parquet": ("parquet", {}),
     ".txt": ("text", {"sample_by": "document"}),
 }
+
+
+# What a card says of how a model was trained.
+HYPERPARAMETERS = ("learning_rate", "lr_scheduler_type", "weight_decay", "per_device_train_batch_size", "seed")
+
+
+class DecayTrainer(Trainer):
+    """[`~transformers.Trainer`] with weight decay on what [`decay_parameter_names`] names, as in the original models."""
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        return decay_parameter_names(model)
 
 
 @dataclass
@@ -199,6 +219,15 @@ def _nearest(name: str, known: Any) -> str:
     return f" Did you mean {matches[0]!r}?" if matches else ""
 
 
+def load_tokenizer(arguments: TextModelArguments, texts: Iterable[str]) -> PreTrainedTokenizerBase:
+    """The tokenizer that the arguments name, or the checkpoint's, or a byte-level BPE learned from `texts`."""
+    name = arguments.tokenizer_name or arguments.model_name_or_path
+    if name is not None:
+        return AutoTokenizer.from_pretrained(name, padding_side="left")
+    tokenizer = GPT2Tokenizer(pad_token="<|endoftext|>", padding_side="left")
+    return tokenizer.train_new_from_iterator(texts, arguments.vocab_size)
+
+
 def load_model(auto_class: Any, arguments: ModelArguments, config: PreTrainedConfig) -> PreTrainedModel:
     """The checkpoint's weights in a model of `auto_class`, with a new head for other classes, or a new model."""
     options = {"dtype": arguments.dtype, "attn_implementation": arguments.attn_implementation}
@@ -225,6 +254,39 @@ def add_adapters(model: PreTrainedModel, arguments: ModelArguments, **options) -
     trained, total = adapted.get_nb_trainable_parameters()
     print(f"LoRA trains {trained:,} of {total:,} parameters.")
     return adapted
+
+
+def save_checked(trainer: Trainer, auto_class: Any, hyperparameters: dict[str, Any] | None = None, **card) -> None:
+    """
+    Write the card of what `trainer` has trained and saved, and check that it loads where this package is not installed.
+
+    Of adapters also save, in the folder `merged`, the model that they make, which any Auto class loads. A baseline of
+    another library gets no card.
+
+    Args:
+        trainer (`Trainer`): after training; its `output_dir` is the folder.
+        auto_class: the Auto class of the model, which reads it again where it was trained in pieces.
+        hyperparameters (`dict`, *optional*): for the card, beside those of `trainer.args`.
+        card: the other arguments of [`~modeling_sumagg.hub.save_model_card`].
+    """
+    folder = Path(trainer.args.output_dir)
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        # One process alone cannot run the pieces.
+        unset_hf_deepspeed_config()
+        model = auto_class.from_pretrained(folder)
+    saved = {folder: model}
+    if isinstance(model, PeftModel):
+        merged = folder / "merged"
+        saved[merged] = copy.deepcopy(model).merge_and_unload()
+        saved[merged].save_pretrained(merged)
+        trainer.processing_class.save_pretrained(merged)
+    if model.config.model_type not in FAMILIES:
+        return
+    values = {name: getattr(trainer.args, name) for name in HYPERPARAMETERS} | (hyperparameters or {})
+    for place, each in saved.items():
+        print(f"\nThe check of {place}, where this package is not installed:")
+        save_model_card(each, place, hyperparameters=values, steps=trainer.state.global_step, **card)
 
 
 def model_max_length(config: PreTrainedConfig) -> int:
@@ -358,6 +420,7 @@ def _load_file(path: str, streaming: bool):
 __all__ = [
     "add_adapters",
     "DataArguments",
+    "DecayTrainer",
     "LabelledDataArguments",
     "ModelArguments",
     "TextModelArguments",
@@ -365,6 +428,8 @@ __all__ = [
     "load_config",
     "load_model",
     "load_splits",
+    "load_tokenizer",
     "model_max_length",
+    "save_checked",
     "user_errors",
 ]

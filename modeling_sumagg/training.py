@@ -1,5 +1,8 @@
 """Defaults for training these models with tools that do not know them."""
 
+from typing import Any
+
+import numpy as np
 from torch import nn
 
 from .families import FAMILIES
@@ -23,3 +26,24 @@ def decay_parameter_names(model: nn.Module) -> list[str]:
         for name, parameter in model.named_parameters()
         if parameter.dim() > 1 and name.rpartition(".")[2] not in not_decayed
     ]
+
+
+def feature_statistics(rows: Any) -> dict[str, list[float]]:
+    """
+    What a [`SumAggMultimodalConfig`] standardises by, of training data.
+
+    Args:
+        rows (`datasets.Dataset`, or a mapping of columns): with `numeric_features`, N numbers a row, NaN where one is not
+            given, and `labels`, one or several a row.
+
+    Returns:
+        `dict[str, list[float]]`: `numeric_mean`, `numeric_std`, `label_mean` and `label_std`; 1 for the deviation of a
+        constant.
+    """
+    values: dict[str, list[float]] = {}
+    for name, column in (("numeric", "numeric_features"), ("label", "labels")):
+        numbers = np.array(rows[column], dtype=float)
+        numbers = numbers.reshape(len(numbers), -1)
+        mean, std = np.nanmean(numbers, axis=0), np.nanstd(numbers, axis=0)
+        values |= {f"{name}_mean": mean.tolist(), f"{name}_std": np.where(std > 0, std, 1).tolist()}
+    return values

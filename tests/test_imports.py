@@ -31,7 +31,8 @@ PARTS = {
     "data_collator": [],
     "embedded_data": [],
     "plots": [],
-    "scripts": ["configuration", "families"],
+    "scripts": ["configuration", "families", "hub", "training"],
+    "text_stream": ["publishing"],
     "training": ["families"],
     "hub": ["publishing"],
     "convert_original_checkpoint": ["publishing"],
@@ -49,8 +50,8 @@ PUBLIC = {
     "modeling_sumagg.modeling_tost",
     "modeling_sumagg.ops",
     "modeling_sumagg.plots",
-    "modeling_sumagg.publishing.saved_states",
     "modeling_sumagg.scripts",
+    "modeling_sumagg.text_stream",
     "modeling_sumagg.training",
 }
 

@@ -17,7 +17,7 @@ from running import EXAMPLES
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedTokenizerFast, set_seed
 
-from modeling_sumagg import SumAggConfig, SumAggForCausalLM, ToSTTextConfig
+from modeling_sumagg import SumAggConfig, SumAggForCausalLM, ToSTTextConfig, text_stream
 
 
 SCRIPT = EXAMPLES / "stream_generation.py"
@@ -94,15 +94,15 @@ def test_the_state_does_not_depend_on_the_chunks(example, checkpoint):
     split._tokenize = lambda pieces: [seen.append(tokens := tokenize(pieces)), tokens][1]
     for chunk in chunks(TEXT.encode(), seed=0):
         split.feed(chunk)
-        assert len(split.pending) <= example.BLOCK_TOKENS
+        assert len(split.pending) <= text_stream.BLOCK_TOKENS
     split.feed(b"", final=True)
     # The tokens are those of the whole text, and the state is that of one chunk, to the last bit.
     tokens = [split.tokenizer.bos_token_id, *sum(seen, [])]
     assert tokens[: len(ids)] == ids
     assert split.tokenizer.decode(tokens[1:]) == TEXT
     assert (split.pending, split.loss, split.num_scored) == (whole.pending, whole.loss, whole.num_scored)
-    for name, tensor in example.cache_to_tensors(whole.cache).items():
-        assert torch.equal(tensor, example.cache_to_tensors(split.cache)[name]), name
+    for name, tensor in text_stream.cache_to_tensors(whole.cache).items():
+        assert torch.equal(tensor, text_stream.cache_to_tensors(split.cache)[name]), name
 
     # The perplexity and the continuation are those of one forward pass over the whole text.
     with torch.no_grad():
@@ -194,11 +194,9 @@ def _handles(pid: int, number: int) -> bool:
     ],
     ids=["gpt2", "full attention", "learned positions", "membership bias"],
 )
-def test_models_without_a_constant_state_are_refused_with_what_trains_a_fitting_one(example, config, message):
-    with pytest.raises(
-        ValueError, match=rf"{message}.*`python quickstart.py` trains a model .* --model runs/quickstart"
-    ):
-        example.check_constant_state(config)
+def test_models_without_a_constant_state_are_refused_with_what_trains_a_fitting_one(config, message):
+    with pytest.raises(ValueError, match=rf"{message}.*`python examples/quickstart.py` trains .* runs/quickstart"):
+        text_stream.check_constant_state(config)
 
 
 def test_errors_of_users_are_one_line(error_of, checkpoint, tmp_path):
