@@ -50,13 +50,7 @@ def look_up(embedding: nn.Module, ids: torch.Tensor, name: str, size: int, what:
 
     Args:
         embedding (`nn.Module`): the table, or what wraps it.
-        ids (`torch.Tensor` of any shape, integer): the ids.
-        name (`str`): the argument that they came in.
-        size (`int`): the rows of the table.
-        what (`str`): what these rows are.
-
-    Raises:
-        `ValueError`: an id is not in [0, size).
+        ids, name, size, what: as for [`check_ids`], whose error is raised.
     """
     try:
         return embedding(ids)
