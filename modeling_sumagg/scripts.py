@@ -33,7 +33,7 @@ from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from .configuration import TextConfig, preset_path
 from .families import FAMILIES
-from .hub import save_model_card
+from .publishing.cards import save_model_card
 from .training import decay_parameter_names
 
 

@@ -31,7 +31,7 @@ PARTS = {
     "data_collator": [],
     "embedded_data": [],
     "plots": [],
-    "scripts": ["configuration", "families", "hub", "training"],
+    "scripts": ["configuration", "families", "publishing", "training"],
     "text_stream": ["publishing"],
     "training": ["families"],
     "hub": ["publishing"],

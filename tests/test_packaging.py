@@ -1,8 +1,5 @@
-"""The built wheel, installed beside nothing of the repository, and the order of the package's wings."""
+"""The built wheel, installed beside nothing of the repository."""
 
-import ast
-import graphlib
-import importlib.util
 import json
 import re
 import shutil
@@ -15,14 +12,6 @@ import pytest
 
 
 ROOT = Path(__file__).parents[1]
-# Who may know whom: a module imports from its own floor and from lower ones. The decoder is on the floor without a name.
-FLOORS = (
-    {"configuration", "ops", "registration"},
-    None,
-    {"modeling_*"},
-    {"families"},
-    {"publishing", "training", "serving"},
-)
 SCRIPT = """
 import json
 import re
@@ -45,46 +34,6 @@ for _ in range(5):
     losses.append(loss.item())
 print(json.dumps({"file": modeling_sumagg.__file__, "presets": presets, "losses": losses}))
 """
-
-
-def modules() -> dict[str, Path]:
-    """The files of the package by module name, without the package itself and its commands."""
-    files = {}
-    for folder, prefix in (("modeling_sumagg", ""), ("configuration", "configuration.")):
-        for path in (ROOT / folder).rglob("*.py"):
-            parts = path.relative_to(ROOT / folder).with_suffix("").parts
-            files[prefix + ".".join(part for part in parts if part != "__init__")] = path
-    return {name.rstrip("."): path for name, path in files.items() if name not in COMMANDS}
-
-
-COMMANDS = ("", "hub", "convert_original_checkpoint")
-
-
-def floor(module: str) -> int:
-    wing = module.partition(".")[0]
-    names = [wing, "modeling_*" if wing.startswith("modeling_") else wing]
-    return next((i for i, wings in enumerate(FLOORS) if wings and wings & set(names)), 1)
-
-
-def test_imports_point_one_way():
-    files = modules()
-    assert len(files) > 20 and "families" in files
-    known: dict[str, set[str]] = {}
-    for name, path in files.items():
-        package = (
-            f"modeling_sumagg.{name}" if path.name == "__init__.py" else f"modeling_sumagg.{name}".rpartition(".")[0]
-        )
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and node.level:
-                target = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
-                target = target.partition(".")[2]
-                assert target in files, f"{name}, line {node.lineno}: an import from the package itself or a command"
-                assert floor(target) <= floor(name), f"{name}, line {node.lineno}, imports {target}, which is above it"
-                known.setdefault(name, set()).add(target)
-    list(graphlib.TopologicalSorter(known).static_order())
-    wings = {wing for name in ("configuration", "ops") for wing in known if wing.partition(".")[0] == name}
-    for name in wings:
-        assert {target.partition(".")[0] for target in known[name]} <= {name.partition(".")[0]}, name
 
 
 @pytest.mark.slow

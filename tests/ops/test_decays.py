@@ -318,7 +318,7 @@ def test_derivatives_of_the_mean():
     assert torch.autograd.gradgradcheck(function, (x, log_decay))
 
 
-@pytest.mark.parametrize("masked, packed", [(False, False), (True, True)])
+@pytest.mark.parametrize("masked, packed", [pytest.param(False, False, marks=pytest.mark.slow), (True, True)])
 def test_one_compiled_graph_serves_every_length(masked, packed):
     counter = CompileCounter()
     torch._dynamo.reset()

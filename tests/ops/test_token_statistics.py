@@ -553,7 +553,7 @@ class Both(torch.nn.Module):
         return token_statistics(w, temperature, attention_mask=attention_mask), out, *final
 
 
-@pytest.mark.parametrize("log_decay", [None, torch.tensor([-0.1, -1.0, -3.0])])
+@pytest.mark.parametrize("log_decay", [None, pytest.param(torch.tensor([-0.1, -1.0, -3.0]), marks=pytest.mark.slow)])
 def test_compiled_training_is_one_graph_for_every_length(log_decay):
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
