@@ -4,7 +4,7 @@ import os
 
 from .causal_convolution import causal_convolution
 from .documents import document_runs
-from .kernels.kernel_dispatch import set_kernels
+from .kernel_operators import set_kernels
 from .sliding_attention import sliding_window_attention
 from .summation import bidirectional_mean, bidirectional_sum, causal_mean, causal_sum
 from .summation_reference import causal_sum_reference

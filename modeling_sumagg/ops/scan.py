@@ -1,7 +1,6 @@
 """The running sum over time, `s_t = a_t s_{t-1} + x_t`, in PyTorch's operations: what the causal operators share."""
 
 import contextlib
-import re
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +14,6 @@ SHORT_LOOP_CHUNK = 8  # in sequences of less than LOOP_CHUNK² / 4 tokens
 SUM_CHUNK = 32  # tokens summed by one triangular matrix product
 DECAY_CHUNK = 16  # with decays, whose triangle is another for each chunk and head
 EXPORTED_DECAY_CHUNK = 64  # of chunks of chunks the exporter cannot prove that every length has some
-
-# Registered operators are global, and a checkpoint may bring its own copy of this file.
-_NAMESPACE = re.sub(r"\W", "_", __name__)
 
 
 def state_dtype(x: torch.Tensor) -> torch.dtype:
@@ -74,7 +70,7 @@ def scan(
             log_decay = x.new_zeros(1, 1, 1) if log_decay is None else log_decay
             log_decay = torch.where(restarts.unsqueeze(-1), -torch.inf, log_decay)
         if is_kernel:
-            return _kernel_scan(x, log_decay, initial, relu, False)
+            return kernel("decayed_sum")(x, log_decay, initial, relu, False)
         if relu:
             x = x.relu()
         if log_decay is not None:
@@ -135,10 +131,10 @@ class _LoopScan(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, grad_final):
         x, log_decay, initial, restarts, y = ctx.saved_tensors
-        reverse_decay = None if log_decay is None else _shifted(log_decay).flip(1)
-        reverse_restarts = None if restarts is None else _shifted(restarts).flip(1)
+        reverse_decay = None if log_decay is None else shifted(log_decay).flip(1)
+        reverse_restarts = None if restarts is None else shifted(restarts).flip(1)
         grad, _ = _LoopScan.apply(grad.flip(1), reverse_decay, grad_final, reverse_restarts, False)
-        grad, grad_decay, grad_initial = _scan_vjp(
+        grad, grad_decay, grad_initial = scan_vjp(
             grad.flip(1), y, log_decay, initial, restarts, needs_decay=ctx.needs_input_grad[1]
         )
         if ctx.relu:
@@ -146,12 +142,12 @@ class _LoopScan(torch.autograd.Function):
         return grad, grad_decay, grad_initial, None, None
 
 
-def _shifted(tensor):
+def shifted(tensor):
     """What comes one token later, at the end nothing."""
     return F.pad(tensor[:, 1:], (0, 0) * (tensor.dim() - 2) + (0, 1))
 
 
-def _scan_vjp(grad, y, log_decay, initial, restarts, *, needs_decay):
+def scan_vjp(grad, y, log_decay, initial, restarts, *, needs_decay):
     """
     The gradients of `x`, `log_decay` (`None` if not needed) and `initial` of [`scan`], whose sums were `y`, from those of
     all that each term is in, which are a sum with the same decays from the end.
@@ -300,38 +296,3 @@ def _to_chunks(x, size):
 def _first(x, length):
     # Not a slice, for which the exporter cannot prove that the end is there to be cut off.
     return x.index_select(1, torch.arange(length, device=x.device))
-
-
-@torch.library.custom_op(f"{_NAMESPACE}::decayed_sum", mutates_args=())
-def _kernel_scan(
-    x: torch.Tensor, log_decay: torch.Tensor, initial: torch.Tensor, relu: bool, reverse: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The Triton kernel of `scan`, or with `reverse` of its adjoint. The kernel documents the arguments."""
-    return kernel("decayed_sum")(x, log_decay, initial, relu=relu, reverse=reverse)
-
-
-@_kernel_scan.register_fake
-def _kernel_scan_fake(x, log_decay, initial, relu, reverse):
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return y, torch.empty_like(initial, memory_format=torch.contiguous_format)
-
-
-def _kernel_scan_setup_context(ctx, inputs, output):
-    x, log_decay, initial, ctx.relu, _ = inputs
-    ctx.save_for_backward(x if ctx.relu else None, log_decay, initial, output[0])
-
-
-def _kernel_scan_vjp(ctx, grad, grad_final):
-    x, log_decay, initial, y = ctx.saved_tensors
-    if torch.is_grad_enabled():  # A gradient that has gradients in turn is a sum over the reversed tokens.
-        grad, _ = _kernel_scan(grad.flip(1), _shifted(log_decay).flip(1), grad_final, False, False)
-        grad = grad.flip(1)
-    else:
-        grad, _ = _kernel_scan(grad, log_decay, grad_final, False, True)
-    grad, grad_decay, grad_initial = _scan_vjp(grad, y, log_decay, initial, None, needs_decay=ctx.needs_input_grad[1])
-    if ctx.relu:
-        grad = torch.ops.aten.threshold_backward(grad, x, 0)
-    return grad, grad_decay, grad_initial, None, None
-
-
-_kernel_scan.register_autograd(_kernel_scan_vjp, setup_context=_kernel_scan_setup_context)

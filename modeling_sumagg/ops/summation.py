@@ -4,17 +4,11 @@ Source: P. Ekin, "Summation-Based Transformers: A Path Toward Linear Complexity 
 TechRxiv 2025, doi 10.36227/techrxiv.175790522.25734653.
 """
 
-import re
-
 import torch
 
 from .documents import check_tokens, document_runs, find_documents
 from .kernels.kernel_dispatch import is_recorded, is_transformed, kernel, takes_kernels
 from .scan import scan, state_dtype
-
-
-# Registered operators are global, and a checkpoint may bring its own copy of this file.
-_NAMESPACE = re.sub(r"\W", "_", __name__)
 
 
 def causal_sum(
@@ -102,7 +96,7 @@ def _causal_sum(x, decays, state, attention_mask, documents, relu, scale):
     if decays is None and state.dim() == 2 and takes_kernels(x) and not (is_step and torch.compiler.is_compiling()):
         mask = None if attention_mask is None else attention_mask.bool()
         runs = None if documents is None or is_step else documents.starts.long().cumsum(dim=1)
-        return _kernel_sum(x, None, scale, state, mask, runs, relu, False)
+        return kernel("running_sum")(x, None, scale, state, mask, runs, relu, False)
     if length == 0:
         return x, state
     terms = _masked_terms(x, attention_mask)
@@ -354,39 +348,3 @@ def scaled(y: torch.Tensor, scale: torch.Tensor | None, in_place: bool = False) 
         heads = y.unflatten(2, (scale.shape[2], y.shape[2] // scale.shape[2]))
     scale = scale.unsqueeze(-1)
     return (heads.mul_(scale) if in_place else heads * scale).flatten(2)
-
-
-@torch.library.custom_op(f"{_NAMESPACE}::running_sum", mutates_args=())
-def _kernel_sum(
-    x: torch.Tensor,
-    gate: torch.Tensor | None,
-    scale: torch.Tensor | None,
-    initial: torch.Tensor,
-    mask: torch.Tensor | None,
-    runs: torch.Tensor | None,
-    relu: bool,
-    reverse: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The Triton kernel of `causal_sum`, or with `reverse` of its adjoint. The kernel documents the arguments."""
-    return kernel("running_sum")(x, gate, scale, initial, mask, runs, relu=relu, reverse=reverse)
-
-
-@_kernel_sum.register_fake
-def _kernel_sum_fake(x, gate, scale, initial, mask, runs, relu, reverse):
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return y, torch.empty_like(initial, memory_format=torch.contiguous_format)
-
-
-def _kernel_sum_setup_context(ctx, inputs, output):
-    x, gate, scale, _, mask, runs, relu, ctx.reverse = inputs
-    ctx.save_for_backward(x if relu else gate, scale, mask, runs)
-
-
-def _kernel_sum_vjp(ctx, grad_y, grad_final):
-    # Linear but for the sign of the terms, so that the adjoint has derivatives of every order in turn.
-    gate, scale, mask, runs = ctx.saved_tensors
-    grad_x, grad_initial = _kernel_sum(grad_y, gate, scale, grad_final, mask, runs, False, not ctx.reverse)
-    return grad_x, None, None, grad_initial, None, None, None, None
-
-
-_kernel_sum.register_autograd(_kernel_sum_vjp, setup_context=_kernel_sum_setup_context)

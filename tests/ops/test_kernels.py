@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from modeling_sumagg.ops import causal_sum, set_kernels
-from modeling_sumagg.ops.kernels import kernel_dispatch
+from modeling_sumagg.ops import causal_sum, kernel_operators, set_kernels
 
 
 def run_python(*arguments, **environment):
@@ -55,9 +54,9 @@ def test_modes(mode):
 
 def test_without_triton_one_line_says_so(monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "triton", None)
-    kernel_dispatch._has_triton.cache_clear()
+    kernel_operators._has_triton.cache_clear()
     with caplog.at_level(logging.WARNING):
-        answers = {kernel_dispatch._has_kernels("auto", "cuda") for _ in range(3)}
-    kernel_dispatch._has_triton.cache_clear()
+        answers = {kernel_operators._has_kernels("auto", "cuda") for _ in range(3)}
+    kernel_operators._has_triton.cache_clear()
     assert answers == {False} and len(caplog.records) == 1
     assert "Triton cannot be imported" in caplog.text and "set_kernels('torch')" in caplog.text
