@@ -1,6 +1,6 @@
 """Linear-time sequence aggregators as native transformers models; importing registers them with the Auto classes."""
 
-from .configuration import SumAggConfig, SumAggMultimodalConfig, ToSTConfig, ToSTTextConfig
+from .configuration import SumAggConfig, SumAggMultimodalConfig, SumAggSpeechConfig, ToSTConfig, ToSTTextConfig
 from .data_collator import DataCollatorForMultimodalRegression
 from .families import FAMILIES, Family
 from .modeling_sumagg import (
@@ -11,6 +11,7 @@ from .modeling_sumagg import (
     SumAggModel,
 )
 from .modeling_sumagg_multimodal import SumAggForMultimodalRegression
+from .modeling_sumagg_speech import SumAggForAudioClassification, SumAggForCTC, SumAggSpeechModel
 from .modeling_tost import ToSTBackbone, ToSTForImageClassification, ToSTModel
 from .modeling_tost_text import (
     ToSTForCausalLM,
@@ -31,6 +32,8 @@ __all__ = [
     "DataCollatorForMultimodalRegression",
     "Family",
     "SumAggConfig",
+    "SumAggForAudioClassification",
+    "SumAggForCTC",
     "SumAggForCausalLM",
     "SumAggForMaskedLM",
     "SumAggForMultimodalRegression",
@@ -38,6 +41,8 @@ __all__ = [
     "SumAggForTokenClassification",
     "SumAggModel",
     "SumAggMultimodalConfig",
+    "SumAggSpeechConfig",
+    "SumAggSpeechModel",
     "ToSTBackbone",
     "ToSTConfig",
     "ToSTForCausalLM",

@@ -4,6 +4,7 @@ import os
 
 from .causal_convolution import causal_convolution
 from .documents import document_runs
+from .frames import stack_frames
 from .kernels.kernel_dispatch import set_kernels
 from .sliding_attention import sliding_window_attention
 from .summation import bidirectional_mean, bidirectional_sum, causal_mean, causal_sum
@@ -33,6 +34,7 @@ __all__ = [
     "document_runs",
     "set_kernels",
     "sliding_window_attention",
+    "stack_frames",
     "token_membership",
     "token_statistics",
     "token_statistics_reference",
