@@ -36,7 +36,9 @@ def check_samples(samples: np.ndarray, name: str = "The audio") -> None:
         )
     finite = np.isfinite(samples)
     if not finite.all():
-        raise ValueError(f"{name} has samples that are not finite numbers, the first of them sample {finite.argmin()}.")
+        raise ValueError(
+            f"{name} has samples that are not finite numbers, the first of them sample {finite.argmin()}."
+        )
 
 
 def read_audio(source: str | os.PathLike | bytes, sampling_rate: int = 16000) -> np.ndarray:

@@ -130,7 +130,9 @@ def speak(text: str, delivery: Delivery, sampling_rate: int = SAMPLING_RATE) -> 
     variants = Path(espeakng_loader.get_data_path()) / "voices" / "!v"
     unknown = variant and not (variants / variant).is_file()
     if unknown or library.espeak_SetVoiceByName(delivery.voice.encode()):
-        raise ValueError(f"espeak-ng has no voice {delivery.voice!r}: give a language such as 'en-us', '+' and a variant.")
+        raise ValueError(
+            f"espeak-ng has no voice {delivery.voice!r}: give a language such as 'en-us', '+' and a variant."
+        )
     for parameter, value, low, high in ((1, delivery.words_per_minute, 80, 450), (3, delivery.pitch, 0, 100)):
         if not low <= value <= high:
             raise ValueError(f"{delivery} is out of bounds: {value} is not from {low} to {high}.")

@@ -1,0 +1,360 @@
+"""Train a streaming speech recogniser with `Trainer` and CTC, from scratch or from a checkpoint, and compare it with a
+simple baseline.
+
+Without arguments: number words and sentences of Python's documentation, spoken by espeak-ng in twelve voices, and four
+more for evaluation; it needs no network. What it saves is for `stream_transcription.py`, which writes while one speaks.
+
+    python run_speech_recognition_ctc.py
+    python run_speech_recognition_ctc.py --train_file speech/train.csv --audio_column_name path --text_column_name text
+    python run_speech_recognition_ctc.py --train_dir speech --text_column_name transcription
+    python run_speech_recognition_ctc.py --model_name_or_path runs/speech-recognition --train_file mine.csv \
+        --lora_rank 8 --learning_rate 1e-2 --output_dir runs/my-voice
+
+A csv has a column of audio files, relative to it, and one of transcripts; a folder of audio has a `metadata.csv` with the
+columns `file_name` and `transcription`. Audio of any sampling rate and number of channels is resampled and averaged.
+"""
+
+import copy
+import json
+import os
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+# Threads that wait for each other sleep, and leave the processor to others: read when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import jiwer
+import numpy as np
+import torch
+from datasets import Array2D, Audio, Dataset, DatasetDict, Features, Value
+from datasets import Sequence as ListOf
+from matplotlib.figure import Figure
+from transformers import (
+    AutoModelForCTC,
+    AutoProcessor,
+    EvalPrediction,
+    HfArgumentParser,
+    PreTrainedModel,
+    Speech2TextFeatureExtractor,
+    Trainer,
+    TrainingArguments,
+    Wav2Vec2CTCTokenizer,
+    Wav2Vec2Processor,
+    set_seed,
+)
+from transformers.integrations import unset_hf_deepspeed_config
+
+from modeling_sumagg.audio import read_audio
+from modeling_sumagg.families import FAMILIES
+from modeling_sumagg.hub import save_model_card
+from modeling_sumagg.plots import plot_training
+from modeling_sumagg.scripts import (
+    DataArguments,
+    ModelArguments,
+    add_adapters,
+    load_config,
+    load_model,
+    load_splits,
+    user_errors,
+)
+from modeling_sumagg.spoken_data import spoken_sentences
+from modeling_sumagg.training import decay_parameter_names
+
+
+SMALL_RECOGNISER = {
+    "model_type": "sumagg_speech",
+    "hidden_size": 192,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+}
+
+
+@dataclass
+class SpeechArguments(DataArguments):
+    test_file: str | None = field(
+        default=None, metadata={"help": "The same, to evaluate on at the end.", "aliases": ["--test_dir"]}
+    )
+    audio_column_name: str = field(default="audio", metadata={"help": "Column with the audio, or with its files."})
+    text_column_name: str = field(default="text", metadata={"help": "Column with the transcripts."})
+    max_seconds: float = field(default=20.0, metadata={"help": "Longer utterances are not trained on."})
+    num_train_utterances: int = field(default=5000, metadata={"help": "Of the embedded data, to train on."})
+    num_held_out_utterances: int = field(default=400, metadata={"help": "Of the embedded data, in each other split."})
+
+
+class DecayTrainer(Trainer):
+    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
+        return decay_parameter_names(model)
+
+
+@dataclass
+class SpeechCollator:
+    """Pads the frames, with a mask, and the labels, with -100."""
+
+    processor: Wav2Vec2Processor
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        frames = [{"input_features": np.asarray(row["input_features"])} for row in rows]
+        batch = self.processor.feature_extractor.pad(frames, padding=True, return_tensors="pt")
+        labels = [torch.as_tensor(row["labels"], dtype=torch.long) for row in rows]
+        padded = torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100)
+        return {**batch, "labels": padded}
+
+
+def normalize(text: str | None) -> str:
+    """Lower case; of everything else than letters, digits and apostrophes, single spaces."""
+    return " ".join(re.sub(r"[^\w']|_", " ", str(text or "").lower()).split())
+
+
+def make_processor(texts: Sequence[str]) -> Wav2Vec2Processor:
+    """Log-mel frames that stream, and the characters of the texts as symbols; the padding is CTC's blank."""
+    characters = sorted(set().union(*texts) - {" "})
+    symbols = ["<pad>", "<unk>", "|", *characters]
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "vocab.json"
+        file.write_text(json.dumps({symbol: index for index, symbol in enumerate(symbols)}))
+        tokenizer = Wav2Vec2CTCTokenizer(str(file), bos_token=None, eos_token=None)
+    return Wav2Vec2Processor(Speech2TextFeatureExtractor(do_ceptral_normalize=False), tokenizer)
+
+
+def to_features(row: dict[str, Any], processor: Wav2Vec2Processor, folder: Path | None) -> dict[str, Any]:
+    """`input_features` `[F, num_mel_bins]`, `labels` and `length` `F`; a relative path is one in `folder`."""
+    extractor, audio = processor.feature_extractor, row["audio"]
+    if isinstance(audio, str):
+        audio = {"path": audio}
+    source = audio.get("bytes") or (folder / audio["path"] if folder else Path(audio["path"]))
+    samples = read_audio(source, extractor.sampling_rate)
+    frames = extractor(samples, sampling_rate=extractor.sampling_rate)["input_features"][0]
+    return {"input_features": frames, "labels": processor.tokenizer(row["text"])["input_ids"], "length": len(frames)}
+
+
+def statistics(train: Dataset, rows: int = 500) -> dict[str, list[float]]:
+    """Means and standard deviations of the mel bins over the first rows of the training data, for the config."""
+    frames = np.concatenate(train.with_format("numpy")[:rows]["input_features"])
+    return {"feature_mean": frames.mean(axis=0).tolist(), "feature_std": frames.std(axis=0).clip(1e-3).tolist()}
+
+
+def fits(row: dict[str, Any], ratio: int, max_frames: float) -> bool:
+    """Whether CTC can align the symbols: each takes one of the outputs, and two equal ones a blank between them."""
+    labels = np.asarray(row["labels"])
+    needed = len(labels) + int((labels[1:] == labels[:-1]).sum())
+    return needed <= row["length"] // ratio and row["length"] <= max_frames
+
+
+def error_rates(references: Sequence[str], hypotheses: Sequence[str]) -> dict[str, float]:
+    """Word and character error rate: edits over the words (characters) of the references, 0 is perfect."""
+    return {"wer": jiwer.wer(list(references), list(hypotheses)), "cer": jiwer.cer(list(references), list(hypotheses))}
+
+
+def most_likely(logits: torch.Tensor | tuple, labels: torch.Tensor) -> torch.Tensor:
+    return (logits[0] if isinstance(logits, tuple) else logits).argmax(dim=-1)
+
+
+def plot_alignment(model: PreTrainedModel, processor: Wav2Vec2Processor, row: dict[str, Any], path: Path) -> None:
+    """The frames of an utterance and, below them in the same time, the probability of every symbol."""
+    frames = torch.as_tensor(np.asarray(row["input_features"]), device=model.device)
+    with torch.no_grad():
+        probabilities = model(frames[None].to(model.dtype)).logits[0].float().softmax(dim=-1).cpu().numpy()
+    seconds, tokenizer = len(frames) / 100, processor.tokenizer
+    figure = Figure(figsize=(12, 7), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(1, 1.4))
+    image = above.imshow(
+        frames.cpu().numpy().T, origin="lower", aspect="auto", extent=(0, seconds, 0, frames.shape[1]), cmap="magma"
+    )
+    figure.colorbar(image, ax=above, label="log energy")
+    above.set(ylabel="mel bin", title=f"Said: {tokenizer.decode(row['labels'], group_tokens=False)}")
+    for index, name in enumerate(tokenizer.convert_ids_to_tokens(range(probabilities.shape[1]))):
+        times = (np.arange(len(probabilities)) + 1) * seconds / max(len(probabilities), 1)
+        blank = index == tokenizer.pad_token_id
+        below.plot(times, probabilities[:, index], color="lightgrey" if blank else f"C{index % 10}", linewidth=1.2)
+        emitted = probabilities.argmax(axis=1) == index
+        starts = np.flatnonzero(emitted & ~np.roll(emitted, 1)) if not blank else []
+        for start in starts:
+            name_shown = "␣" if name == tokenizer.word_delimiter_token else name
+            below.annotate(name_shown, (times[start], 1.02), ha="center", color=f"C{index % 10}")
+    heard = tokenizer.decode(probabilities.argmax(axis=1))
+    below.set(ylabel="probability (grey: blank)", xlabel="seconds of audio heard", ylim=(0, 1.12), title=f"Heard: {heard}")
+    for axes in (above, below):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)
+
+
+def load_speech(arguments: SpeechArguments, seed: int) -> DatasetDict:
+    """The splits with the columns `audio`, not decoded, and `text`, normalised; of the embedded data also `voice`."""
+    columns = {"audio": arguments.audio_column_name, "text": arguments.text_column_name}
+    if arguments.dataset_name or arguments.train_file:
+        splits = load_splits(arguments, spoken_sentences, columns, seed=seed, folder_loader="audiofolder")
+    else:
+        splits = spoken_sentences(arguments.num_train_utterances, arguments.num_held_out_utterances)
+    for name, split in splits.items():
+        if isinstance(split.features["audio"], Audio):
+            split = split.cast_column("audio", Audio(decode=False))
+        splits[name] = split.map(lambda row: {"text": normalize(row["text"])})
+    return splits
+
+
+def main() -> None:
+    parser = HfArgumentParser(
+        (ModelArguments, SpeechArguments, TrainingArguments),
+        description=__doc__.partition("\n\n")[0],
+        usage="%(prog)s [options]",
+        allow_abbrev=False,
+    )
+    parser.set_defaults(
+        output_dir="runs/speech-recognition",
+        num_train_epochs=8,
+        per_device_train_batch_size=16,
+        per_device_eval_batch_size=32,
+        learning_rate=2e-3,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.1,
+        weight_decay=0.05,
+        train_sampling_strategy="group_by_length",
+        eval_strategy="epoch",
+        logging_strategy="epoch",
+        save_strategy="no",
+        report_to="none",
+        dataloader_pin_memory=torch.accelerator.is_available(),
+        # PEFT hides the names of the labels.
+        label_names=["labels"],
+        remove_unused_columns=False,
+    )
+    with user_errors():
+        model_arguments, data_arguments, training_arguments = parser.parse_args_into_dataclasses()
+        source = data_arguments.dataset_name or data_arguments.train_file
+        folder = Path(training_arguments.output_dir)
+        duration = "the progress bars show how long" if source else "about 15 minutes on two cores"
+        print(f"Trains a speech recogniser on {source or 'speech of espeak-ng'} and saves it to {folder} ({duration}).")
+        set_seed(training_arguments.seed)
+        splits = load_speech(data_arguments, training_arguments.seed)
+        texts = {name: split["text"][:] for name, split in splits.items()}
+        checkpoint = model_arguments.model_name_or_path
+        processor = AutoProcessor.from_pretrained(checkpoint) if checkpoint else make_processor(texts["train"])
+        extractor, tokenizer = processor.feature_extractor, processor.tokenizer
+        features = Features(
+            {
+                "input_features": Array2D((None, extractor.num_mel_bins), "float32"),
+                "labels": ListOf(Value("int64")),
+                "length": Value("int64"),
+            }
+        )
+        is_file = data_arguments.train_file is not None and Path(data_arguments.train_file).is_file()
+        parent = Path(data_arguments.train_file).parent if is_file else None
+        utterances = splits.map(
+            lambda row: to_features(row, processor, parent),
+            remove_columns=splits["train"].column_names,
+            features=features,
+        )
+        values = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, "ctc_zero_infinity": True}
+        if not checkpoint:
+            values |= statistics(utterances["train"])
+        config = load_config(model_arguments, SMALL_RECOGNISER, **values)
+        model = load_model(AutoModelForCTC, model_arguments, config)
+        ratio, max_frames = config.inputs_to_logits_ratio // 160, data_arguments.max_seconds * 100
+        kept = utterances["train"].filter(lambda row: fits(row, ratio, max_frames))
+        dropped = len(utterances["train"]) - len(kept)
+        if not len(kept):
+            raise ValueError(f"None of the {dropped} utterances is at most --max_seconds and has time for its symbols.")
+        utterances = DatasetDict({**utterances, "train": kept}).with_format("numpy")
+
+    hours = {name: sum(split["length"][:]) / 360_000 for name, split in utterances.items()}
+    print(
+        f"{type(model).__name__}, {model.num_parameters():,} parameters, {len(tokenizer)} symbols; utterances "
+        f"{utterances.num_rows}, hours {({name: round(float(value), 2) for name, value in hours.items()})}"
+        + (f"; {dropped} are too long, or too fast for their symbols, and left out" if dropped else "")
+    )
+    if model_arguments.lora_rank:
+        model = add_adapters(model, model_arguments, modules_to_save=["lm_head"])
+
+    def metrics_of(outputs: EvalPrediction) -> dict[str, float]:
+        symbols = np.where(outputs.predictions < 0, tokenizer.pad_token_id, outputs.predictions)
+        labels = np.where(outputs.label_ids < 0, tokenizer.pad_token_id, outputs.label_ids)
+        return error_rates(tokenizer.batch_decode(labels, group_tokens=False), tokenizer.batch_decode(symbols))
+
+    trainer = DecayTrainer(
+        model=model,
+        args=training_arguments,
+        train_dataset=utterances["train"],
+        eval_dataset=utterances["validation"],
+        processing_class=processor,
+        data_collator=SpeechCollator(processor),
+        compute_metrics=metrics_of,
+        preprocess_logits_for_metrics=most_likely,
+    )
+    held_out = [split for split in utterances if split != "train"]
+    (sentence, _), = Counter(texts["train"]).most_common(1)
+    baselines = {
+        "most frequent sentence": {
+            split: error_rates(texts[split], [sentence] * len(texts[split])) for split in held_out
+        }
+    }
+    if model_arguments.lora_rank:
+        baselines["before training"] = {}
+        for split in held_out:
+            before = trainer.predict(utterances[split]).metrics
+            baselines["before training"][split] = {name: before[f"test_{name}"] for name in ("wer", "cer")}
+    resume = training_arguments.resume_from_checkpoint
+    metrics = {"train": trainer.train(resume_from_checkpoint=True if resume == "last" else resume).metrics}
+    trainer.save_model()
+    trainer.save_state()
+    rates = {}
+    for split in held_out:
+        prefix = "eval" if split == "validation" else split
+        metrics[prefix] = trainer.evaluate(utterances[split], metric_key_prefix=prefix)
+        rates[split] = {name: metrics[prefix][f"{prefix}_{name}"] for name in ("wer", "cer")}
+    for prefix, values in metrics.items():
+        trainer.save_metrics(prefix, values)
+    if not trainer.is_world_process_zero():
+        return
+
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        # What was trained is in pieces, and one process alone cannot run it.
+        unset_hf_deepspeed_config()
+        model = AutoModelForCTC.from_pretrained(folder)
+    shown = "test" if "test" in held_out else held_out[-1]
+    fields = ("learning_rate", "lr_scheduler_type", "weight_decay", "per_device_train_batch_size", "seed")
+    card = {
+        "dataset_name": f"{source or 'speech of espeak-ng'}, {shown} split",
+        "metrics": rates[shown],
+        "baselines": {name: by_split[shown] for name, by_split in baselines.items()},
+        "hyperparameters": {name: getattr(training_arguments, name) for name in fields},
+        "steps": trainer.state.global_step,
+        "units": {"wer": "edits a word", "cer": "edits a character"},
+    }
+    saved = {folder: model}
+    if model_arguments.lora_rank:
+        # One model without adapters, which any Auto class loads.
+        saved[folder / "merged"] = copy.deepcopy(model).merge_and_unload()
+        saved[folder / "merged"].save_pretrained(folder / "merged")
+        processor.save_pretrained(folder / "merged")
+    # A baseline of another library has no card of ours.
+    for place, each in saved.items() if config.model_type in FAMILIES else ():
+        print(f"\nThe check of {place}, where this package is not installed:")
+        save_model_card(each, place, **card)
+    plot_training(
+        trainer.state.log_history,
+        folder / "training.png",
+        metric="wer",
+        baselines={name: by_split["validation"]["wer"] for name, by_split in baselines.items()},
+        model_name=type(model).__name__,
+    )
+    plot_alignment(model.eval(), processor, utterances[shown][0], folder / "alignment.png")
+
+    print(f"\n{'':16}{''.join(f'{split:>12}' for split in held_out)}")
+    for name, by_split in {"this model": rates, **baselines}.items():
+        for rate, words in (("wer", "Word errors"), ("cer", "Character errors")):
+            print(f"{words:16}{''.join(f'{by_split[split][rate]:12.2%}' for split in held_out)}  {name}")
+    better = [name for name, by_split in baselines.items() if by_split[shown]["wer"] <= rates[shown]["wer"]]
+    if better:
+        print(f"The model is no better than: {', '.join(better)}.")
+    print(f"Saved to {folder}; training.png shows loss and word errors by step, alignment.png an utterance.")
+
+
+if __name__ == "__main__":
+    main()
