@@ -63,6 +63,9 @@ class SumAggSpeechConfig(SumAggConfig):
     # What a batch is padded with is no prediction.
     keys_to_ignore_at_inference = ["cache", "past_key_values", "attention_mask"]
     values_before_decays: ClassVar[dict[str, Any]] = {}
+    base_model_tp_plan = {
+        name: plan for name, plan in SumAggConfig.base_model_tp_plan.items() if name != "embed_tokens"
+    }
 
     num_mel_bins: int = 80
     subsampling_factor: int = 4
@@ -112,12 +115,14 @@ class SumAggSpeechConfig(SumAggConfig):
                 f"frame is left out, got {self.subsampling_kernel_size}."
             )
         mean, std = self.feature_mean, self.feature_std
-        if (mean is None) != (std is None) or (mean and not len(mean) == len(std) == self.num_mel_bins):
+        if (mean is None) != (std is None) or (
+            mean is not None and std is not None and not len(mean) == len(std) == self.num_mel_bins
+        ):
             raise ValueError(
                 f"`feature_mean` and `feature_std` go together and must have `num_mel_bins` = {self.num_mel_bins} entries "
                 f"each, got {mean} and {std}."
             )
-        if mean and not (all(map(math.isfinite, mean)) and all(0 < value < math.inf for value in std)):
+        if not all(map(math.isfinite, mean or ())) or not all(0 < value < math.inf for value in std or ()):
             raise ValueError(f"`feature_mean` must be finite and `feature_std` above 0, got {mean} and {std}.")
         for name in ("mask_time_prob", "mask_feature_prob"):
             if not 0 <= getattr(self, name) < 1:

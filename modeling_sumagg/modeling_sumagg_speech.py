@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import Cache, DynamicCache
 from transformers.activations import ACT2FN
+from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.models.wav2vec2.modeling_wav2vec2 import _compute_mask_indices
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
@@ -18,16 +19,16 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from .compatibility import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
-    SequenceClassifierOutputWithPast,
     accepts_cache,
+    find_cache,
     named_cache,
 )
 from .configuration.configuration_sumagg_speech import SumAggSpeechConfig
-from .decoder.cache import adopt_cache
 from .decoder.checks import check_labels, is_concrete, labels_of_rows, loss_of_classes
+from .decoder.frames import adopt_cache_of_frames
 from .decoder.layout import SequenceLayout, sequence_layout
 from .decoder.masks import attention_masks
-from .decoder.recurrence import RecurrentLayer, recur
+from .decoder.recurrence import recur
 from .modeling_sumagg import SumAggModel, SumAggPooler, SumAggPreTrainedModel
 from .ops.frames import stack_frames
 
@@ -109,6 +110,7 @@ class SumAggSpeechPreTrainedModel(SumAggPreTrainedModel):
     config: SumAggSpeechConfig
     main_input_name = "input_features"
     input_modalities = ("audio",)
+    _input_embed_layer = "token_proj"
 
     def _get_feat_extract_output_lengths(
         self, input_lengths: torch.Tensor | int, past_lengths: torch.Tensor | int = 0
@@ -122,7 +124,7 @@ class SumAggSpeechModel(SumAggSpeechPreTrainedModel, SumAggModel):
     """The bare summation aggregation model for speech."""
 
     def make_embeddings(self, config: SumAggSpeechConfig) -> None:
-        self.front_end = SumAggFrontEnd(config)
+        self.embeddings = SumAggFrontEnd(config)
 
     @accepts_cache
     @can_return_tuple
@@ -163,14 +165,14 @@ class SumAggSpeechModel(SumAggSpeechPreTrainedModel, SumAggModel):
         use_cache = config.use_cache if use_cache is None else use_cache
         if cache is None and use_cache and config.is_causal:
             cache = DynamicCache(config=config)
-        blocks_cache = None if cache is None else cache_of_blocks(cache, config)
+        blocks_cache = None if cache is None else adopt_cache_of_frames(cache, config)
         layout, _, _ = sequence_layout(input_features, attention_mask, None, cache)
         if is_concrete(input_features):
-            real = True if layout.attention_mask is None else layout.attention_mask[..., None]
-            if not (input_features.isfinite() | ~torch.as_tensor(real, device=input_features.device)).all():
+            finite = input_features.isfinite().all(dim=2)
+            if not (finite if layout.attention_mask is None else finite | ~layout.attention_mask).all():
                 raise ValueError("`input_features` must be finite, got NaN or infinity: look for them in the audio.")
 
-        inputs_embeds, numbers = self.front_end(input_features, layout, cache, self.dtype)
+        inputs_embeds, numbers = self.embeddings(input_features, layout, cache, self.dtype)
         inputs_embeds, layout, mask = self._layout_of_tokens(inputs_embeds, numbers, layout, blocks_cache)
         outputs = super().forward(
             inputs_embeds=inputs_embeds,
@@ -202,37 +204,6 @@ class SumAggSpeechModel(SumAggSpeechPreTrainedModel, SumAggModel):
         layout = SequenceLayout(numbers.clamp(min=0), real, None, None, {})
         masks = attention_masks(self.config, inputs_embeds, self.dtype, layout, real, False, cache)
         return inputs_embeds, layout._replace(masks=masks), mask
-
-
-def cache_of_blocks(cache: Cache, config: SumAggSpeechConfig) -> Cache:
-    """
-    The part of a cache that the blocks have, in which the layers are the same objects. The first layer of `cache` is that
-    of the front end, and counts frames; an empty cache without one is given one.
-
-    Raises:
-        `ValueError`: the model can go on from no cache, or from none like this.
-    """
-    if not config.is_causal:
-        raise ValueError("A bidirectional model has no decode state: pass no `cache`.")
-    if "full_attention" in config.layer_types:
-        raise ValueError(
-            "A model of speech with full attention has no decode state, which would grow with the audio: choose "
-            "'sliding_attention' in `layer_types`, or pass no `cache`."
-        )
-    layers = cache.layers
-    if cache.layer_class_to_replicate is not None and not layers:
-        layers = DynamicCache(config=config).layers
-    if len(layers) == config.num_hidden_layers and not any(layer.get_seq_length() for layer in layers):
-        layers = [RecurrentLayer(), *layers]
-    if len(layers) != config.num_hidden_layers + 1 or not isinstance(layers[0], RecurrentLayer):
-        raise ValueError(
-            f"`cache` is not of this model, which has a front end and {config.num_hidden_layers} blocks: it has the layers "
-            f"{[type(layer).__name__ for layer in layers]}. Make it with `DynamicCache(config=model.config)`."
-        )
-    blocks = Cache(layers=layers[1:])
-    adopt_cache(blocks, config)
-    cache.layers, cache.layer_class_to_replicate = [layers[0], *blocks.layers], None
-    return blocks
 
 
 class SumAggForCTC(SumAggSpeechPreTrainedModel):
@@ -335,28 +306,27 @@ class SumAggForAudioClassification(SumAggSpeechPreTrainedModel):
         self.score = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
-    @accepts_cache
     @can_return_tuple
     def forward(
         self,
         input_features: torch.FloatTensor,
         attention_mask: torch.Tensor | None = None,
-        cache: Cache | None = None,
         labels: torch.Tensor | None = None,
-        use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> SequenceClassifierOutputWithPast:
+    ) -> SequenceClassifierOutput:
         r"""
+        A recording is classified as a whole: there is no decode state to go on from.
+
         Args:
             labels (`torch.Tensor`, *optional*): `[B]` class indices, or `[B]` or `[B, num_labels]` targets for
                 regression, or `[B, num_labels]` for several labels, by `config.problem_type`.
 
         The other arguments and the errors are those of the bare model's `forward`. Also raised:
-            `ValueError`: `labels` of the wrong shape, or a class index that does not exist.
+            `ValueError`: `labels` of the wrong shape, or a class index that does not exist; or a cache.
         """
-        outputs: SumAggSpeechModelOutput = self.model(
-            input_features, attention_mask=attention_mask, cache=cache, use_cache=use_cache, **kwargs
-        )
+        if find_cache(kwargs) is not None or kwargs.pop("use_cache", False):
+            raise ValueError("A classifier of audio takes the whole recording, and no `cache`.")
+        outputs: SumAggSpeechModelOutput = self.model(input_features, attention_mask=attention_mask, **kwargs)
         hidden_states, mask = outputs.last_hidden_state, outputs.attention_mask
         if hidden_states.shape[1] == 0:
             # No tokens are pooled as one that is masked: their sum is zero.
@@ -368,10 +338,9 @@ class SumAggForAudioClassification(SumAggSpeechPreTrainedModel):
             loss = loss_of_classes(
                 self.loss_function, labels, self.num_labels, pooled_logits=logits, config=self.config
             )
-        return SequenceClassifierOutputWithPast(
+        return SequenceClassifierOutput(
             loss=loss,
             logits=logits,
-            **named_cache(outputs.cache),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )

@@ -60,6 +60,8 @@ def stack_frames(
             f"{list(context.shape)} and {list(count.shape)}."
         )
 
+    if attention_mask is not None:
+        x = x.masked_fill(~attention_mask.bool()[..., None], 0)
     frames = torch.cat([context.to(x.dtype), x], dim=1)
     columns = torch.arange(past + length, device=x.device).expand(batch_size, -1)
     new = count.new_full((batch_size,), length)
