@@ -22,7 +22,6 @@ class SumAggSpeechConfig(SumAggConfig):
         feature_mean (`list[float]`, *optional*): mean of each mel bin in the training data. With `feature_std`, the model
             standardises the frames itself, the same way whatever follows them.
         feature_std (`list[float]`, *optional*): their standard deviations.
-        sampling_rate (`int`, defaults to 16000): samples a second of the audio.
         hop_length (`int`, defaults to 160): samples from one frame to the next.
         vocab_size (`int`, defaults to 32): number of symbols, the blank included.
         pad_token_id (`int`, defaults to 0): the blank of connectionist temporal classification (CTC).
@@ -72,7 +71,6 @@ class SumAggSpeechConfig(SumAggConfig):
     subsampling_kernel_size: int = 12
     feature_mean: list[float | int] | None = None
     feature_std: list[float | int] | None = None
-    sampling_rate: int = 16000
     hop_length: int = 160
     vocab_size: int = 32
     hidden_size: int = 256
@@ -106,7 +104,7 @@ class SumAggSpeechConfig(SumAggConfig):
 
     def validate_frames(self):
         """Part of `@strict`-powered validation: the frames, their statistics and what is masked of them."""
-        for name in ("num_mel_bins", "subsampling_factor", "hop_length", "sampling_rate", "mask_time_length"):
+        for name in ("num_mel_bins", "subsampling_factor", "hop_length", "mask_time_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
         if self.subsampling_kernel_size < self.subsampling_factor:

@@ -25,12 +25,12 @@ from .compatibility import (
 )
 from .configuration.configuration_sumagg_speech import SumAggSpeechConfig
 from .decoder.checks import check_labels, is_concrete, labels_of_rows, loss_of_classes
-from .decoder.frames import adopt_cache_of_frames
+from .decoder.frames_cache import adopt_cache_of_frames
 from .decoder.layout import SequenceLayout, sequence_layout
 from .decoder.masks import attention_masks
 from .decoder.recurrence import recur
 from .modeling_sumagg import SumAggModel, SumAggPooler, SumAggPreTrainedModel
-from .ops.frames import stack_frames
+from .ops.stacked_frames import stack_frames
 
 
 @dataclass

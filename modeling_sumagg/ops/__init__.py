@@ -4,9 +4,9 @@ import os
 
 from .causal_convolution import causal_convolution
 from .documents import document_runs
-from .frames import stack_frames
 from .kernels.kernel_dispatch import set_kernels
 from .sliding_attention import sliding_window_attention
+from .stacked_frames import stack_frames
 from .summation import bidirectional_mean, bidirectional_sum, causal_mean, causal_sum
 from .summation_reference import causal_sum_reference
 from .token_statistics.formula import TokenStatisticsState

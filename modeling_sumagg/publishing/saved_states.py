@@ -4,7 +4,7 @@ import torch
 from transformers import DynamicCache, PreTrainedConfig
 
 from ..decoder.cache import adopt_cache
-from ..decoder.frames import FramesLayer, adopt_cache_of_frames
+from ..decoder.frames_cache import FramesLayer, adopt_cache_of_frames
 from ..decoder.recurrence import RecurrentLayer
 
 
