@@ -74,7 +74,7 @@ class SumAggSpeechConfig(SumAggConfig):
     hop_length: int = 160
     vocab_size: int = 32
     hidden_size: int = 256
-    num_hidden_layers: int = 8
+    num_hidden_layers: int = 6
     num_attention_heads: int = 4
     position_embedding_type: Literal["none"] = "none"  # type: ignore[assignment]
     position_bias: float | int = 1.0

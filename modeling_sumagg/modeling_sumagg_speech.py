@@ -35,14 +35,14 @@ from .ops.stacked_frames import stack_frames
 
 @dataclass
 class SumAggSpeechModelOutput(BaseModelOutputWithPast):
-    """`attention_mask` `[B, T']`, bool, says which tokens a row has: those that its frames have completed."""
+    """`attention_mask` `[B, T']` is 1 for the tokens that a row has, those that its frames have completed, and else 0."""
 
     attention_mask: torch.Tensor | None = None
 
 
 @dataclass
 class SumAggCTCOutput(CausalLMOutputWithPast):
-    """`attention_mask` `[B, T']`, bool, says which logits are of tokens that a row has."""
+    """`attention_mask` `[B, T']` is 1 for the logits of tokens that a row has, and else 0."""
 
     attention_mask: torch.Tensor | None = None
 
@@ -112,6 +112,11 @@ class SumAggSpeechPreTrainedModel(SumAggPreTrainedModel):
     input_modalities = ("audio",)
     _input_embed_layer = "token_proj"
 
+    @property
+    def can_stream(self) -> bool:
+        """Whether there is a decode state, from which audio can be gone on with."""
+        return self.config.is_causal and "full_attention" not in self.config.layer_types
+
     def _get_feat_extract_output_lengths(
         self, input_lengths: torch.Tensor | int, past_lengths: torch.Tensor | int = 0
     ) -> torch.Tensor | int:
@@ -123,8 +128,12 @@ class SumAggSpeechPreTrainedModel(SumAggPreTrainedModel):
 class SumAggSpeechModel(SumAggSpeechPreTrainedModel, SumAggModel):
     """The bare summation aggregation model for speech."""
 
-    def make_embeddings(self, config: SumAggSpeechConfig) -> None:
+    def __init__(self, config: SumAggSpeechConfig):
+        super().__init__(config)
+        # Frames are embedded, and no ids.
+        del self.embed_tokens
         self.embeddings = SumAggFrontEnd(config)
+        self.post_init()
 
     @accepts_cache
     @can_return_tuple
@@ -187,7 +196,7 @@ class SumAggSpeechModel(SumAggSpeechPreTrainedModel, SumAggModel):
             **named_cache(cache),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            attention_mask=mask,
+            attention_mask=mask.long(),
         )
 
     def _layout_of_tokens(
@@ -295,6 +304,7 @@ class SumAggForAudioClassification(SumAggSpeechPreTrainedModel):
     """The summation aggregation model for speech with a classification or regression head on a pooled vector."""
 
     accepts_loss_kwargs = False
+    can_stream = False
 
     def __init__(self, config: SumAggSpeechConfig):
         super().__init__(config)

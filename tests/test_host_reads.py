@@ -5,7 +5,7 @@ from unittest import mock
 
 import pytest
 import torch
-from testing import MODEL_CLASSES, build, tiny_config
+from testing import TEXT_CLASSES, build, tiny_config
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import (
@@ -24,7 +24,6 @@ from modeling_sumagg.compatibility import named_cache
 
 # `item`, `bool` and `int` of a tensor are `_local_scalar_dense`.
 READING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique", "_unique2", "bincount")
-TEXT_CLASSES = [cls for cls in MODEL_CLASSES if hasattr(cls.config_class, "layer_types")]
 GPT2_CLASSES = {
     "Model": GPT2Model,
     "ForCausalLM": GPT2LMHeadModel,

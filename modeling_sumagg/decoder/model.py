@@ -94,17 +94,13 @@ class DecoderModel(DecoderPreTrainedModel):
 
     def __init__(self, config: PreTrainedConfig):
         super().__init__(config)
-        self.make_embeddings(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.make_positions(config)
         self.dropout = nn.Dropout(config.embedding_dropout)
         self.layers = nn.ModuleList([self.layer_class(config, i) for i in range(config.num_hidden_layers)])
         self.norm = self.make_norm(config)
         self.gradient_checkpointing = False
         self.post_init()
-
-    def make_embeddings(self, config: PreTrainedConfig) -> None:
-        """Make what tokens are embedded by, `embed_tokens` for ids."""
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
 
     def make_norm(self, config: PreTrainedConfig) -> nn.Module:
         """The norm after the blocks."""

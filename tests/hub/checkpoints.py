@@ -22,7 +22,7 @@ def save_with_outputs(model: PreTrainedModel, folder: Path) -> None:
     inputs.pop("attention_mask", None)
     if "input_ids" in inputs:
         word_tokenizer().save_pretrained(folder)
-    else:
+    elif "pixel_values" in inputs:
         tost_image_processor(model.config).save_pretrained(folder)
     with torch.no_grad():
         output = model(**inputs).to_tuple()[0]
