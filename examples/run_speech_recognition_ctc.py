@@ -86,6 +86,15 @@ class SpeechArguments(DataArguments):
     num_train_utterances: int = field(default=5000, metadata={"help": "Of the embedded data, to train on."})
     num_held_out_utterances: int = field(default=400, metadata={"help": "Of the embedded data, in each other split."})
 
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("train_file", "validation_file", "test_file"):
+            path = getattr(self, name)
+            if path is not None and Path(path).is_dir():
+                # The form of `datasets`' audiofolder, which asks for torchcodec to copy a path.
+                setattr(self, name, str(Path(path) / "metadata.csv"))
+                self.audio_column_name = "file_name"
+
 
 class DecayTrainer(Trainer):
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
@@ -99,9 +108,9 @@ class SpeechCollator:
     processor: Wav2Vec2Processor
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        frames = [{"input_features": np.asarray(row["input_features"])} for row in rows]
+        frames = [{"input_features": np.array(row["input_features"])} for row in rows]
         batch = self.processor.feature_extractor.pad(frames, padding=True, return_tensors="pt")
-        labels = [torch.as_tensor(row["labels"], dtype=torch.long) for row in rows]
+        labels = [torch.tensor(row["labels"], dtype=torch.long) for row in rows]
         padded = torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100)
         return {**batch, "labels": padded}
 
@@ -188,7 +197,7 @@ def load_speech(arguments: SpeechArguments, seed: int) -> DatasetDict:
     """The splits with the columns `audio`, not decoded, and `text`, normalised; of the embedded data also `voice`."""
     columns = {"audio": arguments.audio_column_name, "text": arguments.text_column_name}
     if arguments.dataset_name or arguments.train_file:
-        splits = load_splits(arguments, spoken_sentences, columns, seed=seed, folder_loader="audiofolder")
+        splits = load_splits(arguments, spoken_sentences, columns, seed=seed)
     else:
         splits = spoken_sentences(arguments.num_train_utterances, arguments.num_held_out_utterances)
     for name, split in splits.items():
@@ -243,13 +252,17 @@ def main() -> None:
                 "length": Value("int64"),
             }
         )
-        is_file = data_arguments.train_file is not None and Path(data_arguments.train_file).is_file()
-        parent = Path(data_arguments.train_file).parent if is_file else None
-        utterances = splits.map(
-            lambda row: to_features(row, processor, parent),
-            remove_columns=splits["train"].column_names,
-            features=features,
-        )
+        files = {name: getattr(data_arguments, f"{name}_file", None) or data_arguments.train_file for name in splits}
+        utterances = DatasetDict()
+        for name, split in splits.items():
+            # A relative path is relative to the file that names it.
+            parent = Path(files[name]).parent if files[name] else None
+            utterances[name] = split.map(
+                to_features,
+                fn_kwargs={"processor": processor, "folder": parent},
+                remove_columns=split.column_names,
+                features=features,
+            )
         values = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, "ctc_zero_infinity": True}
         if not checkpoint:
             values |= statistics(utterances["train"])

@@ -16,9 +16,11 @@ The model needs a state of constant size: causal, without full attention.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import queue
+import select
 import signal
 import sys
 import time
@@ -167,10 +169,27 @@ def read_file(path: Path, chunk_ms: int, first: int) -> tuple[int, Iterator[np.n
     return file.samplerate, (block.mean(axis=1) for block in blocks)
 
 
-def read_pipe(source: int, sampling_rate: int, chunk_ms: int) -> Iterator[np.ndarray]:
+class Stop:
+    """Ctrl-C as a flag that is looked at between two chunks only, so that no chunk is lost or heard by half."""
+
+    def __init__(self):
+        self.asked = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._ask)
+
+    def _ask(self, *_) -> None:
+        self.asked = True
+
+
+def read_pipe(source: int, sampling_rate: int, chunk_ms: int, stop: Stop) -> Iterator[np.ndarray]:
     """The 16-bit samples that come from a descriptor, as soon as they come, at most a chunk at once."""
     held, began = b"", True
-    while data := os.read(source, 2 * (sampling_rate * chunk_ms // 1000)):
+    while not stop.asked:
+        if not select.select([source], [], [], 0.1)[0]:
+            continue
+        data = os.read(source, 2 * (sampling_rate * chunk_ms // 1000))
+        if not data:
+            break
         if began and data.startswith((b"RIFF", b"fLaC", b"OggS", b"ID3")):
             raise ValueError(
                 "A pipe carries bare 16-bit samples, and this is an audio file: give it as --input, or convert it with "
@@ -181,7 +200,7 @@ def read_pipe(source: int, sampling_rate: int, chunk_ms: int) -> Iterator[np.nda
         yield np.frombuffer(data[: len(data) // 2 * 2], dtype="<i2").astype(np.float32) / 2**15
 
 
-def read_microphone(sampling_rate: int, chunk_ms: int) -> Iterator[np.ndarray]:
+def read_microphone(sampling_rate: int, chunk_ms: int, stop: Stop) -> Iterator[np.ndarray]:
     """What the default microphone hears."""
     try:
         import sounddevice
@@ -193,8 +212,9 @@ def read_microphone(sampling_rate: int, chunk_ms: int) -> Iterator[np.ndarray]:
     with sounddevice.InputStream(
         **options, blocksize=size, callback=lambda samples, *_: heard.put(samples[:, 0].copy())
     ):
-        while True:
-            yield heard.get()
+        while not stop.asked:
+            with contextlib.suppress(queue.Empty):
+                yield heard.get(timeout=0.1)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -221,13 +241,9 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def stop(*_) -> None:
-    raise KeyboardInterrupt
-
-
 def main() -> None:
     arguments = parse_arguments()
-    signal.signal(signal.SIGTERM, stop)
+    stop = Stop()
     torch.set_num_threads(arguments.threads)
     try:
         model = AutoModelForCTC.from_pretrained(arguments.model)
@@ -238,10 +254,10 @@ def main() -> None:
         if arguments.input:
             own_rate, pieces = read_file(arguments.input, arguments.chunk_ms, stream.num_samples)
         elif arguments.microphone:
-            pieces = read_microphone(rate, arguments.chunk_ms)
+            pieces = read_microphone(rate, arguments.chunk_ms, stop)
         else:
             own_rate = arguments.sampling_rate or rate
-            pieces = read_pipe(sys.stdin.fileno(), own_rate, arguments.chunk_ms)
+            pieces = read_pipe(sys.stdin.fileno(), own_rate, arguments.chunk_ms, stop)
         if own_rate != rate and arguments.state:
             raise ValueError(
                 f"Audio of {own_rate} Hz is resampled to {rate} Hz, and the state of that cannot be saved: convert the "
@@ -254,7 +270,7 @@ def main() -> None:
     resampled = f", resampled from {own_rate:,} to {rate:,} Hz" if resampler else ""
     print(f"Writes down what {where} says{resampled}; Ctrl-C stops.", file=sys.stderr)
 
-    busy, began_at, stopped = 0.0, stream.num_samples, False
+    busy, began_at = 0.0, stream.num_samples
 
     def write(words: list[str]) -> None:
         for word in words:
@@ -272,16 +288,17 @@ def main() -> None:
     try:
         for samples in pieces:
             hear(samples)
-        hear(np.zeros(0, dtype=np.float32), last=True)
-        if not stream.num_samples:
+            if stop.asked:
+                break
+        else:
+            hear(np.zeros(0, dtype=np.float32), last=True)
+        if not stream.num_samples and not stop.asked:
             raise ValueError(f"{where} has no audio.")
-    except KeyboardInterrupt:
-        stopped = True
     except ValueError as error:
         sys.exit(f"error: after {stream.num_samples / own_rate:.2f} s: {' '.join(str(error).split())}")
     if arguments.state:
         stream.save(arguments.state)
-    if not stopped:
+    if not stop.asked:
         write(stream.finish())
     if not arguments.times:
         print()
@@ -293,7 +310,7 @@ def main() -> None:
         f"{arguments.chunk_ms} ms on {torch.get_num_threads()} thread(s). The state has {size:,} bytes.{kept}",
         file=sys.stderr,
     )
-    if stopped:
+    if stop.asked:
         sys.exit(130)
 
 

@@ -243,7 +243,6 @@ def load_splits(
     seed: int,
     streaming: bool = False,
     held_out_rows: int = 100,
-    folder_loader: str = "imagefolder",
 ) -> DatasetDict | IterableDatasetDict:
     """
     The splits of the Hub's data set, of the files, or of the embedded data, with the columns renamed.
@@ -255,7 +254,6 @@ def load_splits(
         seed (`int`): seed of the split, where the data has no `validation`.
         streaming (`bool`, defaults to `False`): read the data while training.
         held_out_rows (`int`, defaults to 100): of a stream, the number of rows that become `validation`.
-        folder_loader (`str`, defaults to `"imagefolder"`): what reads a folder: this or `"audiofolder"`.
 
     Returns:
         `DatasetDict` or, if they are streamed, `IterableDatasetDict`: `train`, `validation`, and `test` if there is one.
@@ -274,7 +272,7 @@ def load_splits(
             splits = {name: split.to_iterable_dataset() for name, split in splits.items()}
     elif Path(paths["train"]).is_dir():
         patterns = {split: f"{path}/**" for split, path in paths.items()}
-        splits = load_dataset(folder_loader, data_files=patterns, streaming=streaming)
+        splits = load_dataset("imagefolder", data_files=patterns, streaming=streaming)
     else:
         # One at a time: they may differ in columns that are not used.
         splits = {split: _load_file(path, streaming) for split, path in paths.items()}
