@@ -287,6 +287,8 @@ class SumAggForCTC(SumAggSpeechPreTrainedModel):
     def _loss(self, logits: torch.Tensor, labels: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         """As transformers' models for CTC, over the first `lengths` `[B]` of the logits."""
         real = labels >= 0
+        if logits.shape[1] == 0:
+            logits = F.pad(logits, (0, 0, 0, 1))  # PyTorch takes no empty tensor
         log_probs = F.log_softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
         with torch.backends.cudnn.flags(enabled=False):
             return F.ctc_loss(

@@ -1,10 +1,21 @@
 """What several tests share: tiny models, and a comparison relative to the size of the whole tensor."""
 
 import copy
+import json
+from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import Cache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast, set_seed
+from transformers import (
+    Cache,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Speech2TextFeatureExtractor,
+    Wav2Vec2CTCTokenizer,
+    Wav2Vec2Processor,
+    set_seed,
+)
 
 import modeling_sumagg
 from modeling_sumagg import SumAggConfig, SumAggMultimodalConfig, SumAggSpeechConfig, ToSTConfig, ToSTTextConfig
@@ -122,6 +133,17 @@ def word_tokenizer(padding_side: str = "left") -> PreTrainedTokenizerFast:
         name: f"<{name.removesuffix('_token')}>" for name in ("pad_token", "eos_token", "unk_token", "mask_token")
     }
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side=padding_side, **special)
+
+
+def speech_processor(folder: Path, num_mel_bins: int = 5) -> Wav2Vec2Processor:
+    """Frames of so many bins, and letters, words of which are told apart by a symbol of their own; 0 is the blank."""
+    symbols = ["<pad>", "|", "<unk>", *(chr(ord("a") + i) for i in range(26))]
+    (folder / "symbols.json").write_text(json.dumps({symbol: i for i, symbol in enumerate(symbols)}))
+    tokenizer = Wav2Vec2CTCTokenizer(folder / "symbols.json", bos_token=None, eos_token=None)
+    extractor = Speech2TextFeatureExtractor(
+        feature_size=num_mel_bins, num_mel_bins=num_mel_bins, do_ceptral_normalize=False
+    )
+    return Wav2Vec2Processor(extractor, tokenizer)
 
 
 def build(model_class, config, seed: int = 0):
