@@ -31,7 +31,9 @@ PARTS = {
     # A plugin for an engine: nobody imports it, and it knows the models.
     "serving": ["decoder", "families", "ops.summation"],
     "data_collator": [],
+    "audio": [],
     "embedded_data": [],
+    "spoken_data": ["embedded_data"],
     "plots": [],
     "scripts": ["configuration", "families"],
     "training": ["families"],
@@ -43,6 +45,7 @@ PARTS = {
 # What users, and so the examples, import; the rest may change with any version.
 PUBLIC = {
     "modeling_sumagg",
+    "modeling_sumagg.audio",
     "modeling_sumagg.configuration",
     "modeling_sumagg.decoder",
     "modeling_sumagg.embedded_data",
@@ -53,6 +56,7 @@ PUBLIC = {
     "modeling_sumagg.plots",
     "modeling_sumagg.publishing.saved_states",
     "modeling_sumagg.scripts",
+    "modeling_sumagg.spoken_data",
     "modeling_sumagg.training",
 }
 
