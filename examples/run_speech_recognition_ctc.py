@@ -72,6 +72,8 @@ SMALL_RECOGNISER = {
     "hidden_size": 192,
     "num_hidden_layers": 6,
     "num_attention_heads": 4,
+    "conv_kernel_size": 4,
+    "mask_feature_prob": 0.125,
 }
 
 
@@ -148,11 +150,10 @@ def statistics(train: Dataset, rows: int = 500) -> dict[str, list[float]]:
     return {"feature_mean": frames.mean(axis=0).tolist(), "feature_std": frames.std(axis=0).clip(1e-3).tolist()}
 
 
-def fits(row: dict[str, Any], ratio: int, max_frames: float) -> bool:
+def fits(labels: list[int], length: int, ratio: int, max_frames: float) -> bool:
     """Whether CTC can align the symbols: each takes one of the outputs, and two equal ones a blank between them."""
-    labels = np.asarray(row["labels"])
-    needed = len(labels) + int((labels[1:] == labels[:-1]).sum())
-    return needed <= row["length"] // ratio and row["length"] <= max_frames
+    needed = len(labels) + sum(a == b for a, b in zip(labels[1:], labels[:-1], strict=True))
+    return needed <= length // ratio and length <= max_frames
 
 
 def error_rates(references: Sequence[str], hypotheses: Sequence[str]) -> dict[str, float]:
@@ -187,7 +188,9 @@ def plot_alignment(model: PreTrainedModel, processor: Wav2Vec2Processor, row: di
             name_shown = "␣" if name == tokenizer.word_delimiter_token else name
             below.annotate(name_shown, (times[start], 1.02), ha="center", color=f"C{index % 10}")
     heard = tokenizer.decode(probabilities.argmax(axis=1))
-    below.set(ylabel="probability (grey: blank)", xlabel="seconds of audio heard", ylim=(0, 1.12), title=f"Heard: {heard}")
+    below.set(
+        ylabel="probability (grey: blank)", xlabel="seconds of audio heard", ylim=(0, 1.12), title=f"Heard: {heard}"
+    )
     for axes in (above, below):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
@@ -216,8 +219,8 @@ def main() -> None:
     )
     parser.set_defaults(
         output_dir="runs/speech-recognition",
-        num_train_epochs=8,
-        per_device_train_batch_size=16,
+        num_train_epochs=9,
+        per_device_train_batch_size=8,
         per_device_eval_batch_size=32,
         learning_rate=2e-3,
         lr_scheduler_type="cosine",
@@ -238,7 +241,9 @@ def main() -> None:
         source = data_arguments.dataset_name or data_arguments.train_file
         folder = Path(training_arguments.output_dir)
         duration = "the progress bars show how long" if source else "about 15 minutes on two cores"
-        print(f"Trains a speech recogniser on {source or 'speech of espeak-ng'} and saves it to {folder} ({duration}).")
+        print(
+            f"Trains a speech recogniser on {source or 'speech of espeak-ng'} and saves it to {folder} ({duration})."
+        )
         set_seed(training_arguments.seed)
         splits = load_speech(data_arguments, training_arguments.seed)
         texts = {name: split["text"][:] for name, split in splits.items()}
@@ -268,17 +273,23 @@ def main() -> None:
             values |= statistics(utterances["train"])
         config = load_config(model_arguments, SMALL_RECOGNISER, **values)
         model = load_model(AutoModelForCTC, model_arguments, config)
-        ratio, max_frames = config.inputs_to_logits_ratio // 160, data_arguments.max_seconds * 100
-        kept = utterances["train"].filter(lambda row: fits(row, ratio, max_frames))
+        # Frames a logit: there are 100 frames a second.
+        ratio = config.inputs_to_logits_ratio * 100 // extractor.sampling_rate
+        max_frames = data_arguments.max_seconds * 100
+        kept = utterances["train"].filter(
+            fits, input_columns=["labels", "length"], fn_kwargs={"ratio": ratio, "max_frames": max_frames}
+        )
         dropped = len(utterances["train"]) - len(kept)
         if not len(kept):
-            raise ValueError(f"None of the {dropped} utterances is at most --max_seconds and has time for its symbols.")
+            raise ValueError(
+                f"None of the {dropped} utterances is at most --max_seconds and has time for its symbols."
+            )
         utterances = DatasetDict({**utterances, "train": kept}).with_format("numpy")
 
     hours = {name: sum(split["length"][:]) / 360_000 for name, split in utterances.items()}
     print(
         f"{type(model).__name__}, {model.num_parameters():,} parameters, {len(tokenizer)} symbols; utterances "
-        f"{utterances.num_rows}, hours {({name: round(float(value), 2) for name, value in hours.items()})}"
+        f"{utterances.num_rows}, hours { ({name: round(float(value), 2) for name, value in hours.items()}) }"
         + (f"; {dropped} are too long, or too fast for their symbols, and left out" if dropped else "")
     )
     if model_arguments.lora_rank:
@@ -300,7 +311,7 @@ def main() -> None:
         preprocess_logits_for_metrics=most_likely,
     )
     held_out = [split for split in utterances if split != "train"]
-    (sentence, _), = Counter(texts["train"]).most_common(1)
+    ((sentence, _),) = Counter(texts["train"]).most_common(1)
     baselines = {
         "most frequent sentence": {
             split: error_rates(texts[split], [sentence] * len(texts[split])) for split in held_out

@@ -58,7 +58,9 @@ def check_constant_state(config: PreTrainedConfig) -> None:
     """
     remedy = "`python run_speech_recognition_ctc.py` trains one that streams, for --model runs/speech-recognition."
     if config.model_type != "sumagg_speech" or not config.is_causal:
-        kind = "bidirectional model" if config.model_type == "sumagg_speech" else f"model of type {config.model_type!r}"
+        kind = (
+            "bidirectional model" if config.model_type == "sumagg_speech" else f"model of type {config.model_type!r}"
+        )
         raise ValueError(f"A {kind} needs the whole recording at once and does not stream. {remedy}")
     growing = [i for i, layer_type in enumerate(config.layer_types) if layer_type == "full_attention"]
     if growing:

@@ -14,7 +14,7 @@ from transformers import SequenceFeatureExtractor
 
 try:
     import soundfile  # type: ignore[import-untyped]
-    import soxr
+    import soxr  # type: ignore[import-untyped]
 except ImportError as error:
     raise ImportError(f"Audio needs {error.name}: run `pip install 'modeling-sumagg[speech]'`.") from error
 

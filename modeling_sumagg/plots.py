@@ -22,6 +22,7 @@ except ImportError as error:
 METRICS = {
     "accuracy": ("Accuracy", "share of right answers"),
     "perplexity": ("Perplexity", "per token"),
+    "wer": ("Word error rate", "edits a word"),
     "r2": ("R²", "1: perfect, 0: the mean"),
 }
 # Of a name at the end of a line, as a share of the height of the axes.

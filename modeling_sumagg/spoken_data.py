@@ -30,7 +30,7 @@ from .embedded_data import standard_library_files
 try:
     import espeakng_loader  # type: ignore[import-untyped]
     import soundfile  # type: ignore[import-untyped]
-    import soxr
+    import soxr  # type: ignore[import-untyped]
     from datasets import (  # type: ignore[import-untyped]
         Array2D,
         Audio,

