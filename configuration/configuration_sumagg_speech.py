@@ -60,7 +60,7 @@ class SumAggSpeechConfig(SumAggConfig):
 
     model_type = "sumagg_speech"
     # What a batch is padded with is no prediction.
-    keys_to_ignore_at_inference = ["cache", "past_key_values", "attention_mask"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values", "token_mask"]
     values_before_decays: ClassVar[dict[str, Any]] = {}
     base_model_tp_plan = {
         name: plan for name, plan in SumAggConfig.base_model_tp_plan.items() if name != "embed_tokens"

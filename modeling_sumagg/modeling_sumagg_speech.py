@@ -35,16 +35,16 @@ from .ops.stacked_frames import stack_frames
 
 @dataclass
 class SumAggSpeechModelOutput(BaseModelOutputWithPast):
-    """`attention_mask` `[B, T']` is 1 for the tokens that a row has, those that its frames have completed, and else 0."""
+    """`token_mask` `[B, T']` is 1 for the tokens that a row has, those that its frames have completed, and else 0."""
 
-    attention_mask: torch.Tensor | None = None
+    token_mask: torch.Tensor | None = None
 
 
 @dataclass
 class SumAggCTCOutput(CausalLMOutputWithPast):
-    """`attention_mask` `[B, T']` is 1 for the logits of tokens that a row has, and else 0."""
+    """`token_mask` `[B, T']` is 1 for the logits of tokens that a row has, and else 0."""
 
-    attention_mask: torch.Tensor | None = None
+    token_mask: torch.Tensor | None = None
 
 
 class SumAggFrontEnd(nn.Module):
@@ -196,7 +196,7 @@ class SumAggSpeechModel(SumAggSpeechPreTrainedModel, SumAggModel):
             **named_cache(cache),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            attention_mask=mask.long(),
+            token_mask=mask.long(),
         )
 
     def _layout_of_tokens(
@@ -257,7 +257,7 @@ class SumAggForCTC(SumAggSpeechPreTrainedModel):
         outputs: SumAggSpeechModelOutput = self.model(
             input_features, attention_mask=attention_mask, cache=cache, use_cache=use_cache, **kwargs
         )
-        logits, mask = self.lm_head(self.dropout(outputs.last_hidden_state)), outputs.attention_mask
+        logits, mask = self.lm_head(self.dropout(outputs.last_hidden_state)), outputs.token_mask
         blank = logits.new_full(logits.shape[-1:], -1e4)
         blank[self.config.pad_token_id] = 0
         logits = torch.where(mask.any(dim=1)[:, None, None], logits, blank)
@@ -270,7 +270,7 @@ class SumAggForCTC(SumAggSpeechPreTrainedModel):
             **named_cache(outputs.cache),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            attention_mask=mask,
+            token_mask=mask,
         )
 
     def _check_labels(self, labels: torch.Tensor, input_features: torch.Tensor, cache: Cache | None) -> None:
@@ -339,7 +339,7 @@ class SumAggForAudioClassification(SumAggSpeechPreTrainedModel):
         if find_cache(kwargs) is not None or kwargs.pop("use_cache", False):
             raise ValueError("A classifier of audio takes the whole recording, and no `cache`.")
         outputs: SumAggSpeechModelOutput = self.model(input_features, attention_mask=attention_mask, **kwargs)
-        hidden_states, mask = outputs.last_hidden_state, outputs.attention_mask
+        hidden_states, mask = outputs.last_hidden_state, outputs.token_mask
         if hidden_states.shape[1] == 0:
             # No tokens are pooled as one that is masked: their sum is zero.
             hidden_states, mask = F.pad(hidden_states, (0, 0, 0, 1)), F.pad(mask, (0, 1))

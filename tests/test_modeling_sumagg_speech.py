@@ -56,7 +56,7 @@ def stream(model, x, size, mask=None, cache=None) -> tuple[list[torch.Tensor], D
         start, end = end, end + length
         outputs = model(x[:, start:end], None if mask is None else mask[:, :end], cache=cache)
         assert outputs.cache is cache
-        for row, logits, real in zip(rows, outputs.logits, outputs.attention_mask, strict=True):
+        for row, logits, real in zip(rows, outputs.logits, outputs.token_mask, strict=True):
             row.append(logits[real.bool()])
     return [torch.cat(row) for row in rows], cache
 
@@ -92,7 +92,7 @@ def test_a_padded_row_is_what_it_is_alone(kind, side):
         outputs = model(x, mask)
         alone = [model(row[real.bool()][None]).logits[0] for row, real in zip(x, mask, strict=True)]
     lengths = [len(logits) for logits in alone]
-    assert outputs.attention_mask.tolist() == [[1] * n + [0] * (max(lengths) - n) for n in lengths]
+    assert outputs.token_mask.tolist() == [[1] * n + [0] * (max(lengths) - n) for n in lengths]
     lengths_of_frames = model._get_feat_extract_output_lengths(mask.sum(dim=1))
     assert lengths_of_frames.tolist() == lengths
     for row, expected in zip(outputs.logits, alone, strict=True):
@@ -424,5 +424,5 @@ def test_hidden_states_and_output_names():
     outputs = model(frames(1, 20), output_hidden_states=True, output_attentions=True, use_cache=True)
     assert [tuple(h.shape) for h in outputs.hidden_states] == [(1, 5, 16)] * 3
     assert [tuple(a.shape) for a in outputs.attentions] == [(1, 2, 5, 5)]
-    assert outputs.cache is outputs.past_key_values and outputs.attention_mask.tolist() == [[1] * 5]
+    assert outputs.cache is outputs.past_key_values and outputs.token_mask.tolist() == [[1] * 5]
     assert torch.equal(model(frames(1, 20), return_dict=False)[0], outputs.last_hidden_state)
