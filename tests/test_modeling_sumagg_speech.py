@@ -5,10 +5,11 @@ import itertools
 import pickle
 import random
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from testing import assert_close, build, cache_tensors, speech_config, sumagg_config
+from testing import assert_close, build, cache_tensors, speech_config, speech_processor, sumagg_config
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCTC, DynamicCache, Trainer, TrainingArguments
 
@@ -231,6 +232,37 @@ def test_the_state_does_not_grow():
             _, cache = stream(model, frames(1, length), 64, cache=cache)
             sizes.append(sum(tensor.numel() for tensor in cache_tensors(cache)))
         assert len(set(sizes)) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["decayed", "sliding"])
+def test_an_hour_in_pieces_is_the_hour(kind):
+    model, x = tiny(kind), frames(1, 360_000)
+    (heard,), cache = stream(model, x, 1000)
+    with torch.no_grad():
+        whole = model(x).logits[0]
+    assert_close(heard, whole)
+    assert torch.equal(heard.argmax(-1), whole.argmax(-1))
+    # The keys and values of a window, and what the other layers sum.
+    assert sum(tensor.numel() for tensor in cache_tensors(cache)) < 250
+
+
+@pytest.mark.parametrize("kind", ["decayed", "sliding"])
+def test_silence_and_a_click(kind, tmp_path):
+    processor = speech_processor(tmp_path)
+    samples = np.zeros(32000, dtype=np.float32)
+    samples[16000] = 1.0
+    model = tiny(kind, vocab_size=len(processor.tokenizer))
+    silence, click = (
+        processor(sound, sampling_rate=16000, return_tensors="pt")["input_features"]
+        for sound in (samples * 0, samples)
+    )
+    with torch.no_grad():
+        quiet, loud = model(silence).logits[0], model(click).logits[0]
+    assert quiet.isfinite().all() and loud.isfinite().all()
+    # Frame 98 is the first with the click in it, and frame 96 to 99 make token 24.
+    assert torch.equal(quiet[:24], loud[:24]) and not torch.allclose(quiet[24], loud[24])
+    assert_close(stream(model, click, 10)[0][0], loud)
 
 
 def test_caches_that_do_not_fit():
