@@ -73,7 +73,7 @@ class SumAggSpeechConfig(SumAggConfig):
     feature_std: list[float | int] | None = None
     hop_length: int = 160
     vocab_size: int = 32
-    hidden_size: int = 256
+    hidden_size: int = 192
     num_hidden_layers: int = 6
     num_attention_heads: int = 4
     position_embedding_type: Literal["none"] = "none"  # type: ignore[assignment]

@@ -430,7 +430,7 @@ def test_the_preset_and_what_a_config_refuses():
     assert config.inputs_to_logits_ratio == 640 and not hasattr(config, "max_position_embeddings")
     with torch.device("meta"):
         model = AutoModelForCTC.from_config(config)
-    d, layers = 256, 6
+    d, layers = 192, 6
     front = 12 * 80 * d + d + d * d + d
     # Four maps, the bias of the last, decays of four heads; two maps with biases; two norms.
     block = 4 * d * d + d + 4 * d + 4 + 8 * d * d + 5 * d + 4 * d
