@@ -159,6 +159,22 @@ def test_the_embedded_data(run_script):
     assert re.search(r"validation +test +new_voices\nWord errors( +[\d.]+%){3}  this model", run.printed)
 
 
+def test_a_data_set_of_the_hub_is_read_without_torchcodec(run_script, tmp_path):
+    """As the Hub keeps it: parquet with the files in it, which `datasets` would decode."""
+    from datasets import Audio
+
+    for name, split in spoken_data.spoken_sentences(num_train=32, num_held_out=8).items():
+        if name in ("train", "validation"):
+            split.cast_column("audio", Audio(sampling_rate=16000)).rename_column("text", "sentence").to_parquet(
+                tmp_path / "data" / f"{name}-00000-of-00001.parquet"
+            )
+    run = run_script(
+        "run_speech_recognition_ctc.py", *TINY, "--dataset_name", tmp_path / "data", "--text_column_name", "sentence",
+        "--max_steps", 1,
+    )  # fmt: skip
+    assert "'train': 32, 'validation': 8" in run.printed
+
+
 def test_utterances_too_fast_for_their_symbols_are_left_out(run_script, recordings):
     with (recordings / "fast.csv").open("w", newline="") as file:
         csv.writer(file).writerows([("audio", "text"), ("0.wav", TEXTS[0]), ("1.wav", "a" * 60), ("2.wav", "")])
