@@ -363,7 +363,7 @@ def test_without_sounddevice_a_microphone_is_refused(transcribe, learned, monkey
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"is_causal": False}, "A bidirectional model needs the whole recording at once"),
+        ({"is_causal": False, "conv_kernel_size": None}, "A bidirectional model needs the whole recording at once"),
         ({"layer_types": ["summation", "full_attention"]}, r"Layers \[1\] of the model attend to all that was heard"),
     ],
 )
