@@ -5,6 +5,7 @@ from pathlib import Path
 from .configuration_fields import NamedFields
 from .configuration_sumagg import SumAggConfig
 from .configuration_sumagg_multimodal import SumAggMultimodalConfig
+from .configuration_sumagg_speech import SumAggSpeechConfig
 from .configuration_text import TextConfig
 from .configuration_tost import ToSTConfig
 from .configuration_tost_text import ToSTTextConfig
@@ -29,4 +30,12 @@ def preset_path(name: str) -> str:
     return str(_PRESETS[name])
 
 
-__all__ = ["SumAggConfig", "SumAggMultimodalConfig", "TextConfig", "ToSTConfig", "ToSTTextConfig", "preset_path"]
+__all__ = [
+    "SumAggConfig",
+    "SumAggMultimodalConfig",
+    "SumAggSpeechConfig",
+    "TextConfig",
+    "ToSTConfig",
+    "ToSTTextConfig",
+    "preset_path",
+]

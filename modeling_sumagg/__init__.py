@@ -1,7 +1,7 @@
 """Linear-time sequence aggregators as native transformers models; importing registers them with the Auto classes."""
 
-from .configuration import SumAggConfig, SumAggMultimodalConfig, ToSTConfig, ToSTTextConfig
-from .data_collator import DataCollatorForMultimodalRegression
+from .configuration import SumAggConfig, SumAggMultimodalConfig, SumAggSpeechConfig, ToSTConfig, ToSTTextConfig
+from .data_collator import DataCollatorForCTC, DataCollatorForMultimodalRegression
 from .families import FAMILIES, Family
 from .modeling_sumagg import (
     SumAggForCausalLM,
@@ -11,6 +11,7 @@ from .modeling_sumagg import (
     SumAggModel,
 )
 from .modeling_sumagg_multimodal import SumAggForMultimodalRegression
+from .modeling_sumagg_speech import SumAggForAudioClassification, SumAggForCTC, SumAggSpeechModel
 from .modeling_tost import ToSTBackbone, ToSTForImageClassification, ToSTModel
 from .modeling_tost_text import (
     ToSTForCausalLM,
@@ -28,9 +29,12 @@ for _family in list(FAMILIES.values()):
 
 __all__ = [
     "FAMILIES",
+    "DataCollatorForCTC",
     "DataCollatorForMultimodalRegression",
     "Family",
     "SumAggConfig",
+    "SumAggForAudioClassification",
+    "SumAggForCTC",
     "SumAggForCausalLM",
     "SumAggForMaskedLM",
     "SumAggForMultimodalRegression",
@@ -38,6 +42,8 @@ __all__ = [
     "SumAggForTokenClassification",
     "SumAggModel",
     "SumAggMultimodalConfig",
+    "SumAggSpeechConfig",
+    "SumAggSpeechModel",
     "ToSTBackbone",
     "ToSTConfig",
     "ToSTForCausalLM",

@@ -1,4 +1,4 @@
-"""Batches of rows in which any modality may be missing."""
+"""Batches of rows: of those in which any modality may be missing, and of speech with what is said."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase, default_data_collator
+from transformers import PreTrainedTokenizerBase, ProcessorMixin, default_data_collator
 
 
 @dataclass
@@ -55,6 +55,29 @@ class DataCollatorForMultimodalRegression:
             texts.append({"input_ids": input_ids, "attention_mask": mask})
         padded = self.tokenizer.pad(texts, pad_to_multiple_of=self.pad_to_multiple_of)
         return {name: torch.tensor(padded[name], dtype=torch.long) for name in ("input_ids", "attention_mask")}
+
+
+@dataclass
+class DataCollatorForCTC:
+    """
+    Collate rows for [`SumAggForCTC`]: the frames are padded, with a mask, and the labels too, with -100.
+
+    Args:
+        processor (`ProcessorMixin`): its feature extractor pads the frames.
+
+    Returns:
+        `dict[str, torch.Tensor]`: `input_features` `[B, F, num_mel_bins]` float32, `attention_mask` `[B, F]` and `labels`
+        `[B, L]` int64, of rows with `input_features` `[F, num_mel_bins]` and `labels`, the symbols that are said.
+    """
+
+    processor: ProcessorMixin
+
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        frames = [{"input_features": np.array(row["input_features"])} for row in features]
+        batch = self.processor.feature_extractor.pad(frames, padding=True, return_tensors="pt")
+        labels = [torch.tensor(row["labels"], dtype=torch.long) for row in features]
+        padded = torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100)
+        return {**batch, "labels": padded}
 
 
 def _stack(name: str, rows: Sequence[Any]) -> torch.Tensor:

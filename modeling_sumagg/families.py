@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
-from .configuration import SumAggConfig, SumAggMultimodalConfig, ToSTConfig, ToSTTextConfig
+from .configuration import SumAggConfig, SumAggMultimodalConfig, SumAggSpeechConfig, ToSTConfig, ToSTTextConfig
 from .modeling_sumagg import (
     SumAggForCausalLM,
     SumAggForMaskedLM,
@@ -18,6 +18,7 @@ from .modeling_sumagg import (
     SumAggModel,
 )
 from .modeling_sumagg_multimodal import SumAggForMultimodalRegression
+from .modeling_sumagg_speech import SumAggForAudioClassification, SumAggForCTC, SumAggSpeechModel
 from .modeling_tost import ToSTBackbone, ToSTForImageClassification, ToSTModel, tost_image_processor
 from .modeling_tost_text import (
     ToSTForCausalLM,
@@ -214,6 +215,16 @@ FAMILIES: dict[str, Family] = {
             },
             lora_target_modules=("proj", "dense", "dense1", "dense2"),
             pipeline_tag="tabular-regression",
+            paper=SUMMATION,
+        ),
+        Family(
+            config_class=SumAggSpeechConfig,
+            models={
+                "AutoModel": SumAggSpeechModel,
+                "AutoModelForCTC": SumAggForCTC,
+                "AutoModelForAudioClassification": SumAggForAudioClassification,
+            },
+            lora_target_modules=("in_proj", "hidden_proj", "gate_proj", "q_proj", "v_proj"),
             paper=SUMMATION,
         ),
         Family(

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
+from transformers import PreTrainedModel, ProcessorMixin
 
 
 try:
@@ -24,6 +26,7 @@ except ImportError as error:
 METRICS = {
     "accuracy": ("Accuracy", "share of right answers"),
     "perplexity": ("Perplexity", "per token"),
+    "wer": ("Word error rate", "edits a word"),
     "r2": ("R²", "1: perfect, 0: the mean"),
 }
 # Of a name at the end of a line, as a share of the height of the axes.
@@ -94,6 +97,46 @@ def plot_predictions(
         axes.spines[["top", "right"]].set_visible(False)
     figure.supxlabel(f"{label_name}, true (black line: predicted = true)")
     panels[0].set_ylabel("predicted")
+    figure.savefig(path, dpi=120)
+
+
+def plot_alignment(
+    model: PreTrainedModel, processor: ProcessorMixin, row: dict[str, Any], path: str | os.PathLike
+) -> None:
+    """
+    Draw the frames of an utterance and, below them in the same time, the probability of every symbol.
+
+    Args:
+        model (`PreTrainedModel`): a model for CTC.
+        processor (`ProcessorMixin`): names the symbols.
+        row (`dict`): `input_features` `[F, num_mel_bins]`, 100 frames a second, and `labels`, what is said.
+        path (`str` or `os.PathLike`): the PNG to write.
+    """
+    frames = torch.as_tensor(np.asarray(row["input_features"]), device=model.device)
+    with torch.no_grad():
+        probabilities = model(frames[None].to(model.dtype)).logits[0].float().softmax(dim=-1).cpu().numpy()
+    seconds, tokenizer = len(frames) / 100, processor.tokenizer
+    figure = Figure(figsize=(12, 7), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(1, 1.4))
+    image = above.imshow(
+        frames.cpu().numpy().T, origin="lower", aspect="auto", extent=(0, seconds, 0, frames.shape[1]), cmap="magma"
+    )
+    figure.colorbar(image, ax=above, label="log energy")
+    above.set(ylabel="mel bin", title=f"Said: {tokenizer.decode(row['labels'], group_tokens=False)}")
+    for index, name in enumerate(tokenizer.convert_ids_to_tokens(range(probabilities.shape[1]))):
+        times = (np.arange(len(probabilities)) + 1) * seconds / max(len(probabilities), 1)
+        blank = index == tokenizer.pad_token_id
+        below.plot(times, probabilities[:, index], color="lightgrey" if blank else f"C{index % 10}", linewidth=1.2)
+        emitted = (probabilities.argmax(axis=1) == index) & (not blank)
+        for start in np.flatnonzero(emitted & ~np.roll(emitted, 1)):
+            name_shown = "␣" if name == tokenizer.word_delimiter_token else name
+            below.annotate(name_shown, (times[start], 1.02), ha="center", color=f"C{index % 10}")
+    heard = tokenizer.decode(probabilities.argmax(axis=1))
+    below.set(
+        ylabel="probability (grey: blank)", xlabel="seconds of audio heard", ylim=(0, 1.12), title=f"Heard: {heard}"
+    )
+    for axes in (above, below):
+        axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
 
 

@@ -4,11 +4,18 @@ import pytest
 from testing import MODEL_CLASSES, build, sumagg_config, tiny_config
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
 
-from modeling_sumagg import SumAggConfig, SumAggForCausalLM, SumAggMultimodalConfig, ToSTConfig, ToSTTextConfig
+from modeling_sumagg import (
+    SumAggConfig,
+    SumAggForCausalLM,
+    SumAggMultimodalConfig,
+    SumAggSpeechConfig,
+    ToSTConfig,
+    ToSTTextConfig,
+)
 from modeling_sumagg.configuration import preset_path
 
 
-CONFIGS = (SumAggConfig, SumAggMultimodalConfig, ToSTConfig, ToSTTextConfig)
+CONFIGS = (SumAggConfig, SumAggMultimodalConfig, SumAggSpeechConfig, ToSTConfig, ToSTTextConfig)
 
 
 def slips(name: str) -> list[str]:

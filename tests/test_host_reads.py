@@ -5,7 +5,7 @@ from unittest import mock
 
 import pytest
 import torch
-from testing import MODEL_CLASSES, build, tiny_config
+from testing import TEXT_CLASSES, build, speech_config, tiny_config
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import (
@@ -19,12 +19,12 @@ from transformers import (
     StaticCache,
 )
 
+from modeling_sumagg import SumAggForCTC
 from modeling_sumagg.compatibility import named_cache
 
 
 # `item`, `bool` and `int` of a tensor are `_local_scalar_dense`.
 READING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique", "_unique2", "bincount")
-TEXT_CLASSES = [cls for cls in MODEL_CLASSES if hasattr(cls.config_class, "layer_types")]
 GPT2_CLASSES = {
     "Model": GPT2Model,
     "ForCausalLM": GPT2LMHeadModel,
@@ -152,6 +152,14 @@ def test_a_token_of_generate_reads_no_more_than_gpt2(model_class, layers, paddin
 
     model = build(model_class, tiny_config(model_class, layers, eos_token_id=None))
     assert of_ten_tokens(model) <= of_ten_tokens(gpt2(model_class))
+
+
+def test_a_piece_of_speech_is_read_twice():
+    """Whether its frames are finite, and how many tokens the row that has most of them has."""
+    model, pieces = build(SumAggForCTC, speech_config("sliding")), torch.randn(2, 2, 7, 5)
+    cache = model(pieces[0], use_cache=True).cache
+    assert reads(lambda: model(pieces[1], cache=cache)) == 2
+    assert reads(lambda: model(pieces[0])) == 1
 
 
 def test_reads_are_counted():

@@ -4,13 +4,15 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
+    AutoModelForAudioClassification,
     AutoModelForCausalLM,
+    AutoModelForCTC,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     set_seed,
 )
 
-from modeling_sumagg import SumAggConfig, ToSTConfig, ToSTTextConfig
+from modeling_sumagg import SumAggConfig, SumAggSpeechConfig, ToSTConfig, ToSTTextConfig
 from modeling_sumagg.families import FAMILIES
 
 
@@ -18,11 +20,25 @@ SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 TEXT = {"input_ids": torch.arange(12).view(2, 6), "labels": torch.arange(12).view(2, 6)}
 DOCUMENTS = {"input_ids": torch.arange(12).view(2, 6), "labels": torch.tensor([1, 0])}
 SUMAGG = SumAggConfig(vocab_size=20, **SIZES)
+SPEECH = SumAggSpeechConfig(num_mel_bins=5, vocab_size=20, **SIZES, apply_spec_augment=False, mask_feature_length=5)
+FRAMES = torch.linspace(-1, 1, 2 * 32 * 5).view(2, 32, 5).sin()
 TOST_TEXT = ToSTTextConfig(vocab_size=20, layerscale_value=1.0, **SIZES)
 TOST = ToSTConfig(**SIZES, image_size=16, patch_size=8, num_labels=3)
 CASES = {
     "sumagg language model": (AutoModelForCausalLM, SUMAGG, TEXT, None),
     "sumagg classifier": (AutoModelForSequenceClassification, SUMAGG, DOCUMENTS, ["score", "pooler"]),
+    "speech recogniser": (
+        AutoModelForCTC,
+        SPEECH,
+        {"input_features": FRAMES, "labels": torch.tensor([[3, 4, 3], [5, -100, -100]])},
+        ["lm_head"],
+    ),
+    "audio classifier": (
+        AutoModelForAudioClassification,
+        SPEECH,
+        {"input_features": FRAMES, "labels": torch.tensor([1, 0])},
+        ["score", "pooler"],
+    ),
     "tost_text language model": (AutoModelForCausalLM, TOST_TEXT, TEXT, None),
     "tost_text classifier": (AutoModelForSequenceClassification, TOST_TEXT, DOCUMENTS, ["score"]),
     "tost classifier": (

@@ -1,17 +1,31 @@
 """What several tests share: tiny models, and a comparison relative to the size of the whole tensor."""
 
 import copy
+import json
+from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import Cache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast, set_seed
+from transformers import (
+    Cache,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Speech2TextFeatureExtractor,
+    Wav2Vec2CTCTokenizer,
+    Wav2Vec2Processor,
+    set_seed,
+)
 
 import modeling_sumagg
-from modeling_sumagg import SumAggConfig, SumAggMultimodalConfig, ToSTConfig, ToSTTextConfig
+from modeling_sumagg import SumAggConfig, SumAggMultimodalConfig, SumAggSpeechConfig, ToSTConfig, ToSTTextConfig
 
 
 MODEL_CLASSES = [
     cls for cls in vars(modeling_sumagg).values() if isinstance(cls, type) and issubclass(cls, PreTrainedModel)
+]
+TEXT_CLASSES = [
+    cls for cls in MODEL_CLASSES if hasattr(cls.config_class, "layer_types") and cls.main_input_name == "input_ids"
 ]
 # In the ids of every tokenizer and the vocabulary of every model here.
 WORDS = ["<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(57)), "<mask>"]
@@ -62,23 +76,47 @@ def multimodal_config(**kwargs) -> SumAggMultimodalConfig:
     return SumAggMultimodalConfig(**{**sizes, "head_hidden_sizes": [8], **kwargs})
 
 
+def speech_config(layers: str = "sliding", **kwargs) -> SumAggSpeechConfig:
+    """Tiny, over frames of 5 bins."""
+    arguments = {
+        "num_mel_bins": 5,
+        "subsampling_kernel_size": 6,
+        "vocab_size": 61,
+        "hidden_size": 16,
+        "num_hidden_layers": len(LAYER_TYPES[layers]),
+        "num_attention_heads": 2,
+        "intermediate_size": 24,
+        "layer_types": LAYER_TYPES[layers],
+        "sliding_window": 5,
+        "sum_decay_max": 8.0,
+        "mask_feature_length": 2,
+    }
+    return SumAggSpeechConfig(**{**arguments, **kwargs})
+
+
 def tiny_config(model_class: type[PreTrainedModel], layers: str = "hybrid", **kwargs) -> PreTrainedConfig:
     """A tiny config for any class of `MODEL_CLASSES`; `layers` is for those of text."""
     if model_class.config_class is ToSTConfig:
         return tost_config(**kwargs)
     if model_class.config_class is SumAggMultimodalConfig:
         return multimodal_config(**kwargs)
+    if model_class.config_class is SumAggSpeechConfig:
+        return speech_config("sliding" if layers == "hybrid" else layers, **kwargs)
     if model_class.config_class is ToSTTextConfig:
         return tost_text_config(layers, **kwargs)
     return sumagg_config(layers, is_causal=not model_class.__name__.endswith("ForMaskedLM"), **kwargs)
 
 
 def tiny_inputs(model: PreTrainedModel, batch_size: int = 2, length: int = 9) -> dict[str, torch.Tensor]:
-    """What the model takes: images, ids with padding on the left of the first row, or those and numbers."""
+    """What the model takes: images, ids or frames with padding on the left of the first row, or ids and numbers."""
     config, inputs = model.config, {}
-    if hasattr(config, "vocab_size"):
-        mask = torch.ones(batch_size, length, dtype=torch.long)
-        mask[0, :2] = 0
+    if hasattr(config, "num_mel_bins"):
+        length *= config.subsampling_factor
+    mask = torch.ones(batch_size, length, dtype=torch.long)
+    mask[0, :2] = 0
+    if hasattr(config, "num_mel_bins"):
+        inputs = {"input_features": torch.randn(batch_size, length, config.num_mel_bins), "attention_mask": mask}
+    elif hasattr(config, "vocab_size"):
         inputs = {"input_ids": torch.randint(config.vocab_size, (batch_size, length)), "attention_mask": mask}
     if hasattr(config, "image_size"):
         inputs["pixel_values"] = torch.randn(batch_size, 3, 16, 16)
@@ -95,6 +133,17 @@ def word_tokenizer(padding_side: str = "left") -> PreTrainedTokenizerFast:
         name: f"<{name.removesuffix('_token')}>" for name in ("pad_token", "eos_token", "unk_token", "mask_token")
     }
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side=padding_side, **special)
+
+
+def speech_processor(folder: Path, num_mel_bins: int = 5) -> Wav2Vec2Processor:
+    """Frames of so many bins, and letters, words of which are told apart by a symbol of their own; 0 is the blank."""
+    symbols = ["<pad>", "|", "<unk>", *(chr(ord("a") + i) for i in range(26))]
+    (folder / "symbols.json").write_text(json.dumps({symbol: i for i, symbol in enumerate(symbols)}))
+    tokenizer = Wav2Vec2CTCTokenizer(folder / "symbols.json", bos_token=None, eos_token=None)
+    extractor = Speech2TextFeatureExtractor(
+        feature_size=num_mel_bins, num_mel_bins=num_mel_bins, do_ceptral_normalize=False
+    )
+    return Wav2Vec2Processor(extractor, tokenizer)
 
 
 def build(model_class, config, seed: int = 0):

@@ -6,6 +6,7 @@ from .causal_convolution import causal_convolution
 from .documents import document_runs
 from .kernel_operators import set_kernels
 from .sliding_attention import sliding_window_attention
+from .stacked_frames import stack_frames
 from .summation import bidirectional_mean, bidirectional_sum, causal_mean, causal_sum
 from .summation_reference import causal_sum_reference
 from .token_statistics.formula import TokenStatisticsState
@@ -33,6 +34,7 @@ __all__ = [
     "document_runs",
     "set_kernels",
     "sliding_window_attention",
+    "stack_frames",
     "token_membership",
     "token_statistics",
     "token_statistics_reference",

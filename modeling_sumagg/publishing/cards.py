@@ -22,6 +22,8 @@ PIPELINE_TAGS = {
     "AutoModelForSequenceClassification": "text-classification",
     "AutoModelForTokenClassification": "token-classification",
     "AutoModelForImageClassification": "image-classification",
+    "AutoModelForCTC": "automatic-speech-recognition",
+    "AutoModelForAudioClassification": "audio-classification",
     "AutoBackbone": "image-feature-extraction",
     "AutoModel": "feature-extraction",
 }
@@ -48,15 +50,19 @@ def decode_state_size(model: PreTrainedModel) -> tuple[int, int] | None:
     Returns:
         `tuple[int, int]` or `None`: the bytes that do not depend on the length (the states of the recurrent layers), and
         those that each token adds (the keys and values of the attention layers, up to a sliding window); `None` for a
-        model that does not generate.
+        model that neither generates nor listens to a stream.
     """
-    if not model.can_generate():
+    config, streams = model.config, getattr(model, "can_stream", False)
+    if not streams and not model.can_generate():
         return None
 
     def held(length: int) -> int:
-        input_ids = torch.zeros(1, length, dtype=torch.long, device=model.device)
+        if streams:
+            inputs = torch.zeros(1, length * config.subsampling_factor, config.num_mel_bins, device=model.device)
+        else:
+            inputs = torch.zeros(1, length, dtype=torch.long, device=model.device)
         with torch.no_grad():
-            outputs = model(input_ids, use_cache=True)
+            outputs = model(inputs, use_cache=True)
         (cache,) = (value for value in outputs.values() if isinstance(value, Cache))
         tensors = (
             [*(layer.state if hasattr(layer, "state") else (layer.keys, layer.values))] for layer in cache.layers

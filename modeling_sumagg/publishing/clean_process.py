@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import transformers
 from safetensors import safe_open
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoFeatureExtractor, AutoTokenizer
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 # transformers 5.17 takes the top-level name away where torchvision is missing, though it needs none.
@@ -62,7 +62,9 @@ def check_files(folder: Path) -> dict[str, str]:
 def run(model: torch.nn.Module) -> list[torch.Tensor]:
     """One forward pass, whose tensors are returned, and a short generation where the model can."""
     config, inputs = model.config, {}
-    if getattr(config, "vocab_size", None):
+    if bins := getattr(config, "num_mel_bins", 0):
+        inputs["input_features"] = torch.linspace(-1, 1, 40 * bins).view(1, 40, bins)
+    elif getattr(config, "vocab_size", None):
         inputs["input_ids"] = torch.arange(8)[None] % config.vocab_size
     if getattr(config, "num_numeric_features", 0):
         inputs["numeric_features"] = torch.zeros(1, config.num_numeric_features)
@@ -75,6 +77,8 @@ def run(model: torch.nn.Module) -> list[torch.Tensor]:
     if not all(tensor.isfinite().all() for tensor in tensors):
         raise ValueError("The forward pass gives values that are not finite.")
     print(f"forward: {', '.join(str(list(tensor.shape)) for tensor in tensors)}, finite")
+    if getattr(model, "can_stream", False):
+        check_stream(model, inputs["input_features"])
     if model.can_generate():
         generate = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
         # A padding token among the ids would be masked by `generate`, and not by the pass over all tokens.
@@ -84,15 +88,33 @@ def run(model: torch.nn.Module) -> list[torch.Tensor]:
         )
         with torch.no_grad():
             expected = model(made.sequences[:, :-1]).logits[:, -4:]
-        difference = (torch.stack(made.logits, dim=1) - expected).abs().max() / expected.abs().max()
-        if difference > torch.finfo(model.dtype).eps ** 0.5:
-            raise ValueError(
-                f"`generate` is wrong: its logits are off by {difference:.1e} of what a pass over all tokens gives. The code "
-                f"in the folder does not fit transformers {transformers.__version__}: `python -m modeling_sumagg.hub "
-                "--update FOLDER` brings it to the installed version of modeling-sumagg."
-            )
+        check_same("`generate`", torch.stack(made.logits, dim=1), expected)
         print(f"generate: {made.sequences[0, -4:].tolist()}")
     return tensors
+
+
+def check_stream(model: torch.nn.Module, input_features: torch.Tensor) -> None:
+    """Frames that come in two pieces give what they give at once."""
+    outputs: dict = {}
+    pieces = []
+    with torch.no_grad():
+        for piece in input_features.tensor_split([7], dim=1):
+            outputs = model(piece, cache=outputs.get("cache"), use_cache=True)
+            pieces.append(outputs[0])
+        whole = model(input_features)
+    check_same("A stream", torch.cat(pieces, dim=1), whole[0])
+    print(f"stream: {' + '.join(str(piece.shape[1]) for piece in pieces)} tokens")
+
+
+def check_same(what: str, made: torch.Tensor, expected: torch.Tensor) -> None:
+    """Raise where logits that were made with a decode state are not those of one pass over everything."""
+    difference = (made - expected).abs().max() / expected.abs().max()
+    if difference > torch.finfo(expected.dtype).eps ** 0.5:
+        raise ValueError(
+            f"{what} is wrong: its logits are off by {difference:.1e} of what a pass over all tokens gives. The code "
+            f"in the folder does not fit transformers {transformers.__version__}: `python -m modeling_sumagg.hub "
+            "--update FOLDER` brings it to the installed version of modeling-sumagg."
+        )
 
 
 def check_checkpoint(folder: Path) -> None:
@@ -118,7 +140,21 @@ def check_checkpoint(folder: Path) -> None:
         if len(tokenizer) > config.vocab_size:
             raise ValueError(f"The tokenizer has {len(tokenizer)} tokens, and the model only {config.vocab_size}.")
         print(f"tokenizer: {type(tokenizer).__name__}, {len(tokenizer)} tokens")
-    if (folder / "preprocessor_config.json").is_file():
+        if hasattr(config, "ctc_loss_reduction") and tokenizer.pad_token_id != config.pad_token_id:
+            raise ValueError(
+                f"The padding token of the tokenizer, {tokenizer.pad_token_id}, must be the blank of the model, "
+                f"{config.pad_token_id} (`config.pad_token_id`)."
+            )
+    if hasattr(config, "num_mel_bins"):
+        if any((folder / name).is_file() for name in ("processor_config.json", "preprocessor_config.json")):
+            extractor = AutoFeatureExtractor.from_pretrained(folder)
+            if extractor.num_mel_bins != config.num_mel_bins:
+                raise ValueError(
+                    f"The feature extractor makes frames of {extractor.num_mel_bins} bins, and the model takes "
+                    f"{config.num_mel_bins} (`config.num_mel_bins`)."
+                )
+            print(f"feature extractor: {type(extractor).__name__}, {extractor.sampling_rate} samples a second")
+    elif (folder / "preprocessor_config.json").is_file():
         print(f"image processor: {type(AutoImageProcessor.from_pretrained(folder)).__name__}")
 
 

@@ -4,6 +4,7 @@ import torch
 from transformers import DynamicCache, PreTrainedConfig
 
 from ..decoder.cache import adopt_cache
+from ..decoder.frames_cache import FramesLayer, adopt_cache_of_frames
 from ..decoder.recurrence import RecurrentLayer
 
 
@@ -16,9 +17,9 @@ def cache_to_tensors(cache: DynamicCache) -> dict[str, torch.Tensor]:
             left out.
 
     Returns:
-        `dict[str, torch.Tensor]`: `length` (0-d, int64: the tokens seen, padding included), and for every layer `i`
-        `layers.{i}.{operator}.{j}` (the tensors of the state of a recurrence, sliding attention's columns among them),
-        or `layers.{i}.keys` and `.values` of full attention.
+        `dict[str, torch.Tensor]`: `length` (0-d, int64: the tokens seen, padding included; of speech the frames, and
+        `length_of_blocks` the tokens), and for every layer `i` `layers.{i}.{operator}.{j}` (the tensors of the state of a
+        recurrence, sliding attention's columns among them), or `layers.{i}.keys` and `.values` of full attention.
 
     Raises:
         `TypeError`: the cache is static.
@@ -29,6 +30,8 @@ def cache_to_tensors(cache: DynamicCache) -> dict[str, torch.Tensor]:
     if cache.get_seq_length() == 0:
         raise ValueError("The cache is empty: there is nothing to save.")
     tensors = {"length": torch.tensor(cache.get_seq_length())}
+    if isinstance(cache.layers[0], FramesLayer):
+        tensors["length_of_blocks"] = torch.tensor(cache.get_seq_length(1))
     for i, layer in enumerate(cache.layers):
         if getattr(layer, "recorded", 0):
             raise ValueError(
@@ -54,10 +57,12 @@ def cache_from_tensors(tensors: dict[str, torch.Tensor], config: PreTrainedConfi
         `ValueError`: the names are not those of a cache of such a model.
     """
     cache = DynamicCache(config=config)
-    adopt_cache(cache, config)
+    has_frames = "length_of_blocks" in tensors
+    (adopt_cache_of_frames if has_frames else adopt_cache)(cache, config)
     left = dict(tensors)
     try:
         length = int(left.pop("length"))
+        length_of_blocks = int(left.pop("length_of_blocks")) if has_frames else length
         for i, layer in enumerate(cache.layers):
             own = [name for name in left if name.startswith(f"layers.{i}.")]
             if isinstance(layer, RecurrentLayer):
@@ -68,7 +73,7 @@ def cache_from_tensors(tensors: dict[str, torch.Tensor], config: PreTrainedConfi
                     raise KeyError(f"layers.{i}")
                 layer.lazy_initialization(next(iter(states.values()))[0])
                 layer.states = {name: tuple(state) for name, state in states.items()}
-                layer.cumulative_length = length
+                layer.cumulative_length = length if i == 0 else length_of_blocks
             else:
                 keys, values = left.pop(f"layers.{i}.keys"), left.pop(f"layers.{i}.values")
                 layer.lazy_initialization(keys, values)

@@ -14,7 +14,7 @@ import torch
 from source_distribution import import_path
 
 import modeling_sumagg
-from modeling_sumagg import SumAggConfig, SumAggMultimodalConfig, ToSTConfig, ToSTTextConfig
+from modeling_sumagg import SumAggConfig, SumAggMultimodalConfig, SumAggSpeechConfig, ToSTConfig, ToSTTextConfig
 
 
 try:
@@ -32,6 +32,7 @@ from transformers_tests.test_training_mixin import TrainingTesterMixin
 
 
 TOST = ("ToSTModel", "ToSTForImageClassification", "ToSTBackbone")
+SPEECH = ("SumAggSpeechModel", "SumAggForCTC", "SumAggForAudioClassification")
 MULTIMODAL = "SumAggForMultimodalRegression"
 # test name -> reason; or "ClassName.test name" for one class.
 NOT_APPLICABLE: dict[str, str] = {
@@ -47,6 +48,11 @@ NOT_APPLICABLE: dict[str, str] = {
     },
     **{f"{name}.test_attention_outputs": "a membership is [B, K, N]: there are no pairwise weights" for name in TOST},
     **{f"{name}.test_model_get_set_embeddings": "images have no embedding table" for name in TOST},
+    **{f"{name}.test_model_get_set_embeddings": "frames have no embedding table" for name in SPEECH},
+    **{
+        f"{name}.test_can_load_ignoring_mismatched_shapes": "it takes `feature_std`, a list, for an initial scale"
+        for name in SPEECH
+    },
     f"{MULTIMODAL}.test_hidden_states_output": "there is no stack of blocks, and no hidden state of each",
     f"{MULTIMODAL}.test_retain_grad_hidden_states_attentions": "there is no stack of blocks, and no hidden state of each",
     f"{MULTIMODAL}.test_load_with_mismatched_shapes": "no `AutoModel` makes it: it has no base model",
@@ -166,6 +172,37 @@ class ToSTTests:
         tester.run_common_tests()
 
 
+class SpeechTester(TextModelTester):
+    """Frames, of which four make a token: as many tokens as the sequence is long."""
+
+    def __init__(self, model_class):
+        super().__init__(model_class)
+        self.options = {
+            "num_mel_bins": 6,
+            "mask_feature_length": 2,
+            "layer_types": ["summation", "sliding_attention"],
+        }
+
+    def prepare_config_and_inputs_for_common(self):
+        config = self.get_config()
+        frames = self.seq_length * config.subsampling_factor
+        mask = random_attention_mask([self.batch_size, frames])
+        mask[0] = 1
+        features = floats_tensor([self.batch_size, frames, config.num_mel_bins])
+        return config, {"input_features": features, "attention_mask": mask}
+
+
+class SpeechTests(TextTests):
+    test_resize_embeddings = False
+
+    def _prepare_for_class(self, inputs_dict, model_class, return_labels=False):
+        inputs = super()._prepare_for_class(inputs_dict, model_class, return_labels)
+        if return_labels and model_class.__name__.endswith("ForCTC"):
+            # Its labels are blanks, and more than tokens that the rows have.
+            inputs["labels"] = torch.tensor([[1, 2]] * self.model_tester.batch_size)
+        return inputs
+
+
 class MultimodalTester:
     """Text and numbers; the image branch is tested by its own tests."""
 
@@ -212,6 +249,7 @@ FAMILIES = {
     ToSTConfig: (ToSTTester, ToSTTests),
     ToSTTextConfig: (ToSTTextTester, TextTests),
     SumAggMultimodalConfig: (MultimodalTester, MultimodalTests),
+    SumAggSpeechConfig: (SpeechTester, SpeechTests),
 }
 
 

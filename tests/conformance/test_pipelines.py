@@ -3,17 +3,21 @@
 transformers' own pipeline tests need modules that its source distribution lacks, and tiny models of the Hub.
 """
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from testing import WORDS, build, tiny_config, word_tokenizer
+from testing import WORDS, build, speech_processor, tiny_config, word_tokenizer
 from transformers import pipeline
 from transformers.testing_utils import CaptureLogger
 from transformers.utils import logging
 
 from modeling_sumagg import (
+    SumAggForAudioClassification,
     SumAggForCausalLM,
+    SumAggForCTC,
     SumAggForMaskedLM,
     SumAggForSequenceClassification,
     SumAggForTokenClassification,
@@ -35,6 +39,17 @@ IMAGES = [
     Image.fromarray(np.random.default_rng(0).integers(256, size=size, dtype=np.uint8))
     for size in ((40, 30, 3), (20, 50, 3), (16, 16, 3))
 ]
+
+
+def tones(length: int) -> np.ndarray:
+    """So many samples, 16,000 a second, of tones of 50 ms."""
+    generator = np.random.default_rng(length)
+    frequencies = generator.uniform(100, 7000, size=length // 800 + 1).repeat(800)[:length]
+    return 0.3 * np.sin(2 * np.pi * np.cumsum(frequencies) / 16000) + generator.normal(size=length, scale=0.01)
+
+
+SOUNDS = [tones(length) for length in (16000, 9000, 4000)]
+STATISTICS = {"feature_mean": [12.0] * 5, "feature_std": [4.0] * 5}
 
 
 def ids_of(text: str) -> torch.Tensor:
@@ -140,3 +155,36 @@ def test_image_feature_extraction(make_pipeline):
     for image, features in zip(IMAGES, extract(IMAGES, batch_size=len(IMAGES), return_tensors=True), strict=True):
         expected = model(**processor(image, return_tensors="pt")).last_hidden_state
         torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_automatic_speech_recognition(make_pipeline, tmp_path):
+    processor = speech_processor(tmp_path)
+    settings = {"vocab_size": len(processor.tokenizer), **STATISTICS}
+    recognise, model = make_pipeline("automatic-speech-recognition", SumAggForCTC, processor, **settings)
+    results = recognise(SOUNDS, batch_size=len(SOUNDS), return_timestamps="char")
+    assert len({result["text"] for result in results}) == len(SOUNDS)
+    for sound, result in zip(SOUNDS, results, strict=True):
+        inputs = processor(sound, sampling_rate=16000, return_tensors="pt")
+        path = model(**inputs).logits[0].argmax(-1).tolist()
+        assert result["text"] == processor.decode(path)
+        # A token of 40 ms, from the place where it begins.
+        symbols = [(symbol, len(list(group))) for symbol, group in itertools.groupby(path)]
+        ends = list(itertools.accumulate(length for _, length in symbols))
+        expected = [
+            (processor.tokenizer.convert_ids_to_tokens(symbol).replace("|", " "), 0.04 * (end - length))
+            for (symbol, length), end in zip(symbols, ends, strict=True)
+            if symbol != model.config.pad_token_id
+        ]
+        found = [(chunk["text"], pytest.approx(chunk["timestamp"][0])) for chunk in result["chunks"]]
+        assert expected == found
+
+
+@torch.no_grad()
+def test_audio_classification(make_pipeline, tmp_path):
+    extractor = speech_processor(tmp_path).feature_extractor
+    settings = {"id2label": LABELS, **STATISTICS}
+    classify, model = make_pipeline("audio-classification", SumAggForAudioClassification, extractor, **settings)
+    for sound, result in zip(SOUNDS, classify(SOUNDS, batch_size=len(SOUNDS), top_k=3), strict=True):
+        expected = model(**extractor(sound, sampling_rate=16000, return_tensors="pt")).logits[0].softmax(-1).tolist()
+        assert scores(result) == dict(zip(LABELS.values(), expected, strict=True))

@@ -10,6 +10,8 @@ import torch
 from matplotlib.figure import Figure
 from torch.utils.flop_counter import FlopCounterMode
 
+from modeling_sumagg import SumAggSpeechConfig
+
 
 TINY_MODEL = ["--hidden_size", "64", "--num_hidden_layers", "2", "--num_attention_heads", "2", "--vocab_size", "96"]
 
@@ -109,14 +111,15 @@ def test_every_case_of_a_benchmark_has_a_colour():
     import images
     import language_models
     import operators
+    import speech
     from benchmark_utils import COLORS
 
     models = language_models.configurations(language_models.LanguageModelArguments("out", "cpu"), 2)
-    assert {*models, *images.MODELS, *document_classifier.MODELS} <= set(COLORS)
+    assert {*models, *images.MODELS, *document_classifier.MODELS, *speech.CASES} <= set(COLORS)
     arguments = operators.OperatorArguments("out", device="cuda", compile=True)
     assert {case for name in operators.OPERATORS for case in operators.cases(arguments, name)} <= set(COLORS)
     # No two models of one picture share one.
-    for names in (models, images.MODELS, document_classifier.MODELS):
+    for names in (models, images.MODELS, document_classifier.MODELS, speech.CASES):
         assert len({COLORS[name] for name in names}) == len(names)
 
 
@@ -254,6 +257,24 @@ def test_images(run_benchmark):
     ]
 
 
+def test_speech(tmp_path, monkeypatch, capsys):
+    import speech
+
+    sizes = {"num_mel_bins": 80, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    SumAggSpeechConfig(**sizes).save_pretrained(tmp_path / "tiny")
+    monkeypatch.setattr(speech, "preset_path", lambda name: str(tmp_path / name))
+    arguments = ["--preset", "tiny", "--seconds", "1", "2", "--piece", "30", "--repetitions", "2", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["speech", *arguments, "--memory", "False", "--output_dir", str(tmp_path)])
+    speech.main()
+    rows = json.loads((tmp_path / "speech.json").read_text())["rows"]
+    assert [(row["case"], row["size"]) for row in rows] == [(case, size) for size in (1, 2) for case in speech.CASES]
+    table = (tmp_path / "speech.md").read_text()
+    for case in speech.CASES:
+        factors = [row["median"] / row["size"] for row in rows if row["case"] == case]
+        assert f"| {case} | {factors[0]:.4f} | {factors[1]:.4f} |" in table
+    assert table.partition("\n\n")[0] in capsys.readouterr().out
+
+
 def test_document_classifier(run_benchmark):
     import document_classifier
 
@@ -274,10 +295,12 @@ def test_document_classifier(run_benchmark):
         ("images", {"resolutions": [100]}, "multiples of 16"),
         ("images", {"batch_size": 0}, "`batch_size` must be at least 1"),
         ("document_classifier", {"lengths": [0]}, "must be at least 1"),
+        ("speech", {"piece": 0}, "`seconds` and `piece` must be at least 1"),
     ],
 )
 def test_bad_arguments_are_refused(module, arguments, message):
     imported = __import__(module)
-    name = {"language_models": "LanguageModelArguments", "images": "ImageArguments"}.get(module, "ClassifierArguments")
+    names = {"language_models": "LanguageModelArguments", "images": "ImageArguments", "speech": "SpeechArguments"}
+    name = names.get(module, "ClassifierArguments")
     with pytest.raises(ValueError, match=message):
         getattr(imported, name)("out", **arguments)

@@ -35,7 +35,10 @@ OPTIONS = {
     "run_text_classification.py": ("--max_length", "--output_dir"),
     "run_image_classification.py": ("--image_column_name", "--output_dir"),
     "run_multimodal_regression.py": ("--numeric_column_names", "--output_dir"),
+    "run_speech_recognition_ctc.py": ("--max_seconds", "--output_dir"),
+    "classify_spoken_digits.py": ("--preset", "--output_dir"),
     "stream_generation.py": ("--report_every", None),
+    "stream_transcription.py": ("--chunk_ms", None),
     "visualize_membership.py": ("--shorter_side", None),
 }
 

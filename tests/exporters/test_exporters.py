@@ -185,7 +185,7 @@ def test_compile(model_class):
     model = make(model_class)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
-    for length in (6, 9, 13, 20) if "input_ids" in tiny_inputs(model) else ():
+    for length in (6, 9, 13, 20) if {"input_ids", "input_features"} & tiny_inputs(model).keys() else ():
         inputs = {**tiny_inputs(model, length=length), **no_cache(model)}
         with torch.no_grad():
             assert_close(compiled(**inputs)[0], model(**inputs)[0])

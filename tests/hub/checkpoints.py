@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from testing import MODEL_CLASSES, build, sumagg_config, tiny_config, tiny_inputs, word_tokenizer
+from testing import MODEL_CLASSES, build, speech_processor, sumagg_config, tiny_config, tiny_inputs, word_tokenizer
 from transformers import PreTrainedModel
 
 from modeling_sumagg.modeling_tost import tost_image_processor
@@ -22,6 +22,8 @@ def save_with_outputs(model: PreTrainedModel, folder: Path) -> None:
     inputs.pop("attention_mask", None)
     if "input_ids" in inputs:
         word_tokenizer().save_pretrained(folder)
+    elif "input_features" in inputs:
+        speech_processor(folder).save_pretrained(folder)
     else:
         tost_image_processor(model.config).save_pretrained(folder)
     with torch.no_grad():

@@ -10,20 +10,30 @@ from checkpoints import save_with_outputs, text_config
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from testing import build, multimodal_config, sumagg_config, tost_config, tost_text_config
+from testing import (
+    build,
+    multimodal_config,
+    speech_config,
+    speech_processor,
+    sumagg_config,
+    tost_config,
+    tost_text_config,
+)
 from torch import nn
 from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
 from modeling_sumagg import (
     SumAggConfig,
+    SumAggForAudioClassification,
     SumAggForCausalLM,
+    SumAggForCTC,
     SumAggForMultimodalRegression,
     SumAggForSequenceClassification,
     ToSTForCausalLM,
     ToSTForImageClassification,
 )
 from modeling_sumagg.hub import check_card, create_model_card, decode_state_size, main, save_model_card
-from modeling_sumagg.publishing.clean_process import check_files
+from modeling_sumagg.publishing.clean_process import check_checkpoint, check_files
 
 
 RUN = {
@@ -53,6 +63,14 @@ RUN = {
             multimodal_config,
             "tabular-regression",
             "AutoModelForSequenceClassification",
+            "Ekin",
+        ),
+        (SumAggForCTC, speech_config, "automatic-speech-recognition", "AutoModelForCTC", "Ekin"),
+        (
+            SumAggForAudioClassification,
+            speech_config,
+            "audio-classification",
+            "AutoModelForAudioClassification",
             "Ekin",
         ),
         (ToSTForCausalLM, tost_text_config, "text-generation", "AutoModelForCausalLM", "2412.17810"),
@@ -142,6 +160,11 @@ def test_state_size_is_what_the_cache_holds():
     # 2 layers of 2 heads of 8 channels: two sums of squares a channel, and one of memberships a head.
     assert decode_state_size(build(ToSTForCausalLM, tost_text_config("pure"))) == (2 * (2 * 16 + 2) * 8, 0)
     assert decode_state_size(build(ToSTForImageClassification, tost_config())) is None
+    # Two summation layers as above, and 5 frames of 5 bins in float32 with their number, which is an int64.
+    speech = build(SumAggForCTC, speech_config("pure"))
+    assert decode_state_size(speech) == (2 * 18 * 8 + 5 * 5 * 4 + 8, 0)
+    assert decode_state_size(build(SumAggForCTC, speech_config("pure", is_causal=False))) is None
+    assert decode_state_size(build(SumAggForAudioClassification, speech_config("pure"))) is None
 
 
 def test_cards_that_would_hide_something_are_refused():
@@ -228,6 +251,31 @@ def test_one_call_writes_the_card_and_checks_the_folder_in_a_clean_process(tmp_p
         "card: text-generation, license apache-2.0, perplexity 12.345",
     ):
         assert text in printed, printed
+
+
+def test_a_folder_of_speech_is_heard_in_pieces_and_fits_its_processor(tmp_path, capfd):
+    processor = speech_processor(tmp_path)
+    model, folder = build(SumAggForCTC, speech_config(vocab_size=len(processor.tokenizer))), tmp_path / "model"
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    save_model_card(model, folder, **without_model_id_and_type())
+    printed = capfd.readouterr().out
+    for text in (
+        "AutoModelForCTC: SumAggForCTC",
+        "stream: 1 + 9 tokens",
+        "tokenizer: Wav2Vec2CTCTokenizer",
+        "feature extractor: Speech2TextFeatureExtractor, 16000 samples a second",
+        "card: automatic-speech-recognition",
+    ):
+        assert text in printed, printed
+    (tmp_path / "other").mkdir()
+    speech_processor(tmp_path / "other", num_mel_bins=7).save_pretrained(folder)
+    with pytest.raises(ValueError, match="frames of 7 bins, and the model takes 5"):
+        check_checkpoint(folder)
+    model.config.pad_token_id = 3
+    model.save_pretrained(folder)
+    with pytest.raises(ValueError, match="padding token of the tokenizer, 0, must be the blank of the model, 3"):
+        check_checkpoint(folder)
 
 
 def adapter(base: Path, folder: Path, **kwargs) -> PeftModel:

@@ -26,7 +26,7 @@ def adapted_layers(model) -> set[str]:
     return {name.split(".lora_A")[0].rpartition(".")[2] for name, _ in adapted.named_parameters() if "lora_A" in name}
 
 
-@pytest.mark.parametrize("model_type", ["sumagg", "sumagg_multimodal", "tost", "tost_text"])
+@pytest.mark.parametrize("model_type", ["sumagg", "sumagg_multimodal", "sumagg_speech", "tost", "tost_text"])
 def test_peft_finds_the_layers_of_a_family_by_default(model_type, monkeypatch):
     monkeypatch.delitem(DEFAULTS, model_type, raising=False)
     family = FAMILIES[model_type]

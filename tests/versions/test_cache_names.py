@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate.utils import convert_to_fp32
 from peft import LoraConfig, get_peft_model
-from testing import MODEL_CLASSES, build, cache_tensors, sumagg_config, tiny_config, tost_text_config, word_tokenizer
+from testing import TEXT_CLASSES, build, cache_tensors, sumagg_config, tiny_config, tost_text_config, word_tokenizer
 from torch.nn.parallel import scatter_gather
 from torch.utils import _pytree as pytree
 from transformers import DynamicCache, StaticCache, Trainer, TrainingArguments, pipeline
@@ -21,11 +21,7 @@ from modeling_sumagg.compatibility import CACHE_NAME
 
 
 NAMES = ["cache", "past_key_values"]
-CAUSAL_CLASSES = [
-    cls
-    for cls in MODEL_CLASSES
-    if hasattr(cls.config_class, "layer_types") and not cls.__name__.endswith("ForMaskedLM")
-]
+CAUSAL_CLASSES = [cls for cls in TEXT_CLASSES if not cls.__name__.endswith("ForMaskedLM")]
 IDS = [[5, 9, 2, 30, 7, 7, 11, 4], [3, 4, 8, 15, 16, 23, 42, 1]]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from testing import MODEL_CLASSES, build, sumagg_config, tiny_config
+from testing import TEXT_CLASSES, build, sumagg_config, tiny_config
 from transformers import DynamicCache, GenerationMixin
 from transformers.generation import utils as generation_utils
 from transformers.testing_utils import CaptureLogger
@@ -20,7 +20,6 @@ from modeling_sumagg.decoder.model import RecurrentGenerationMixin
 
 
 PROMPT = [5, 9, 2, 30, 7, 7, 5, 9]
-TEXT_CLASSES = [cls for cls in MODEL_CLASSES if hasattr(cls.config_class, "layer_types")]
 MODES = {
     "greedy": {},
     "sampling": {"do_sample": True, "num_return_sequences": 2},

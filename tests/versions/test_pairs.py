@@ -38,4 +38,4 @@ def saved(tmp_path_factory) -> list[Path]:
 @pytest.mark.parametrize("python", PYTHONS)
 def test_what_each_version_saves_is_right_with(python, saved, tmp_path):
     output = run(python, "load.py", *saved, HF_HOME=str(tmp_path))
-    assert output.count(" ok\n") == 5 * len(saved)
+    assert output.count(" ok\n") == 6 * len(saved)

@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import AutoTokenizer, Trainer, TrainingArguments, pipeline
+from transformers import AutoProcessor, AutoTokenizer, Trainer, TrainingArguments, pipeline
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
@@ -72,6 +72,10 @@ def run_pipeline(name, folder, config):
     elif name.endswith("ImageClassification"):
         results = pipeline("image-classification", folder, trust_remote_code=True)(Image.new("RGB", (40, 30), "red"))
         assert abs(sum(result["score"] for result in results) - 1) < 1e-5, results
+    elif name.endswith(("ForCTC", "AudioClassification")):
+        task = "automatic-speech-recognition" if name.endswith("ForCTC") else "audio-classification"
+        result = pipeline(task, folder, trust_remote_code=True)(torch.randn(8000).numpy())
+        assert isinstance(result["text"] if name.endswith("ForCTC") else result[0]["label"], str), result
     transformers.logging.get_logger("transformers").removeHandler(handler)
     assert "is not supported" not in logged.getvalue(), logged.getvalue()[:200]
 
@@ -110,6 +114,12 @@ def main(source: Path, target: Path) -> None:
             tokens = model.generate(**inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False)
             assert tokens.shape[1] == inputs["input_ids"].shape[1] + 3
             load_as_another_head(folder)
+        if getattr(model, "can_stream", False):
+            outputs, pieces = {}, []
+            for piece in inputs["input_features"].split(5, dim=1):
+                outputs = model(piece, cache=outputs.get("cache"), use_cache=True)
+                pieces.append(outputs[0])
+            torch.testing.assert_close(torch.cat(pieces, dim=1), expected, rtol=1e-4, atol=1e-5)
         run_pipeline(folder.name, str(folder), model.config)
 
         model, save = train(model, inputs)
@@ -117,6 +127,8 @@ def main(source: Path, target: Path) -> None:
         (save or model.save_pretrained)(again)
         if "input_ids" in inputs:
             AutoTokenizer.from_pretrained(folder, trust_remote_code=True).save_pretrained(again)
+        elif "input_features" in inputs:
+            AutoProcessor.from_pretrained(folder).save_pretrained(again)
         else:
             AutoImageProcessor.from_pretrained(folder).save_pretrained(again)
         with torch.no_grad():

@@ -26,6 +26,17 @@ def check_generation(model: PreTrainedModel, rows: list[list[int]], tokens: list
     assert generated[:, length:].tolist() == tokens[:1], (generated, tokens)
 
 
+def check_stream(model: PreTrainedModel, input_features: torch.Tensor, logits: torch.Tensor) -> None:
+    """Frames that come in pieces, with the state under either name."""
+    for name in ("cache", "past_key_values"):
+        outputs, pieces = {}, []
+        with torch.no_grad():
+            for piece in input_features.split(7, dim=1):
+                outputs = model(piece, **{name: outputs.get(name)}, use_cache=True)
+                pieces.append(outputs.logits)
+        torch.testing.assert_close(torch.cat(pieces, dim=1), logits, rtol=1e-4, atol=1e-5)
+
+
 def train(model: PreTrainedModel, inputs: dict[str, torch.Tensor], folder: Path) -> None:
     """Four steps by `Trainer` with an evaluation after each; then from the second step on again, to the same weights."""
     rows = [{key: tensor[i] for key, tensor in inputs.items()} for i in range(2)]
@@ -66,6 +77,8 @@ def main(*sources: Path) -> None:
             torch.testing.assert_close(logits, torch.tensor(record["logits"]), rtol=1e-5, atol=1e-5)
             if "tokens" in record:
                 check_generation(model, record["rows"], record["tokens"])
+            if getattr(model, "can_stream", False):
+                check_stream(model, inputs["input_features"], logits)
             with tempfile.TemporaryDirectory() as folder:
                 train(model, inputs, Path(folder))
                 again = loader.from_pretrained(Path(folder) / "checkpoint-4", trust_remote_code=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForCTC,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     PreTrainedModel,
@@ -17,6 +18,7 @@ from modeling_sumagg import (
     SumAggConfig,
     SumAggForMultimodalRegression,
     SumAggMultimodalConfig,
+    SumAggSpeechConfig,
     ToSTConfig,
     ToSTTextConfig,
 )
@@ -58,6 +60,24 @@ MODELS = {
         SumAggForMultimodalRegression,
         SumAggMultimodalConfig(vocab_size=40, num_numeric_features=2, hidden_size=16, head_hidden_sizes=[8]),
         {"input_ids": IDS, "numeric_features": torch.tensor([[0.5, -1.0], [2.0, 0.0]]), "labels": torch.zeros(2, 1)},
+    ),
+    "AutoModelForCTC-sumagg_speech": (
+        AutoModelForCTC.from_config,
+        SumAggSpeechConfig(
+            num_mel_bins=5,
+            vocab_size=40,
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            layer_types=["summation", "sliding_attention"],
+            sliding_window=4,
+            mask_feature_length=2,
+            apply_spec_augment=False,
+        ),
+        {
+            "input_features": torch.linspace(-9, 9, 2 * 40 * 5).view(2, 40, 5).sin(),
+            "labels": torch.tensor([[5, 9], [3, -100]]),
+        },
     ),
 }
 

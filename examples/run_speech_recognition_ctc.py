@@ -1,0 +1,313 @@
+"""Train a streaming speech recogniser with `Trainer` and CTC, from scratch or from a checkpoint, and compare it with a
+simple baseline.
+
+Without arguments: number words and sentences of Python's documentation, spoken by espeak-ng in twelve voices, and four
+more for evaluation; it needs no network. What it saves is for `stream_transcription.py`, which writes while one speaks.
+
+    python run_speech_recognition_ctc.py
+    python run_speech_recognition_ctc.py --train_file speech/train.csv --audio_column_name path --text_column_name text
+    python run_speech_recognition_ctc.py --train_dir speech --text_column_name transcription
+    python run_speech_recognition_ctc.py --model_name_or_path runs/speech-recognition --train_file mine.csv \
+        --lora_rank 8 --learning_rate 1e-2 --output_dir runs/my-voice
+
+A csv has a column of audio files, relative to it, and one of transcripts; a folder of audio has a `metadata.csv` with the
+columns `file_name` and `transcription`. Audio of any sampling rate and number of channels is resampled and averaged.
+"""
+
+import json
+import os
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+# Threads that wait for each other sleep, and leave the processor to others: read when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import jiwer
+import numpy as np
+import torch
+from datasets import Array2D, Audio, Dataset, DatasetDict, Features, Value
+from datasets import Sequence as ListOf
+from transformers import (
+    AutoModelForCTC,
+    AutoProcessor,
+    EvalPrediction,
+    HfArgumentParser,
+    Speech2TextFeatureExtractor,
+    TrainingArguments,
+    Wav2Vec2CTCTokenizer,
+    Wav2Vec2Processor,
+    set_seed,
+)
+
+from modeling_sumagg import DataCollatorForCTC
+from modeling_sumagg.audio import read_audio
+from modeling_sumagg.plots import plot_alignment, plot_training
+from modeling_sumagg.scripts import (
+    DataArguments,
+    DecayTrainer,
+    ModelArguments,
+    add_adapters,
+    load_config,
+    load_model,
+    load_splits,
+    save_checked,
+    user_errors,
+)
+from modeling_sumagg.spoken_data import spoken_sentences
+
+
+SMALL_RECOGNISER = {
+    "model_type": "sumagg_speech",
+    "hidden_size": 192,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "conv_kernel_size": 4,
+    "mask_feature_prob": 0.125,
+}
+
+
+@dataclass
+class SpeechArguments(DataArguments):
+    test_file: str | None = field(
+        default=None, metadata={"help": "The same, to evaluate on at the end.", "aliases": ["--test_dir"]}
+    )
+    audio_column_name: str = field(default="audio", metadata={"help": "Column with the audio, or with its files."})
+    text_column_name: str = field(default="text", metadata={"help": "Column with the transcripts."})
+    max_seconds: float = field(default=20.0, metadata={"help": "Longer utterances are not trained on."})
+    num_train_utterances: int = field(default=5000, metadata={"help": "Of the embedded data, to train on."})
+    num_held_out_utterances: int = field(default=400, metadata={"help": "Of the embedded data, in each other split."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("train_file", "validation_file", "test_file"):
+            path = getattr(self, name)
+            if path is not None and Path(path).is_dir():
+                # The form of `datasets`' audiofolder, which asks for torchcodec to copy a path.
+                setattr(self, name, str(Path(path) / "metadata.csv"))
+                self.audio_column_name = "file_name"
+
+
+def normalize(text: str | None) -> str:
+    """Lower case; of everything else than letters, digits and apostrophes, single spaces."""
+    return " ".join(re.sub(r"[^\w']|_", " ", str(text or "").lower()).split())
+
+
+def make_processor(texts: Sequence[str]) -> Wav2Vec2Processor:
+    """Log-mel frames that stream, and the characters of the texts as symbols; the padding is CTC's blank."""
+    characters = sorted(set().union(*texts) - {" "})
+    symbols = ["<pad>", "<unk>", "|", *characters]
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "vocab.json"
+        file.write_text(json.dumps({symbol: index for index, symbol in enumerate(symbols)}))
+        tokenizer = Wav2Vec2CTCTokenizer(str(file), bos_token=None, eos_token=None)
+    return Wav2Vec2Processor(Speech2TextFeatureExtractor(do_ceptral_normalize=False), tokenizer)
+
+
+def to_features(row: dict[str, Any], processor: Wav2Vec2Processor, folder: Path | None) -> dict[str, Any]:
+    """`input_features` `[F, num_mel_bins]`, `labels` and `length` `F`; a relative path is one in `folder`."""
+    extractor, audio = processor.feature_extractor, row["audio"]
+    if isinstance(audio, str):
+        audio = {"path": audio}
+    source = audio.get("bytes") or (folder / audio["path"] if folder else Path(audio["path"]))
+    samples = read_audio(source, extractor.sampling_rate)
+    frames = extractor(samples, sampling_rate=extractor.sampling_rate)["input_features"][0]
+    return {"input_features": frames, "labels": processor.tokenizer(row["text"])["input_ids"], "length": len(frames)}
+
+
+def statistics(train: Dataset, rows: int = 500) -> dict[str, list[float]]:
+    """Means and standard deviations of the mel bins over the first rows of the training data, for the config."""
+    frames = np.concatenate(train.with_format("numpy")[:rows]["input_features"])
+    return {"feature_mean": frames.mean(axis=0).tolist(), "feature_std": frames.std(axis=0).clip(1e-3).tolist()}
+
+
+def fits(labels: list[int], length: int, ratio: int, max_frames: float) -> bool:
+    """Whether CTC can align the symbols: each takes one of the outputs, and two equal ones a blank between them."""
+    needed = len(labels) + sum(a == b for a, b in zip(labels[1:], labels[:-1], strict=True))
+    return needed <= length // ratio and length <= max_frames
+
+
+def error_rates(references: Sequence[str], hypotheses: Sequence[str]) -> dict[str, float]:
+    """Word and character error rate: edits over the words (characters) of the references, 0 is perfect."""
+    return {"wer": jiwer.wer(list(references), list(hypotheses)), "cer": jiwer.cer(list(references), list(hypotheses))}
+
+
+def most_likely(logits: torch.Tensor | tuple, labels: torch.Tensor) -> torch.Tensor:
+    return (logits[0] if isinstance(logits, tuple) else logits).argmax(dim=-1)
+
+
+def load_speech(arguments: SpeechArguments, seed: int) -> DatasetDict:
+    """The splits with the columns `audio`, not decoded, and `text`, normalised; of the embedded data also `voice`."""
+    columns = {"audio": arguments.audio_column_name, "text": arguments.text_column_name}
+    if arguments.dataset_name or arguments.train_file:
+        splits = load_splits(arguments, spoken_sentences, columns, seed=seed)
+    else:
+        splits = spoken_sentences(arguments.num_train_utterances, arguments.num_held_out_utterances)
+    for name, split in splits.items():
+        if isinstance(split.features["audio"], Audio):
+            split = split.cast_column("audio", Audio(decode=False))
+        splits[name] = split.map(lambda row: {"text": normalize(row["text"])})
+    return splits
+
+
+def main() -> None:
+    parser = HfArgumentParser(
+        (ModelArguments, SpeechArguments, TrainingArguments),
+        description=__doc__.partition("\n\n")[0],
+        usage="%(prog)s [options]",
+        allow_abbrev=False,
+    )
+    parser.set_defaults(
+        output_dir="runs/speech-recognition",
+        num_train_epochs=9,
+        per_device_train_batch_size=8,
+        per_device_eval_batch_size=32,
+        learning_rate=2e-3,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.1,
+        weight_decay=0.05,
+        train_sampling_strategy="group_by_length",
+        eval_strategy="epoch",
+        logging_strategy="epoch",
+        save_strategy="no",
+        report_to="none",
+        dataloader_pin_memory=torch.accelerator.is_available(),
+        # PEFT hides the names of the labels.
+        label_names=["labels"],
+        remove_unused_columns=False,
+    )
+    with user_errors():
+        model_arguments, data_arguments, training_arguments = parser.parse_args_into_dataclasses()
+        source = data_arguments.dataset_name or data_arguments.train_file
+        folder = Path(training_arguments.output_dir)
+        duration = "the progress bars show how long" if source else "about 15 minutes on two cores"
+        print(
+            f"Trains a speech recogniser on {source or 'speech of espeak-ng'} and saves it to {folder} ({duration})."
+        )
+        set_seed(training_arguments.seed)
+        splits = load_speech(data_arguments, training_arguments.seed)
+        texts = {name: split["text"][:] for name, split in splits.items()}
+        checkpoint = model_arguments.model_name_or_path
+        processor = AutoProcessor.from_pretrained(checkpoint) if checkpoint else make_processor(texts["train"])
+        extractor, tokenizer = processor.feature_extractor, processor.tokenizer
+        features = Features(
+            {
+                "input_features": Array2D((None, extractor.num_mel_bins), "float32"),
+                "labels": ListOf(Value("int64")),
+                "length": Value("int64"),
+            }
+        )
+        files = {name: getattr(data_arguments, f"{name}_file", None) or data_arguments.train_file for name in splits}
+        utterances = DatasetDict()
+        for name, split in splits.items():
+            # A relative path is relative to the file that names it.
+            parent = Path(files[name]).parent if files[name] else None
+            utterances[name] = split.map(
+                to_features,
+                fn_kwargs={"processor": processor, "folder": parent},
+                remove_columns=split.column_names,
+                features=features,
+            )
+        values = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, "ctc_zero_infinity": True}
+        if not checkpoint:
+            values |= statistics(utterances["train"])
+        config = load_config(model_arguments, SMALL_RECOGNISER, **values)
+        model = load_model(AutoModelForCTC, model_arguments, config)
+        # Frames a logit: there are 100 frames a second.
+        ratio = config.inputs_to_logits_ratio * 100 // extractor.sampling_rate
+        max_frames = data_arguments.max_seconds * 100
+        kept = utterances["train"].filter(
+            fits, input_columns=["labels", "length"], fn_kwargs={"ratio": ratio, "max_frames": max_frames}
+        )
+        dropped = len(utterances["train"]) - len(kept)
+        if not len(kept):
+            raise ValueError(
+                f"None of the {dropped} utterances is at most --max_seconds and has time for its symbols."
+            )
+        utterances = DatasetDict({**utterances, "train": kept}).with_format("numpy")
+
+    hours = {name: sum(split["length"][:]) / 360_000 for name, split in utterances.items()}
+    print(
+        f"{type(model).__name__}, {model.num_parameters():,} parameters, {len(tokenizer)} symbols; utterances "
+        f"{utterances.num_rows}, hours { ({name: round(float(value), 2) for name, value in hours.items()}) }"
+        + (f"; {dropped} are too long, or too fast for their symbols, and left out" if dropped else "")
+    )
+    if model_arguments.lora_rank:
+        model = add_adapters(model, model_arguments, modules_to_save=["lm_head"])
+
+    def metrics_of(outputs: EvalPrediction) -> dict[str, float]:
+        symbols = np.where(outputs.predictions < 0, tokenizer.pad_token_id, outputs.predictions)
+        labels = np.where(outputs.label_ids < 0, tokenizer.pad_token_id, outputs.label_ids)
+        return error_rates(tokenizer.batch_decode(labels, group_tokens=False), tokenizer.batch_decode(symbols))
+
+    trainer = DecayTrainer(
+        model=model,
+        args=training_arguments,
+        train_dataset=utterances["train"],
+        eval_dataset=utterances["validation"],
+        processing_class=processor,
+        data_collator=DataCollatorForCTC(processor),
+        compute_metrics=metrics_of,
+        preprocess_logits_for_metrics=most_likely,
+    )
+    held_out = [split for split in utterances if split != "train"]
+    ((sentence, _),) = Counter(texts["train"]).most_common(1)
+    baselines = {
+        "most frequent sentence": {
+            split: error_rates(texts[split], [sentence] * len(texts[split])) for split in held_out
+        }
+    }
+    if model_arguments.lora_rank:
+        baselines["before training"] = {}
+        for split in held_out:
+            before = trainer.predict(utterances[split]).metrics
+            baselines["before training"][split] = {name: before[f"test_{name}"] for name in ("wer", "cer")}
+    resume = training_arguments.resume_from_checkpoint
+    metrics = {"train": trainer.train(resume_from_checkpoint=True if resume == "last" else resume).metrics}
+    trainer.save_model()
+    trainer.save_state()
+    rates = {}
+    for split in held_out:
+        prefix = "eval" if split == "validation" else split
+        metrics[prefix] = trainer.evaluate(utterances[split], metric_key_prefix=prefix)
+        rates[split] = {name: metrics[prefix][f"{prefix}_{name}"] for name in ("wer", "cer")}
+    for prefix, values in metrics.items():
+        trainer.save_metrics(prefix, values)
+    if not trainer.is_world_process_zero():
+        return
+
+    shown = "test" if "test" in held_out else held_out[-1]
+    save_checked(
+        trainer,
+        AutoModelForCTC,
+        dataset_name=f"{source or 'speech of espeak-ng'}, {shown} split",
+        metrics=rates[shown],
+        baselines={name: by_split[shown] for name, by_split in baselines.items()},
+        units={"wer": "edits a word", "cer": "edits a character"},
+    )
+    plot_training(
+        trainer.state.log_history,
+        folder / "training.png",
+        metric="wer",
+        baselines={name: by_split["validation"]["wer"] for name, by_split in baselines.items()},
+        model_name=type(model).__name__,
+    )
+    plot_alignment(model.eval(), processor, utterances[shown][0], folder / "alignment.png")
+
+    print(f"\n{'':16}{''.join(f'{split:>12}' for split in held_out)}")
+    for name, by_split in {"this model": rates, **baselines}.items():
+        for rate, words in (("wer", "Word errors"), ("cer", "Character errors")):
+            print(f"{words:16}{''.join(f'{by_split[split][rate]:12.2%}' for split in held_out)}  {name}")
+    better = [name for name, by_split in baselines.items() if by_split[shown]["wer"] <= rates[shown]["wer"]]
+    if better:
+        print(f"The model is no better than: {', '.join(better)}.")
+    print(f"Saved to {folder}; training.png shows loss and word errors by step, alignment.png an utterance.")
+
+
+if __name__ == "__main__":
+    main()
