@@ -15,7 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 from PIL import Image
 from running import EXAMPLES, environment
@@ -38,6 +40,9 @@ SHORT = {
     "quickstart.py": ["--steps", "3", "--train_files", "notes.txt", "--held_out_files", "more-notes.txt"],
     "run_clm.py": ["--max_steps", "2"],
     "run_image_classification.py": ["--max_steps", "2", "--train_dir", "photos"],
+    "run_speech_recognition_ctc.py": [
+        *("--max_steps", "2", "--num_train_utterances", "16", "--num_held_out_utterances", "4"),
+    ],
     "run_text_classification.py": [
         *("--max_steps", "2", "--train_file", "reviews.csv"),
         *("--text_column_name", "review", "--label_column_name", "stars"),
@@ -119,6 +124,7 @@ def folder(tmp_path, monkeypatch) -> Path:
     (tmp_path / "reviews.csv").write_text("\n".join(["review,stars", *rows]))
     for name in ("notes.txt", "more-notes.txt"):
         (tmp_path / name).write_text("One notes what one would forget, and forgets what one has noted.\n" * 400)
+    soundfile.write(tmp_path / "talk.flac", np.random.default_rng(0).normal(scale=0.01, size=16000), 16000)
     for label, shade in (("day", 230), ("night", 20)):
         (tmp_path / "photos" / label).mkdir(parents=True)
         for n in range(10):

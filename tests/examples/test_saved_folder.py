@@ -12,6 +12,7 @@ from transformers import (
     AutoImageProcessor,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
+    AutoProcessor,
     AutoTokenizer,
     GenerationConfig,
 )
@@ -40,7 +41,7 @@ def delete_what_may_be(folder: Path) -> set[str]:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory, csv_files, short_run, in_a_clean_process) -> dict[str, Path]:
-    """What the scripts wrote: a language model with checkpoints, adapters of it, and a classifier of images."""
+    """What the scripts wrote: a language model with checkpoints, adapters of it, a classifier of images, a recogniser."""
     place = tmp_path_factory.mktemp("saved")
     checkpoints = ["--save_strategy", "steps", "--save_steps", 3]
     text = [*short_run, *csv_files, "--block_size", 24]
@@ -56,7 +57,11 @@ def folders(tmp_path_factory, csv_files, short_run, in_a_clean_process) -> dict[
         "run_image_classification.py", place, "--train_dir", "photos", "--max_steps", 2, "--held_out_share", 0.4,
         output_dir="images",
     )  # fmt: skip
-    return {"whole": whole.folder, "adapters": adapters.folder, "images": images.folder}
+    speech = run_alone(
+        "run_speech_recognition_ctc.py", place, "--max_steps", 2, "--num_train_utterances", 16,
+        "--num_held_out_utterances", 4, output_dir="speech",
+    )  # fmt: skip
+    return {"whole": whole.folder, "adapters": adapters.folder, "images": images.folder, "speech": speech.folder}
 
 
 def test_every_file_that_is_written_is_on_the_page(folders):
@@ -96,9 +101,11 @@ def test_without_the_others_it_is_not_the_same(folders, tmp_path, name):
         text = "meow purr"
         assert (before(text)["input_ids"], before.pad_token) != (after(text)["input_ids"], after.pad_token)
         return
-    with pytest.raises((OSError, ValueError, KeyError)):
+    with pytest.raises((OSError, ValueError, KeyError, TypeError)):
         if (folder / "preprocessor_config.json").exists():
             AutoImageProcessor.from_pretrained(copy)
             AutoModelForImageClassification.from_pretrained(copy)
+        elif (folder / "processor_config.json").exists():
+            AutoProcessor.from_pretrained(copy)
         else:
             AutoModelForCausalLM.from_pretrained(copy)
