@@ -189,6 +189,7 @@ def test_every_step_prints_what_the_pages_show(folder):
         assert is_in(step.shown, printed, step.compared_until), f"{step.code}\nprinted\n{printed}"
 
 
+@pytest.mark.slow
 def test_every_step_runs_after_a_short_training(folder, in_a_clean_process):
     for step, printed in run_pages(run_for_a_short_time):
         # What a model knows after few steps is not what it knows after all of them.
