@@ -19,7 +19,6 @@ def register() -> None:
     import vllm
     from vllm import ModelRegistry
 
-    from ..families import FAMILIES
     from .states import register_backend
 
     if not f"{vllm.__version__}.".startswith(f"{TESTED_VLLM}."):
@@ -29,15 +28,24 @@ def register() -> None:
             stacklevel=2,
         )
     register_backend()
-    served = {
+    for architecture, served_class in served_models().items():
+        ModelRegistry.register_model(architecture, f"{__name__}.models:{served_class}")
+    logging.getLogger(__name__).debug("Registered the models of modeling_sumagg with vLLM.")
+
+
+def served_models() -> dict[str, str]:
+    """By the names of the language models, of the classifiers and the bare models beside them, what runs each in vLLM."""
+    from ..families import FAMILIES
+
+    classes = {
         "AutoModelForCausalLM": "CausalLM",
         "AutoModelForSequenceClassification": "SequenceClassification",
         "AutoModel": "Embedding",
     }
-    for family in FAMILIES.values():
-        if not hasattr(family.config_class, "recurrent_layer_types"):
-            continue
-        for auto_name, served_name in served.items():
-            architecture = family.models[auto_name].__name__
-            ModelRegistry.register_model(architecture, f"{__name__}.models:{served_name}")
-    logging.getLogger(__name__).debug("Registered the models of modeling_sumagg with vLLM.")
+    return {
+        family.models[auto_name].__name__: served_class
+        for family in FAMILIES.values()
+        if "AutoModelForCausalLM" in family.models
+        for auto_name, served_class in classes.items()
+        if auto_name in family.models
+    }
