@@ -26,15 +26,13 @@ from transformers import (
     AutoModelForAudioClassification,
     EvalPrediction,
     HfArgumentParser,
-    Trainer,
     TrainingArguments,
     set_seed,
 )
 
 from modeling_sumagg.plots import plot_training
-from modeling_sumagg.scripts import ModelArguments, load_config, load_model, user_errors
+from modeling_sumagg.scripts import DecayTrainer, ModelArguments, add_adapters, load_config, load_model, user_errors
 from modeling_sumagg.spoken_data import spoken_digits
-from modeling_sumagg.training import decay_parameter_names
 
 
 # A digit has 18 frames: a token for every second one.
@@ -51,11 +49,6 @@ SMALL_CLASSIFIER = {
     "mask_time_length": 2,
     "mask_feature_length": 2,
 }
-
-
-class DecayTrainer(Trainer):
-    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
-        return decay_parameter_names(model)
 
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -123,6 +116,8 @@ def main() -> None:
         model = load_model(AutoModelForAudioClassification, model_arguments, config)
 
     print(f"{type(model).__name__}, {model.num_parameters():,} parameters; {splits.num_rows} recordings")
+    if model_arguments.lora_rank:
+        model = add_adapters(model, model_arguments, modules_to_save=["score"])
     trainer = DecayTrainer(
         model=model,
         args=training_arguments,
@@ -131,7 +126,8 @@ def main() -> None:
         data_collator=collate,
         compute_metrics=accuracy,
     )
-    trainer.train()
+    resume = training_arguments.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=True if resume == "last" else resume)
     trainer.save_model()
     trainer.save_state()
     metrics = {"eval": trainer.evaluate(), "test": trainer.evaluate(splits["test"], metric_key_prefix="test")}
