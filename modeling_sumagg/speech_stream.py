@@ -3,18 +3,14 @@
 It needs `pip install 'modeling-sumagg[speech]'`.
 """
 
-import json
-import os
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from .audio import FeatureStream
-from .publishing.saved_states import cache_from_tensors, cache_to_tensors
+from .publishing.saved_states import cache_to_tensors, read_stream, write_stream
 
 
 def check_constant_state(config: PreTrainedConfig) -> None:
@@ -96,30 +92,24 @@ class SpeechStream:
         word, self.word = self.tokenizer.decode(self.word, group_tokens=False), []
         return [word] if word else []
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """The state, by names that a safetensors file can have."""
-        cache = {} if self.cache is None else {f"cache.{k}": v for k, v in cache_to_tensors(self.cache).items()}
+    def _own_tensors(self) -> dict[str, torch.Tensor]:
         return {
-            **cache,
             "pending": torch.from_numpy(self.features.pending.copy()),
             "last_symbol": torch.tensor(self.last_symbol),
             "word": torch.tensor(self.word, dtype=torch.int64),
         }
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All that is kept of what was heard."""
+        return {**({} if self.cache is None else cache_to_tensors(self.cache)), **self._own_tensors()}
+
     def save(self, path: Path) -> None:
         """Write the state as safetensors, whole or not at all."""
-        temporary = path.with_name(path.name + ".tmp")
-        save_file(self.tensors(), temporary, metadata={"counts": json.dumps({"num_samples": self.num_samples})})
-        os.replace(temporary, path)
+        write_stream(path, self.cache, self._own_tensors(), {"num_samples": self.num_samples})
 
     def load(self, path: Path) -> None:
         """Go on from what `save` wrote."""
-        with safe_open(path, framework="pt", device=str(self.model.device)) as file:
-            if "counts" not in (file.metadata() or {}):
-                raise ValueError(f"{path} holds no state that this script saved.")
-            self.num_samples = json.loads(file.metadata()["counts"])["num_samples"]
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-        cache = {k.removeprefix("cache."): v for k, v in tensors.items() if k.startswith("cache.")}
-        self.cache = cache_from_tensors(cache, self.model.config) if cache else None
+        self.cache, tensors, counts = read_stream(path, self.model.config, self.model.device)
+        self.num_samples = counts["num_samples"]
         self.features.pending = tensors["pending"].cpu().numpy()
         self.last_symbol, self.word = tensors["last_symbol"].item(), tensors["word"].tolist()

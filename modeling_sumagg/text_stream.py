@@ -2,18 +2,14 @@
 
 import codecs
 import copy
-import json
 import math
-import os
 import re
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from .publishing.saved_states import cache_from_tensors, cache_to_tensors
+from .publishing.saved_states import read_stream, write_stream
 
 
 # Tokens enter the state in blocks that are counted from the beginning of the stream, so that every rounding, and with
@@ -148,24 +144,17 @@ class TextStream:
     def save(self, path: Path) -> None:
         """Write the state as safetensors, whole or not at all."""
         text = self.held.encode() + self.decoder.getstate()[0]
-        tensors = {} if self.cache is None else {f"cache.{k}": v for k, v in cache_to_tensors(self.cache).items()}
-        tensors["pending"] = torch.tensor(self.pending, dtype=torch.int64)
-        tensors["held"] = torch.tensor(list(text), dtype=torch.uint8)
-        tensors["loss"] = torch.tensor(self.loss, dtype=torch.float64)
+        tensors = {
+            "pending": torch.tensor(self.pending, dtype=torch.int64),
+            "held": torch.tensor(list(text), dtype=torch.uint8),
+            "loss": torch.tensor(self.loss, dtype=torch.float64),
+        }
         counts = {"num_bytes": self.num_bytes, "num_tokens": self.num_tokens, "num_scored": self.num_scored}
-        temporary = path.with_name(path.name + ".tmp")
-        save_file(tensors, temporary, metadata={"counts": json.dumps(counts)})
-        os.replace(temporary, path)
+        write_stream(path, self.cache, tensors, counts)
 
     def load(self, path: Path) -> None:
         """Go on from what `save` wrote."""
-        with safe_open(path, framework="pt", device=str(self.model.device)) as file:
-            if "counts" not in (file.metadata() or {}):
-                raise ValueError(f"{path} holds no state that this script saved.")
-            counts = json.loads(file.metadata()["counts"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-        cache = {k.removeprefix("cache."): v for k, v in tensors.items() if k.startswith("cache.")}
-        self.cache = cache_from_tensors(cache, self.model.config) if cache else None
+        self.cache, tensors, counts = read_stream(path, self.model.config, self.model.device)
         self.pending, self.loss = tensors["pending"].tolist(), tensors["loss"].item()
         self.decoder.reset()
         self.held = self.decoder.decode(bytes(tensors["held"].tolist()))

@@ -1,6 +1,12 @@
 """A decode state as tensors with names, to be saved and loaded again."""
 
+import json
+import os
+from pathlib import Path
+
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import DynamicCache, PreTrainedConfig
 
 from ..decoder.cache import adopt_cache
@@ -83,3 +89,31 @@ def cache_from_tensors(tensors: dict[str, torch.Tensor], config: PreTrainedConfi
     if left:
         raise ValueError(f"Not the tensors of a cache of this model, which has no {sorted(left)}.")
     return cache
+
+
+def write_stream(
+    path: Path, cache: DynamicCache | None, tensors: dict[str, torch.Tensor], counts: dict[str, int]
+) -> None:
+    """Write the state of a stream as safetensors, whole or not at all: its cache, other tensors, and what it counts."""
+    held = {} if cache is None else {f"cache.{name}": tensor for name, tensor in cache_to_tensors(cache).items()}
+    temporary = path.with_name(path.name + ".tmp")
+    save_file({**held, **tensors}, temporary, metadata={"counts": json.dumps(counts)})
+    os.replace(temporary, path)
+
+
+def read_stream(
+    path: Path, config: PreTrainedConfig, device: torch.device
+) -> tuple[DynamicCache | None, dict[str, torch.Tensor], dict[str, int]]:
+    """
+    What [`write_stream`] wrote.
+
+    Raises:
+        `ValueError`: the file holds something else, or the cache of another model.
+    """
+    with safe_open(path, framework="pt", device=str(device)) as file:
+        if "counts" not in (file.metadata() or {}):
+            raise ValueError(f"{path} holds no state that this script saved.")
+        counts = json.loads(file.metadata()["counts"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    cache = {name.removeprefix("cache."): tensors.pop(name) for name in list(tensors) if name.startswith("cache.")}
+    return (cache_from_tensors(cache, config) if cache else None), tensors, counts

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedTokenizerFast, set_seed
 
 from modeling_sumagg import SumAggConfig, SumAggForCausalLM, ToSTTextConfig, text_stream
+from modeling_sumagg.publishing.saved_states import cache_to_tensors
 
 
 SCRIPT = EXAMPLES / "stream_generation.py"
@@ -101,8 +102,8 @@ def test_the_state_does_not_depend_on_the_chunks(example, checkpoint):
     assert tokens[: len(ids)] == ids
     assert split.tokenizer.decode(tokens[1:]) == TEXT
     assert (split.pending, split.loss, split.num_scored) == (whole.pending, whole.loss, whole.num_scored)
-    for name, tensor in text_stream.cache_to_tensors(whole.cache).items():
-        assert torch.equal(tensor, text_stream.cache_to_tensors(split.cache)[name]), name
+    for name, tensor in cache_to_tensors(whole.cache).items():
+        assert torch.equal(tensor, cache_to_tensors(split.cache)[name]), name
 
     # The perplexity and the continuation are those of one forward pass over the whole text.
     with torch.no_grad():
