@@ -17,7 +17,7 @@ class SumAggConfig(TextConfig):
     Modeling" (TechRxiv 2025, doi 10.36227/techrxiv.175790522.25734653). The defaults are what learns well: pre-norm blocks,
     gated means of what the tokens themselves let decay, one attention layer with rotary positions at the end, and no
     limit of length. The published form is in the presets `sumagg-published-lm` and `sumagg-published-classifier`. A
-    config file of version 0.1, which has no `sum_decay`, means what it meant.
+    config file that has no `sum_decay`, as in version 0.1, or no `mlp_gate` means what it meant.
 
     Args:
         layer_types (`list[str]`, *optional*): the mixer of each block, `"summation"`, `"full_attention"` or
@@ -44,6 +44,7 @@ class SumAggConfig(TextConfig):
             each summation mixer.
         pooling (`str`, defaults to `"sum"`): how a sequence classifier pools: the sum over `relu(W h_t)` (`"sum"`, as
             published), its mean (`"mean"`), or the hidden state of the last token (`"last"`).
+        mlp_gate (`bool`, defaults to `True`): whether the feed-forward layers are gated (published: no).
         kwargs: those of [`TextConfig`]: `vocab_size`, `hidden_size`, `num_hidden_layers` (0 leaves the embedding alone,
             as in the published classifier), `num_attention_heads`, `intermediate_size`, `hidden_act` (published:
             `"relu"`; the maps inside the summation mixer are always followed by ReLU), `sliding_window`,
@@ -85,6 +86,7 @@ class SumAggConfig(TextConfig):
         "layers.*.mixer.k_proj": "colwise",
         "layers.*.mixer.v_proj": "colwise",
         "layers.*.mixer.out_proj": "rowwise",
+        "layers.*.mlp.gate_proj": "colwise",
         "layers.*.mlp.up_proj": "colwise",
         "layers.*.mlp.down_proj": "rowwise",
     }
@@ -99,6 +101,7 @@ class SumAggConfig(TextConfig):
     sum_normalization: Literal["none", "mean", "sqrt"] | None = None
     sum_gate: bool = True
     conv_kernel_size: int | None = None
+    mlp_gate: bool = True
     pooling: Literal["sum", "mean", "last"] = "sum"
 
     def __post_init__(self, **kwargs):

@@ -39,6 +39,7 @@ class SumAggSpeechConfig(SumAggConfig):
         mask_feature_min_masks (`int`, defaults to 0): the fewest spans of bins that are masked.
         layer_types (`list[str]`, *optional*): the mixer of each block, `"summation"` (by default everywhere),
             `"sliding_attention"`, or, where nothing is streamed, `"full_attention"`.
+        mlp_gate (`bool`, defaults to `False`): whether the feed-forward layers are gated ([`TextConfig`]).
         pooling (`str`, defaults to `"mean"`): how an audio classifier pools ([`SumAggConfig`]).
         use_cache (`bool`, defaults to `False`): whether the model returns its decode state where none is given.
         kwargs: those of [`SumAggConfig`]. There is no position code beside that of attention layers.
@@ -78,6 +79,7 @@ class SumAggSpeechConfig(SumAggConfig):
     num_attention_heads: int = 4
     position_embedding_type: Literal["none"] = "none"  # type: ignore[assignment]
     position_bias: float | int = 1.0
+    mlp_gate: bool = False
     pooling: Literal["sum", "mean", "last"] = "mean"
     tie_word_embeddings: bool = False
     lm_head_bias: bool = True

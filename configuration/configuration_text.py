@@ -25,8 +25,11 @@ class TextConfig(NamedFields, PreTrainedConfig):
         hidden_size (`int`, defaults to 768): width `d`.
         num_hidden_layers (`int`, defaults to 12): number of blocks.
         num_attention_heads (`int`, defaults to 12): heads of the attention layers; must divide `hidden_size`.
-        intermediate_size (`int`, *optional*, defaults to `4 * hidden_size`): width of the feed-forward layers.
+        intermediate_size (`int`, *optional*, defaults to `4 * hidden_size`): width of the feed-forward layers. With
+            `mlp_gate` two thirds of it by default, a multiple of 8, for as many parameters.
         hidden_act (`str`, defaults to `"gelu"`): activation of the feed-forward layers.
+        mlp_gate (`bool`, defaults to `False`): whether the feed-forward layers are gated linear units (arXiv 2002.05202),
+            `W_b (act(W_g h) * (W_a h))` instead of `W_b act(W_a h)`.
         layer_types (`list[str]`, *optional*): the mixer of each block: a recurrent type of the family,
             `"full_attention"` or `"sliding_attention"`.
         sliding_window (`int`, *optional*, defaults to 512 where a layer needs one): tokens that a sliding attention
@@ -64,8 +67,13 @@ class TextConfig(NamedFields, PreTrainedConfig):
     # Both names of the decode state in outputs, over the versions of transformers.
     keys_to_ignore_at_inference = ["cache", "past_key_values"]
     recurrent_layer_types: ClassVar[tuple[str, ...]] = ()
-    # What the files of version 0.1 mean, which have none of these.
-    values_before_decays: ClassVar[dict[str, Any]] = {"sum_decay": "none", "rope_parameters": None}
+    # What files mean that have none of these: those of the first models with decays, and those of version 0.1.
+    values_before_mlp_gate: ClassVar[dict[str, Any]] = {"mlp_gate": False}
+    values_before_decays: ClassVar[dict[str, Any]] = {
+        **values_before_mlp_gate,
+        "sum_decay": "none",
+        "rope_parameters": None,
+    }
     is_causal = True
 
     vocab_size: int = 50257
@@ -74,6 +82,7 @@ class TextConfig(NamedFields, PreTrainedConfig):
     num_attention_heads: int = 12
     intermediate_size: int | None = None
     hidden_act: str = "gelu"
+    mlp_gate: bool = False
     layer_types: list[str] | None = None
     sliding_window: int | None = None
     position_embedding_type: Literal["learned", "sinusoidal", "none"] = "learned"
@@ -106,7 +115,8 @@ class TextConfig(NamedFields, PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         if self.intermediate_size is None:
-            self.intermediate_size = 4 * self.hidden_size
+            width = 4 * self.hidden_size
+            self.intermediate_size = max(8, 8 * round(width / 12)) if self.mlp_gate else width
         if self.layer_types is None:
             self.layer_types = self.default_layer_types()
         if self.sliding_window is None and "sliding_attention" in self.layer_types:
@@ -127,6 +137,8 @@ class TextConfig(NamedFields, PreTrainedConfig):
         """
         if "sum_decay" not in config_dict:
             config_dict = {**cls.values_before_decays, **config_dict}
+        elif "mlp_gate" not in config_dict:
+            config_dict = {**cls.values_before_mlp_gate, **config_dict}
         changed = {f.name: kwargs.pop(f.name) for f in fields(cls) if f.name in kwargs and f.name != "dtype"}
         try:
             return super().from_dict({**config_dict, **changed}, **kwargs)

@@ -53,6 +53,7 @@ class ToSTTextConfig(TextConfig):
         "layers.*.attention.k_proj": "colwise_gather_output",
         "layers.*.attention.v_proj": "colwise_gather_output",
         "layers.*.attention.o_proj": "rowwise_split_input",
+        "layers.*.mlp.gate_proj": "colwise",
         "layers.*.mlp.fc1": "colwise",
         "layers.*.mlp.fc2": "rowwise",
     }

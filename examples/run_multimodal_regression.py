@@ -29,7 +29,6 @@ from datasets import DatasetDict
 from sklearn.linear_model import RidgeCV
 from sklearn.metrics import r2_score, root_mean_squared_error
 from torch import nn
-from torch.nn import functional as F
 from transformers import (
     AutoModelForSequenceClassification,
     EvalPrediction,
@@ -41,6 +40,7 @@ from transformers import (
 )
 
 from modeling_sumagg import DataCollatorForMultimodalRegression
+from modeling_sumagg.baselines import ConcatenationRegression
 from modeling_sumagg.embedded_data import SIGNATURE_COLUMNS, standard_library_functions
 from modeling_sumagg.plots import plot_predictions, plot_training
 from modeling_sumagg.scripts import (
@@ -76,47 +76,6 @@ class RowArguments(LabelledDataArguments):
             self.numeric_column_names = SIGNATURE_COLUMNS
         if not self.numeric_column_names:
             raise ValueError("Name the columns with the numbers to predict from: --numeric_column_names.")
-
-
-class ConcatenationBaseline(nn.Module):
-    """
-    The published baseline: one softmax attention layer over the text and the mean of its outputs, the standardised
-    numbers concatenated, and the same layers from there to the output. A number that is not given is the mean.
-    """
-
-    def __init__(self, config: PreTrainedConfig):
-        super().__init__()
-        self.config = config
-        self.tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-        self.attention = nn.MultiheadAttention(config.hidden_size, num_heads=8, batch_first=True)
-        sizes = [config.hidden_size + config.num_numeric_features, *config.head_hidden_sizes]
-        layers = [layer for a, b in zip(sizes[:-1], sizes[1:], strict=True) for layer in (nn.Linear(a, b), nn.ReLU())]
-        self.head = nn.Sequential(*layers, nn.Dropout(config.classifier_dropout), nn.Linear(sizes[-1], 1))
-        for embedding in (self.tokens, self.positions):
-            nn.init.normal_(embedding.weight, std=config.initializer_range)
-
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        numeric_features: torch.Tensor,
-        labels: torch.Tensor,
-    ) -> dict[str, torch.Tensor]:
-        hidden_states = self.tokens(input_ids) + self.positions.weight[: input_ids.shape[1]]
-        # The softmax needs one token, also where there is none; the mean leaves it out.
-        hidden_tokens = attention_mask == 0
-        hidden_tokens[:, :1] = False
-        attended, _ = self.attention(
-            hidden_states, hidden_states, hidden_states, key_padding_mask=hidden_tokens, need_weights=False
-        )
-        count = attention_mask.sum(dim=1, keepdim=True).clamp(min=1)
-        text = (attended * attention_mask[..., None]).sum(dim=1) / count
-        mean, std = (labels.new_tensor(values) for values in (self.config.numeric_mean, self.config.numeric_std))
-        numbers = ((numeric_features - mean) / std).nan_to_num(nan=0.0)
-        scores = self.head(torch.cat((text, numbers), dim=1))[:, 0]
-        mean, std = self.config.label_mean[0], self.config.label_std[0]
-        return {"loss": F.mse_loss(scores, (labels - mean) / std), "logits": scores * std + mean}
 
 
 def to_number(value: str | float | None) -> float:
@@ -245,7 +204,7 @@ def main() -> None:
     baseline_arguments.save_strategy = "no"
     set_seed(training_arguments.seed)
     print("\nThe baseline of the paper, attention and concatenation, trains on the same:")
-    baseline_trainer = make_trainer(ConcatenationBaseline(config), baseline_arguments)
+    baseline_trainer = make_trainer(ConcatenationRegression(config), baseline_arguments)
     baseline_trainer.train()
     predictions["attention and concatenation"] = predictions_of(baseline_trainer)
     if not trainer.is_world_process_zero():

@@ -155,6 +155,7 @@ def _infer_sumagg(state_dict: StateDict) -> tuple[type[PreTrainedModel], dict[st
         "sum_decay": "none",
         "sum_normalization": "none",
         "sum_gate": False,
+        "mlp_gate": False,
         "lm_head_bias": "output_projection.bias" in state_dict,
         "tie_word_embeddings": False,
     }

@@ -104,14 +104,20 @@ class ToSTTextTokenStatistics(nn.Module):
 
 
 class ToSTTextMLP(nn.Module):
+    """Feed-forward layer, `W_2 act(W_1 h)`; a gated one is `W_2 (act(W_g h) * (W_1 h))`."""
+
     def __init__(self, config: ToSTTextConfig):
         super().__init__()
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.use_bias)
+        sizes = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(*sizes, bias=config.use_bias) if config.mlp_gate else None
+        self.fc1 = nn.Linear(*sizes, bias=config.use_bias)
         self.activation_fn = ACT2FN[config.hidden_act]
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.use_bias)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.fc2(self.activation_fn(self.fc1(hidden_states)))
+        if self.gate_proj is None:
+            return self.fc2(self.activation_fn(self.fc1(hidden_states)))
+        return self.fc2(self.activation_fn(self.gate_proj(hidden_states)) * self.fc1(hidden_states))
 
 
 class ToSTTextDecoderLayer(GradientCheckpointingLayer):

@@ -117,14 +117,33 @@ def test_a_file_of_before_decays_means_what_it_meant(tmp_path):
         None,
     )
     assert config.position_embedding_type == "learned" and config.max_position_embeddings == 1024
+    assert not config.mlp_gate and config.intermediate_size == 256
     changed = AutoConfig.from_pretrained(tmp_path, sum_decay="input", sum_normalization="mean")
-    assert changed.sum_decay == "input" and not changed.sum_gate
+    assert changed.sum_decay == "input" and not changed.sum_gate and not changed.mlp_gate
 
 
-def num_parameters(d, vocab, positions, mlp, sums, attentions, head):
+def test_a_file_of_before_gated_feed_forward_layers_means_what_it_meant(tmp_path):
+    SumAggConfig(hidden_size=64, num_attention_heads=4, mlp_gate=False).save_pretrained(tmp_path)
+    old = json.loads((tmp_path / "config.json").read_text())
+    del old["mlp_gate"]
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert (config.mlp_gate, config.intermediate_size) == (False, 256)
+    assert (config.sum_decay, config.sum_gate) == ("input", True)
+    assert AutoConfig.from_pretrained(tmp_path, mlp_gate=True).mlp_gate
+
+
+def test_gated_feed_forward_layers_have_as_many_parameters():
+    plain, gated = SumAggConfig(mlp_gate=False), SumAggConfig()
+    assert (plain.intermediate_size, gated.intermediate_size) == (3072, 2048)
+    assert SumAggConfig(hidden_size=2, num_attention_heads=1).intermediate_size == 8
+    assert SumAggConfig(intermediate_size=100).intermediate_size == 100
+
+
+def num_parameters(d, vocab, positions, mlp, sums, attentions, head, mlp_maps=2):
     """The weights of a model by hand."""
     norms = 2 * 2 * d
-    feed_forward = 2 * d * mlp + mlp + d
+    feed_forward = mlp_maps * d * mlp + (mlp_maps - 1) * mlp + d
     blocks = sums * (3 * d * d + d) + attentions * (4 * d * d + 4 * d) + (sums + attentions) * (norms + feed_forward)
     return vocab * d + positions * d + blocks + (2 * d if sums + attentions else 0) + head
 
@@ -143,15 +162,27 @@ def num_parameters(d, vocab, positions, mlp, sums, attentions, head):
             num_parameters(256, 10000, 512, 0, 0, 0, head=256 * 256 + 2 * 256 + 2),
         ),
         ("sumagg-hybrid-small", AutoModelForCausalLM, num_parameters(768, 50257, 1024, 3072, 11, 1, head=0)),
-        # A gate and the decays of the heads more in each mixer that sums.
+        # A gate and the decays of the heads more in each mixer that sums, and a gate more in each feed-forward layer.
         (
             "sumagg-small",
             AutoModelForCausalLM,
-            num_parameters(768, 50257, 0, 3072, 11, 1, 11 * (768 * (768 + 12) + 12)),
+            num_parameters(768, 50257, 0, 2048, 11, 1, 11 * (768 * (768 + 12) + 12), mlp_maps=3),
         ),
-        ("sumagg-pure-small", AutoModelForCausalLM, num_parameters(768, 50257, 0, 3072, 12, 0, 12 * (768 * 780 + 12))),
-        ("sumagg-medium", AutoModelForCausalLM, num_parameters(1024, 50257, 0, 4096, 23, 1, 23 * (1024 * 1040 + 16))),
-        ("sumagg-large", AutoModelForCausalLM, num_parameters(1280, 50257, 0, 5120, 35, 1, 35 * (1280 * 1300 + 20))),
+        (
+            "sumagg-pure-small",
+            AutoModelForCausalLM,
+            num_parameters(768, 50257, 0, 2048, 12, 0, 12 * (768 * 780 + 12), mlp_maps=3),
+        ),
+        (
+            "sumagg-medium",
+            AutoModelForCausalLM,
+            num_parameters(1024, 50257, 0, 2688, 23, 1, 23 * (1024 * 1040 + 16), mlp_maps=3),
+        ),
+        (
+            "sumagg-large",
+            AutoModelForCausalLM,
+            num_parameters(1280, 50257, 0, 3456, 35, 1, 35 * (1280 * 1300 + 20), mlp_maps=3),
+        ),
     ],
 )
 def test_presets(preset, auto_class, expected):

@@ -10,11 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from benchmark_utils import BenchmarkArguments, benchmark, compiled, write_results
-from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, HfArgumentParser, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForSequenceClassification, HfArgumentParser
 
+from modeling_sumagg.baselines import AttentionClassifier
 from modeling_sumagg.configuration import preset_path
 
 
@@ -34,24 +33,6 @@ class ClassifierArguments(BenchmarkArguments):
             raise ValueError(
                 f"`lengths` and `batch_size` must be at least 1, got {self.lengths} and {self.batch_size}."
             )
-
-
-class AttentionClassifier(nn.Module):
-    """The published baseline: positions added, one softmax attention layer, mean over the tokens, linear output."""
-
-    def __init__(self, config: PreTrainedConfig, num_heads: int, need_weights: bool):
-        super().__init__()
-        self.need_weights = need_weights
-        self.tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-        self.attention = nn.MultiheadAttention(config.hidden_size, num_heads, batch_first=True)
-        self.score = nn.Linear(config.hidden_size, config.num_labels)
-
-    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
-        x = self.tokens(input_ids) + self.positions.weight[: input_ids.shape[1]]
-        attended, _ = self.attention(x, x, x, need_weights=self.need_weights)
-        logits = self.score(attended.mean(dim=1))
-        return {"loss": F.cross_entropy(logits, labels), "logits": logits}
 
 
 def prepare_run(arguments: ClassifierArguments, name: str, length: int) -> Callable[[], None]:

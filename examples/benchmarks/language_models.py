@@ -88,8 +88,9 @@ def configurations(arguments: LanguageModelArguments, max_length: int) -> dict[s
     width, depth = arguments.hidden_size, arguments.num_hidden_layers
     tokens = {"vocab_size": arguments.vocab_size, "bos_token_id": 0, "eos_token_id": 0}
     size = {"hidden_size": width, "num_hidden_layers": depth, "num_attention_heads": arguments.num_attention_heads}
-    size |= {"intermediate_size": 4 * width, "max_position_embeddings": max_length} | tokens
-    # The settings of `presets/sumagg-small.json`, and the same without decays, gates and rotary positions.
+    size |= {"max_position_embeddings": max_length} | tokens
+    # The settings of `presets/sumagg-small.json`, and the same without decays, gates and rotary positions. Feed-forward
+    # layers are 4 times as wide as the model, or gated and 8/3 times, which are as many parameters.
     ours = size | {"fuse_linear_cross_entropy": arguments.fuse_linear_cross_entropy}
     lower = ["summation"] * (depth - 1)
     pure = {"layer_types": [*lower, "summation"]}
@@ -104,7 +105,7 @@ def configurations(arguments: LanguageModelArguments, max_length: int) -> dict[s
         "GPT-2": GPT2Config(
             n_embd=width, n_layer=depth, n_head=arguments.num_attention_heads, n_positions=max_length, **tokens
         ),
-        "Llama": LlamaConfig(**size),
+        "Llama": LlamaConfig(**size, intermediate_size=8 * round(width / 3)),
         "Mamba2": Mamba2Config(
             hidden_size=width, num_hidden_layers=depth, head_dim=64, num_heads=2 * width // 64, n_groups=1, **tokens
         ),

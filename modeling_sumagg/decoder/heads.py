@@ -67,13 +67,7 @@ class ForCausalLM(_LanguageModel, RecurrentGenerationMixin):
                 the fused loss does not know.
         """
         outputs: BaseModelOutputWithPast = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            cache=cache,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
+            input_ids, attention_mask, position_ids, cache, inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         loss, logits = language_model_loss(self, outputs.last_hidden_state[:, kept], labels, is_causal=True, **kwargs)
@@ -177,13 +171,7 @@ class ForSequenceClassification(DecoderPreTrainedModel):
             `ValueError`: `labels` of the wrong shape, or a class index that does not exist.
         """
         outputs: BaseModelOutputWithPast = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            cache=cache,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
+            input_ids, attention_mask, position_ids, cache, inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs
         )
         hidden_states = outputs.last_hidden_state
         if attention_mask is not None:
@@ -242,13 +230,7 @@ class ForTokenClassification(DecoderPreTrainedModel):
             `ValueError`: `labels` of the wrong shape, or a class index that does not exist.
         """
         outputs: BaseModelOutputWithPast = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            cache=cache,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
+            input_ids, attention_mask, position_ids, cache, inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs
         )
         logits = self.score(self.dropout(outputs.last_hidden_state))
         loss = None

@@ -13,16 +13,19 @@ from .layout import SequenceLayout
 
 
 class MLP(nn.Module):
-    """Feed-forward layer, `W_b act(W_a h + a) + b`."""
+    """Feed-forward layer, `W_b act(W_a h + a) + b`; a gated one is `W_b (act(W_g h + g) * (W_a h + a)) + b`."""
 
     def __init__(self, config: PreTrainedConfig):
         super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size) if config.mlp_gate else None
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
         self.act_fn = ACT2FN[config.hidden_act]
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
+        if self.gate_proj is None:
+            return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
+        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
 
 
 class DecoderLayer(GradientCheckpointingLayer):

@@ -90,7 +90,7 @@ def causal_sum(
 
 
 def _causal_sum(x, decays, state, attention_mask, documents, relu, scale):
-    length = x.shape[1]
+    batch_size, length = x.shape[:2]
     is_step = length == 1 and state.dim() == 2
     # A compiler fuses a single step with what is around it.
     if decays is None and state.dim() == 2 and takes_kernels(x) and not (is_step and torch.compiler.is_compiling()):
@@ -101,21 +101,15 @@ def _causal_sum(x, decays, state, attention_mask, documents, relu, scale):
         return x, state
     terms = _masked_terms(x, attention_mask)
     if is_step:
-        decay = None if decays is None else decays[:, 0].to(state.dtype).exp()
-        state = _step(terms[:, 0].relu() if relu else terms[:, 0], decay, state)
+        if decays is not None:
+            decay = decays[:, 0].to(state.dtype).exp().unsqueeze(-1)
+            state = (state.view(batch_size, decay.shape[1], -1) * decay).flatten(1)
+        state = state + (terms[:, 0].relu() if relu else terms[:, 0])
         return scaled(state[:, None], scale).to(x.dtype), state
     y, state = scan(terms, decays, state, documents, relu=relu)
     # With decays the sums are kept for backward.
     in_place = (decays is None or not torch.is_grad_enabled()) and not is_recorded() and not is_transformed()
     return scaled(y, scale, in_place).to(x.dtype), state
-
-
-def _step(terms: torch.Tensor, decay: torch.Tensor | None, state: torch.Tensor) -> torch.Tensor:
-    """The sum after one token of terms `[B, D]`, in as few operations as there can be: launching them is the cost."""
-    if decay is None:
-        return state + terms
-    heads = state.view(state.shape[0], decay.shape[1], -1)
-    return (heads * decay.unsqueeze(-1)).flatten(1) + terms
 
 
 def causal_mean(
@@ -158,21 +152,23 @@ def causal_mean(
     sums, total = (None, None) if initial_state is None else initial_state
     sums = _state("initial_state[0]", sums, x.shape[2], x)
     total = _state("initial_state[1]", total, heads, x)
+    if length == 1 and sums.dim() == 2:
+        # In as few operations as there can be: launching them is the cost of a decode step.
+        terms = _masked_terms(x, attention_mask)
+        terms = (terms.relu() if relu else terms).reshape(batch_size, heads, -1)
+        decay, weights = decays[:, 0].to(total.dtype).exp(), weights[:, 0]
+        total = torch.addcmul(weights, decay, total)
+        decay, weights = decay.unsqueeze(-1), weights.unsqueeze(-1)
+        sums = torch.addcmul(sums.view(terms.shape) * decay, terms, weights)
+        # Where nothing has a weight yet the sum is zero.
+        means = sums / total.clamp_min(torch.finfo(total.dtype).tiny).unsqueeze(-1)
+        return means.view(x.shape).to(x.dtype), (sums.flatten(1), total)
     terms, mask = x, attention_mask
     if weight is not None:
         terms, mask = _masked_terms(x, mask), None
         terms = (terms.relu() if relu else terms).unflatten(2, (heads, x.shape[2] // heads))
         terms = (terms * weights[..., None]).flatten(2)
     weights = weights.expand(batch_size, length, heads)
-
-    if length == 1 and sums.dim() == 2:
-        terms = _masked_terms(terms, mask)[:, 0]
-        decay = decays[:, 0].to(total.dtype).exp()
-        total = _step(weights[:, 0], decay, total)
-        sums = _step(terms.relu() if relu else terms, decay, sums)
-        # Where nothing has a weight yet the sum is zero.
-        means = sums.view(batch_size, heads, -1) / total.masked_fill(total == 0, 1).unsqueeze(-1)
-        return means.view(x.shape).to(x.dtype), (sums, total)
     documents = find_documents(document_ids, attention_mask, have_states=sums.dim() == 3)
     totals, total = _causal_sum(weights, decays, total, None, documents, False, None)
     means, sums = _causal_sum(terms, decays, sums, mask, documents, relu, _reciprocal(totals))

@@ -112,7 +112,7 @@ class SumAggTester(TextModelTester):
 class ToSTTextTester(TextModelTester):
     def __init__(self, model_class):
         super().__init__(model_class)
-        self.options = {"layer_types": ["token_statistics", "full_attention"]}
+        self.options = {"layer_types": ["token_statistics", "full_attention"], "mlp_gate": True}
 
 
 class TextTests:
@@ -180,6 +180,7 @@ class SpeechTester(TextModelTester):
         self.options = {
             "num_mel_bins": 6,
             "mask_feature_length": 2,
+            "mlp_gate": True,
             "layer_types": ["summation", "sliding_attention"],
         }
 

@@ -125,7 +125,7 @@ def test_every_parameter_of_every_model_is_trained(learning, tiny):
         torch.manual_seed(0)
         sizes = {"state_size": 8} if name == "mamba2" else {"intermediate_size": 24}
         model = learning.build_model(name, tiny, 300, 64, **sizes).train()
-        losses, _ = learning.token_losses(model, input_ids, input_ids)
+        losses, _ = learning.token_losses(model, input_ids, input_ids, torch.float32)
         assert losses.mean().item() == pytest.approx(math.log(300), rel=0.1), name
         losses.mean().backward()
         assert [n for n, parameter in model.named_parameters() if parameter.grad is None] == [], name
@@ -190,7 +190,7 @@ def test_evaluation_is_the_loss_of_transformers_by_position(learning, tiny):
     torch.manual_seed(0)
     model = learning.build_model("llama", tiny, 300, 64, intermediate_size=24)
     input_ids = torch.randint(300, (6, 70))
-    found = learning.evaluate(model, input_ids, input_ids, 140)
+    found = learning.evaluate(model, input_ids, input_ids, 140, torch.float32)
     with torch.no_grad():
         assert found.loss == pytest.approx(model(input_ids=input_ids, labels=input_ids).loss.item(), rel=1e-5)
         logits = model(input_ids=input_ids).logits
@@ -209,7 +209,7 @@ def test_ignored_labels_count_for_nothing(learning, tiny):
     torch.manual_seed(0)
     model = learning.build_model("llama", tiny, 33, 64, intermediate_size=24)
     input_ids, labels = learning.Recall(64).held_out(64, 640)
-    found = learning.evaluate(model, input_ids, labels, 64)
+    found = learning.evaluate(model, input_ids, labels, 64, torch.float32)
     with torch.no_grad():
         assert found.loss == pytest.approx(model(input_ids=input_ids, labels=labels).loss.item(), rel=1e-5)
     assert found.counts.sum() == 80
@@ -323,7 +323,7 @@ def test_a_task_reports_accuracy(learning, tiny, run_main, task):
 def made_up_line(model: str, seed: int, rate: float, perplexity: float, **values) -> dict:
     points = [{"step": s, "tokens": 10 * s, "loss": 9 - s, "seconds": 2.0 * s, "processor_seconds": s} for s in (1, 2)]
     return {
-        "data": "news", "context": 64, "scale": "cpu", "steps": 2, "model": model, "seed": seed,
+        "data": "news", "context": 64, "scale": "cpu", "dtype": "float32", "steps": 2, "model": model, "seed": seed,
         "learning_rate": rate, "parameters": 1234, "tokens": 20, "curve": points, "loss": math.log(perplexity),
         "perplexity": perplexity, "perplexity_by_position": {"1-31": perplexity + 1, "32-63": perplexity - 1},
         "longer": {"perplexity": 50.0, "perplexity_by_position": {"1-31": 3.0, "64-127": perplexity / 2}},
@@ -347,7 +347,7 @@ def test_report_of_lines(learning, tmp_path):
     assert text == path.with_suffix(".md").read_text()
     assert text == (
         "## news, 64 tokens\n\n"
-        "2 steps, 20 tokens, scale cpu; the best of the learning rates 0.001, 0.002, or of as many as the row says, with one seed, * where it "
+        "2 steps, 20 tokens, scale cpu, float32; the best of the learning rates 0.001, 0.002, or of as many as the row says, with one seed, * where it "
         "is the lowest or the highest of them; mean ± standard "
         "deviation over the seeds, and of those that both have the difference to llama. a chip, 1 thread(s); torch 2, transformers 5.\n\n"
         "| model | parameters | rate | seeds | perplexity | to llama | at 8 × the length | s a step |\n"
@@ -359,9 +359,9 @@ def test_report_of_lines(learning, tmp_path):
         "| --- | --- | --- | --- |\n"
         "| Llama: rotary attention | 101.0 | 99.0 | 50.0 |\n"
         "| GPT-2: attention, learned positions | 111.0 | 109.0 | – |\n"
-        "\n![Loss over tokens and over seconds](learning-news-64-cpu-2.png)\n"
+        "\n![Loss over tokens and over seconds](learning-news-64-cpu-float32-2.png)\n"
     )
-    assert (tmp_path / "learning-news-64-cpu-2.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "learning-news-64-cpu-float32-2.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_what_is_typed_wrong_is_named(learning, tiny, run_main, texts, tmp_path):

@@ -67,7 +67,7 @@ CONFIGS = {
     "tost-pure": ToSTTextConfig(**_TOST, num_hidden_layers=2),
     "tost-hybrid": ToSTTextConfig(**_TOST, num_hidden_layers=2, layer_types=["token_statistics", "full_attention"]),
     "tost-decayed": ToSTTextConfig(
-        **_TOST, num_hidden_layers=2, sum_decay="learned", sum_decay_max=8.0, use_membership_bias=False
+        **_TOST, num_hidden_layers=2, sum_decay="learned", sum_decay_max=8.0, use_membership_bias=False, mlp_gate=True
     ),
     "tost-decayed-hybrid": ToSTTextConfig(
         **_TOST,
