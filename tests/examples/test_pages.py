@@ -204,6 +204,7 @@ def test_the_pages_are_linked_and_the_readme_is_read_in_one_go():
     titles = re.findall(r"^## (.+)$", readme, re.MULTILINE)
     order = [
         "Speed",
+        "How good is it",
         "Install",
         "Quickstart",
         "Use",
