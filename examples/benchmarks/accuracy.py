@@ -83,7 +83,7 @@ class AccuracyArguments:
     models: list[str] | None = field(default=None, metadata={"help": "Some of the task's models; by default all."})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "The first one tunes."})
     learning_rates: list[float] = field(
-        default_factory=lambda: [5e-4, 1e-3, 2e-3], metadata={"help": "To choose from."}
+        default_factory=lambda: [1e-3, 3e-3, 1e-2], metadata={"help": "To choose from."}
     )
     epochs: int | None = field(default=None, metadata={"help": "By default those of the task."})
     batch_size: int = 64
