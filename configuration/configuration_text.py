@@ -1,5 +1,6 @@
 """What the configs of all models over tokens share."""
 
+import math
 from dataclasses import field, fields
 from typing import Any, ClassVar, Literal
 
@@ -26,7 +27,8 @@ class TextConfig(NamedFields, PreTrainedConfig):
         num_hidden_layers (`int`, defaults to 12): number of blocks.
         num_attention_heads (`int`, defaults to 12): heads of the attention layers; must divide `hidden_size`.
         intermediate_size (`int`, *optional*, defaults to `4 * hidden_size`): width of the feed-forward layers. With
-            `mlp_gate` two thirds of it by default, a multiple of 8, for as many parameters.
+            `mlp_gate` about two thirds of that, for as many parameters, and like `hidden_size` a multiple of 128, or of
+            a smaller power of two: groups of quantized weights that divide one divide the other.
         hidden_act (`str`, defaults to `"gelu"`): activation of the feed-forward layers.
         mlp_gate (`bool`, defaults to `False`): whether the feed-forward layers are gated linear units (arXiv 2002.05202),
             `W_b (act(W_g h) * (W_a h))` instead of `W_b act(W_a h)`.
@@ -116,7 +118,10 @@ class TextConfig(NamedFields, PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if self.intermediate_size is None:
             width = 4 * self.hidden_size
-            self.intermediate_size = max(8, 8 * round(width / 12)) if self.mlp_gate else width
+            if self.mlp_gate:
+                group = math.gcd(self.hidden_size, 128)
+                width = group * round(2 * width / 3 / group)
+            self.intermediate_size = width
         if self.layer_types is None:
             self.layer_types = self.default_layer_types()
         if self.sliding_window is None and "sliding_attention" in self.layer_types:

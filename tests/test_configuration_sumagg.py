@@ -136,7 +136,9 @@ def test_a_file_of_before_gated_feed_forward_layers_means_what_it_meant(tmp_path
 def test_gated_feed_forward_layers_have_as_many_parameters():
     plain, gated = SumAggConfig(mlp_gate=False), SumAggConfig()
     assert (plain.intermediate_size, gated.intermediate_size) == (3072, 2048)
-    assert SumAggConfig(hidden_size=2, num_attention_heads=1).intermediate_size == 8
+    # Groups of 128 quantized weights, or of what divides a smaller width.
+    for width, expected in ((2, 6), (64, 192), (96, 256), (512, 1408), (1024, 2688)):
+        assert SumAggConfig(hidden_size=width, num_attention_heads=1).intermediate_size == expected
     assert SumAggConfig(intermediate_size=100).intermediate_size == 100
 
 

@@ -1,5 +1,6 @@
 """One model on several devices: tensor parallelism and FSDP in two gloo processes, and parts of a model on disk."""
 
+import faulthandler
 import os
 import re
 
@@ -30,6 +31,8 @@ def start_processes(function, directory):
 
 
 def join_group(rank, directory):
+    # A process that dies in native code says where.
+    faulthandler.enable(all_threads=True)
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
     dist.init_process_group("gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=2)
