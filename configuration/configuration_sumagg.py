@@ -17,7 +17,7 @@ class SumAggConfig(TextConfig):
     Modeling" (TechRxiv 2025, doi 10.36227/techrxiv.175790522.25734653). The defaults are what learns well: pre-norm blocks,
     gated means of what the tokens themselves let decay, one attention layer with rotary positions at the end, and no
     limit of length. The published form is in the presets `sumagg-published-lm` and `sumagg-published-classifier`. A
-    config file that has no `sum_decay`, as in version 0.1, or no `mlp_gate` means what it meant.
+    config file that has no `sum_decay`, as in version 0.1, no `mlp_gate` or no `sum_skip` means what it meant.
 
     Args:
         layer_types (`list[str]`, *optional*): the mixer of each block, `"summation"`, `"full_attention"` or
@@ -39,18 +39,23 @@ class SumAggConfig(TextConfig):
         sum_normalization (`str`, *optional*): divide the sum over `n` tokens by `n` (`"mean"`, the default with decays), by
             its square root (`"sqrt"`, the default without, and for them alone), or not (`"none"`, as published). With
             decays `a` the mean is weighted by them and by `1 - a` ([`~modeling_sumagg.ops.causal_mean`]).
+        sum_map (`str`, defaults to `"linear"`): what makes a term of a token's vector `u`: `W u` (`"linear"`), or
+            `relu(W2 relu(W1 u))` (`"relu"`, as published).
+        sum_skip (`bool`, defaults to `True`): whether the token's own term is added to the (normalised) sum, which it is
+            only a small part of (published: no).
         sum_gate (`bool`, defaults to `True`): whether the sums are multiplied by `silu(W_g h)` (published: no).
-        conv_kernel_size (`int`, *optional*): a causal depthwise convolution over as many tokens, SiLU after it, before
-            each summation mixer.
+        conv_kernel_size (`int`, *optional*, defaults to 4 in causal models): a causal depthwise convolution over as many
+            tokens in each summation mixer, SiLU after it; none with `None` (published).
+        conv_before (`str`, defaults to `"terms"`): what the convolution stands before: the map of the terms alone, so that
+            gate and decays are those of the token itself (`"terms"`), or the mixer with all three (`"mixer"`).
         pooling (`str`, defaults to `"sum"`): how a sequence classifier pools: the sum over `relu(W h_t)` (`"sum"`, as
             published), its mean (`"mean"`), or the hidden state of the last token (`"last"`).
         mlp_gate (`bool`, defaults to `True`): whether the feed-forward layers are gated (published: no).
         kwargs: those of [`TextConfig`]: `vocab_size`, `hidden_size`, `num_hidden_layers` (0 leaves the embedding alone,
             as in the published classifier), `num_attention_heads`, `intermediate_size`, `hidden_act` (published:
-            `"relu"`; the maps inside the summation mixer are always followed by ReLU), `sliding_window`,
-            `max_position_embeddings`, the dropouts, `layer_norm_eps`, `initializer_range`, `tie_word_embeddings`
-            (published: no), `lm_head_bias` (published: yes), `fuse_linear_cross_entropy`, `use_cache` and the special
-            tokens.
+            `"relu"`), `sliding_window`, `max_position_embeddings`, the dropouts, `layer_norm_eps`, `initializer_range`,
+            `tie_word_embeddings` (published: no), `lm_head_bias` (published: yes), `fuse_linear_cross_entropy`,
+            `use_cache` and the special tokens.
 
     Raises:
         `ValueError` or the strict dataclass's validation error: a value is of the wrong type or not allowed.
@@ -69,8 +74,16 @@ class SumAggConfig(TextConfig):
 
     model_type = "sumagg"
     recurrent_layer_types = ("summation",)
+    values_before_linear_terms = {
+        "sum_map": "relu",
+        "sum_skip": False,
+        "conv_kernel_size": None,
+        "conv_before": "mixer",
+    }
+    values_before_mlp_gate = {**TextConfig.values_before_mlp_gate, **values_before_linear_terms}
     values_before_decays = {
         **TextConfig.values_before_decays,
+        **values_before_mlp_gate,
         "position_embedding_type": "learned",
         "sum_gate": False,
     }
@@ -99,8 +112,11 @@ class SumAggConfig(TextConfig):
     sum_decay: Literal["none", "learned", "input"] | None = None  # type: ignore[assignment]
     num_sum_heads: int | None = None
     sum_normalization: Literal["none", "mean", "sqrt"] | None = None
+    sum_map: Literal["relu", "linear"] = "linear"
+    sum_skip: bool = True
     sum_gate: bool = True
-    conv_kernel_size: int | None = None
+    conv_kernel_size: int | Literal["auto"] | None = "auto"
+    conv_before: Literal["mixer", "terms"] = "terms"
     mlp_gate: bool = True
     pooling: Literal["sum", "mean", "last"] = "sum"
 
@@ -111,6 +127,8 @@ class SumAggConfig(TextConfig):
             self.sum_decay = "none" if self.sum_normalization == "sqrt" else "input"
         if self.sum_normalization is None:
             self.sum_normalization = "sqrt" if self.sum_decay == "none" else "mean"
+        if self.conv_kernel_size == "auto":
+            self.conv_kernel_size = 4 if self.is_causal else None
         super().__post_init__(**kwargs)
 
     def default_layer_types(self) -> list[str]:

@@ -39,6 +39,8 @@ class SumAggSpeechConfig(SumAggConfig):
         mask_feature_min_masks (`int`, defaults to 0): the fewest spans of bins that are masked.
         layer_types (`list[str]`, *optional*): the mixer of each block, `"summation"` (by default everywhere),
             `"sliding_attention"`, or, where nothing is streamed, `"full_attention"`.
+        sum_map (`str`, defaults to `"relu"`), sum_skip (`bool`, defaults to `False`), conv_kernel_size (`int`,
+            *optional*), conv_before (`str`, defaults to `"mixer"`): the summation mixers ([`SumAggConfig`]).
         mlp_gate (`bool`, defaults to `False`): whether the feed-forward layers are gated ([`TextConfig`]).
         pooling (`str`, defaults to `"mean"`): how an audio classifier pools ([`SumAggConfig`]).
         use_cache (`bool`, defaults to `False`): whether the model returns its decode state where none is given.
@@ -79,6 +81,10 @@ class SumAggSpeechConfig(SumAggConfig):
     num_attention_heads: int = 4
     position_embedding_type: Literal["none"] = "none"  # type: ignore[assignment]
     position_bias: float | int = 1.0
+    sum_map: Literal["relu", "linear"] = "relu"
+    sum_skip: bool = False
+    conv_kernel_size: int | Literal["auto"] | None = None
+    conv_before: Literal["mixer", "terms"] = "mixer"
     mlp_gate: bool = False
     pooling: Literal["sum", "mean", "last"] = "mean"
     tie_word_embeddings: bool = False

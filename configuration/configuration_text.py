@@ -69,7 +69,8 @@ class TextConfig(NamedFields, PreTrainedConfig):
     # Both names of the decode state in outputs, over the versions of transformers.
     keys_to_ignore_at_inference = ["cache", "past_key_values"]
     recurrent_layer_types: ClassVar[tuple[str, ...]] = ()
-    # What files mean that have none of these: those of the first models with decays, and those of version 0.1.
+    # What files mean that have none of these, the newest first, those of version 0.1 last.
+    values_before_linear_terms: ClassVar[dict[str, Any]] = {}
     values_before_mlp_gate: ClassVar[dict[str, Any]] = {"mlp_gate": False}
     values_before_decays: ClassVar[dict[str, Any]] = {
         **values_before_mlp_gate,
@@ -144,6 +145,8 @@ class TextConfig(NamedFields, PreTrainedConfig):
             config_dict = {**cls.values_before_decays, **config_dict}
         elif "mlp_gate" not in config_dict:
             config_dict = {**cls.values_before_mlp_gate, **config_dict}
+        elif "sum_skip" not in config_dict:
+            config_dict = {**cls.values_before_linear_terms, **config_dict}
         changed = {f.name: kwargs.pop(f.name) for f in fields(cls) if f.name in kwargs and f.name != "dtype"}
         try:
             return super().from_dict({**config_dict, **changed}, **kwargs)

@@ -45,21 +45,24 @@ class SumAggConvolution(nn.Module):
 
 class SumAggSummation(nn.Module):
     """
-    Summation mixer: `z_t = relu(W2 relu(W1 h_t))`, `s_t = sum_{u <= t} z_u` (over all u if the model is
-    bidirectional), output `W_o s_t + b_o`.
+    Summation mixer: `z_t = relu(W2 relu(W1 h_t))`, or linear, `z_t = W h_t`; `s_t = sum_{u <= t} z_u` (over all u if the
+    model is bidirectional); output `W_o s_t + b_o`.
 
     With decays `a` of its heads, `s_t = a_t s_{t-1} + z_t`, or normalised the mean of the terms `z` with weights `1 - a`,
-    which decay; with a gate the output is `W_o (silu(W_g h_t) * s_t) + b_o`; a causal convolution may stand before it.
+    which decay; with a skip `s_t + z_t` stands for `s_t`; with a gate the output is `W_o (silu(W_g h_t) * s_t) + b_o`. A
+    causal convolution may stand before it all, or before the map of the terms.
     """
 
     def __init__(self, config: SumAggConfig, layer_idx: int):
         super().__init__()
         self.is_causal = config.is_causal
         self.sum_normalization = config.sum_normalization
+        self.sum_skip = config.sum_skip
+        self.conv_before = config.conv_before
         self.layer_idx = layer_idx
         width = config.hidden_size
         self.conv = SumAggConvolution(config, layer_idx) if config.conv_kernel_size is not None else None
-        self.in_proj = nn.Linear(width, width, bias=False)
+        self.in_proj = nn.Linear(width, width, bias=False) if config.sum_map == "relu" else None
         self.hidden_proj = nn.Linear(width, width, bias=False)
         self.decay = SumDecay(config, config.num_sum_heads) if config.sum_decay != "none" else None
         self.gate_proj = nn.Linear(width, width, bias=False) if config.sum_gate else None
@@ -74,9 +77,11 @@ class SumAggSummation(nn.Module):
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, None]:
         """`hidden_states` `[B, T, d]` to the output of the same shape; `sum_scale` `[1 or B, T]` normalises the sums."""
-        if self.conv is not None:
-            hidden_states = self.conv(hidden_states, layout, cache)
-        terms = self.hidden_proj(self.in_proj(hidden_states).relu())
+        inputs = hidden_states if self.conv is None else self.conv(hidden_states, layout, cache)
+        if self.conv_before == "mixer":
+            hidden_states = inputs
+        relu = self.in_proj is not None
+        terms = self.hidden_proj(inputs if self.in_proj is None else self.in_proj(inputs).relu())
         per_token: dict[str, torch.Tensor | None] = {"scale": sum_scale}
         if self.decay is not None:
             log_decay, weight = self.decay(hidden_states)
@@ -86,11 +91,13 @@ class SumAggSummation(nn.Module):
         operator: Callable
         if self.is_causal:
             operator = causal_mean if "weight" in per_token else causal_sum
-            sums = recur(operator, terms, layout, cache, self.layer_idx, per_token=per_token, relu=True)
+            sums = recur(operator, terms, layout, cache, self.layer_idx, per_token=per_token, relu=relu)
         else:
             operator = bidirectional_mean if "weight" in per_token else bidirectional_sum
             delimiters = {"attention_mask": layout.attention_mask, "document_ids": layout.document_ids}
-            sums = operator(terms.relu(), **delimiters, **per_token)
+            sums = operator(terms.relu() if relu else terms, **delimiters, **per_token)
+        if self.sum_skip:
+            sums = sums + (terms.relu() if relu else terms)
         if self.gate_proj is not None:
             sums = sums * F.silu(self.gate_proj(hidden_states))
         return self.out_proj(sums), None

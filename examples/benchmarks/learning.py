@@ -307,7 +307,7 @@ class NoMixer(nn.Module):
 
 
 class Convolution(nn.Module):
-    """A summation mixer with everything but its sum: a causal convolution of 4, the two maps, and the gate."""
+    """A summation mixer with everything but its sum: a causal convolution of 4, the map of the terms, and the gate."""
 
     def __init__(self, config: PreTrainedConfig):
         super().__init__()
@@ -315,7 +315,6 @@ class Convolution(nn.Module):
         # Not a module of PyTorch's, for which transformers has another start than the mixers have.
         self.conv_weight = nn.Parameter(torch.empty(width, 1, 4).uniform_(-0.5, 0.5))
         self.conv_bias = nn.Parameter(torch.zeros(width))
-        self.in_proj = nn.Linear(width, width, bias=False)
         self.hidden_proj = nn.Linear(width, width, bias=False)
         self.gate_proj = nn.Linear(width, width, bias=False)
         self.out_proj = nn.Linear(width, width)
@@ -324,9 +323,8 @@ class Convolution(nn.Module):
     def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, None]:
         channels = F.pad(hidden_states.transpose(1, 2), (3, 0))
         convolved = F.conv1d(channels, self.conv_weight, self.conv_bias, groups=channels.shape[1])
-        convolved = F.silu(convolved.transpose(1, 2))
-        terms = self.hidden_proj(self.in_proj(convolved).relu()).relu()
-        return self.out_proj(F.silu(self.gate_proj(convolved)) * terms), None
+        terms = self.hidden_proj(F.silu(convolved.transpose(1, 2)))
+        return self.out_proj(F.silu(self.gate_proj(hidden_states)) * terms), None
 
 
 @dataclass
@@ -403,7 +401,10 @@ def _token_statistics(**values) -> Callable[..., ToSTTextConfig]:
 # Every option is said: what a config leaves out may be another default tomorrow.
 UNDECAYED: dict[str, Any] = {
     "sum_decay": "none",
+    "sum_map": "relu",
+    "sum_skip": False,
     "sum_gate": False,
+    "conv_kernel_size": None,
     "mlp_gate": True,
     "rope_parameters": None,
     "position_embedding_type": "learned",
@@ -411,7 +412,11 @@ UNDECAYED: dict[str, Any] = {
 }
 GATED: dict[str, Any] = {
     "sum_decay": "input",
+    "sum_map": "linear",
+    "sum_skip": True,
     "sum_gate": True,
+    "conv_kernel_size": 4,
+    "conv_before": "terms",
     "num_sum_heads": 8,
     "sum_normalization": "mean",
     "rope_theta": 10000.0,
@@ -426,25 +431,30 @@ PUBLISHED = {
     "mlp_gate": False,
     "hidden_act": "relu",
 }
+# The first of our models with decays.
+RELU_TERMS = {**GATED, "sum_map": "relu", "sum_skip": False, "conv_kernel_size": None}
 UNLIMITED = {"position_embedding_type": "none", "use_membership_bias": False}
 MODELS = {
     "llama": Model("Llama: rotary attention", lambda context, **sizes: LlamaConfig(tie_word_embeddings=True, **sizes)),
     "gpt2": Model("GPT-2: attention, learned positions", _gpt2),
     "mamba2": Model("Mamba2", _mamba2, _mamba2_candidates),
-    "pure": Model("sums, decays from the input, gate: pure", _sums(**GATED)),
-    "hybrid": Model("the same, rotary attention last: hybrid", _sums(True, **GATED)),
+    "pure": Model("pure: sums of convolved terms, decays from the input, skip, gate", _sums(**GATED)),
+    "hybrid": Model("hybrid: the same, rotary attention last", _sums(True, **GATED)),
+    "hybrid-convolution": Model("hybrid, its sums deleted, all else kept", _sums(True, **GATED), mixer=Convolution),
     "hybrid-deleted": Model("hybrid, its sum mixers deleted", _sums(True, **GATED), mixer=NoMixer),
-    "hybrid-convolution": Model("hybrid, convolutions in place of sums", _sums(True, **GATED), mixer=Convolution),
-    "hybrid-conv": Model("hybrid, convolutions before the sums", _sums(True, **GATED, conv_kernel_size=4)),
-    "pure-conv": Model("pure, convolutions before the sums", _sums(**GATED, conv_kernel_size=4)),
-    "pure-convolution": Model("pure, convolutions in place of sums", _sums(**GATED), mixer=Convolution),
-    "pure-positions": Model("pure, multiplied positions", _sums(**{**GATED, "position_embedding_type": "sinusoidal"})),
-    "pure-plain-mlp": Model("pure, feed-forward layers without gates", _sums(**{**GATED, "mlp_gate": False})),
+    "hybrid-relu": Model("hybrid, terms of two ReLU maps, no convolution, no skip", _sums(True, **RELU_TERMS)),
+    "pure-convolution": Model("pure, its sums deleted, all else kept", _sums(**GATED), mixer=Convolution),
+    "pure-relu": Model("pure, terms of two ReLU maps, no convolution, no skip", _sums(**RELU_TERMS)),
+    "pure-relu-terms": Model("pure, terms of two ReLU maps", _sums(**{**GATED, "sum_map": "relu"})),
+    "pure-no-convolution": Model("pure, no convolution", _sums(**{**GATED, "conv_kernel_size": None})),
+    "pure-convolution-first": Model(
+        "pure, the convolution before gate and decays too", _sums(**{**GATED, "conv_before": "mixer"})
+    ),
+    "pure-no-skip": Model("pure, no skip", _sums(**{**GATED, "sum_skip": False})),
     "pure-no-gate": Model("pure, no gate on the sums", _sums(**{**GATED, "sum_gate": False})),
     "pure-learned": Model("pure, decays learned", _sums(**{**GATED, "sum_decay": "learned"})),
-    "pure-learned-no-gate": Model(
-        "pure, decays learned, no gate on the sums", _sums(**{**GATED, "sum_decay": "learned", "sum_gate": False})
-    ),
+    "pure-positions": Model("pure, multiplied positions", _sums(**{**GATED, "position_embedding_type": "sinusoidal"})),
+    "pure-plain-mlp": Model("pure, feed-forward layers without gates", _sums(**{**GATED, "mlp_gate": False})),
     "pure-mean": Model("mean, no decay, multiplied positions: pure", _sums(**UNDECAYED, sum_normalization="mean")),
     "hybrid-mean": Model("the same, attention last", _sums(True, **UNDECAYED, sum_normalization="mean")),
     "hybrid-sqrt": Model("sum / sqrt(n), attention last", _sums(True, **UNDECAYED, sum_normalization="sqrt")),

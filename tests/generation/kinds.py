@@ -56,10 +56,12 @@ CONFIGS = {
         sum_normalization="none",
         sum_gate=False,
         conv_kernel_size=2,
+        conv_before="mixer",
     ),
     "sumagg-decayed-mean": _decayed_sums(
         num_hidden_layers=2,
         layer_types=["summation"] * 2,
+        **SumAggConfig.values_before_linear_terms,
         sum_decay="learned",
         position_embedding_type="sinusoidal",
         rope_parameters=None,

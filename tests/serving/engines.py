@@ -22,7 +22,8 @@ ENVIRONMENT = {
 VOCAB_SIZE = 500
 SIZES = {"vocab_size": VOCAB_SIZE, "hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}
 TABLE = {"position_embedding_type": "learned", "max_position_embeddings": 2304}
-UNDECAYED = {"sum_decay": "none", "sum_gate": False, "rope_parameters": None}
+RELU_TERMS = SumAggConfig.values_before_linear_terms
+UNDECAYED = {**RELU_TERMS, "sum_decay": "none", "sum_gate": False, "rope_parameters": None}
 PUBLISHED = {**TABLE, **UNDECAYED, "norm_position": "post", "sum_normalization": "none", "hidden_act": "relu"}
 
 
@@ -58,12 +59,14 @@ KINDS = {
     "decays, gates and convolutions": lambda: sumagg(
         layer_types=["summation", "summation", "sliding_attention"],
         sliding_window=32,
-        conv_kernel_size=4,
         num_sum_heads=8,
         rope_parameters={"rope_type": "linear", "rope_theta": 1000.0, "factor": 2.0},
     ),
     "decays learned, sums": lambda: sumagg(
-        layer_types=["summation"] * 3, sum_decay="learned", sum_normalization="none", conv_kernel_size=2
+        **{**RELU_TERMS, "conv_kernel_size": 2},
+        layer_types=["summation"] * 3,
+        sum_decay="learned",
+        sum_normalization="none",
     ),
     "token statistics with decays": lambda: tost(
         sum_decay="input",
