@@ -41,8 +41,9 @@ class SumAggConfig(TextConfig):
             decays `a` the mean is weighted by them and by `1 - a` ([`~modeling_sumagg.ops.causal_mean`]).
         sum_map (`str`, defaults to `"linear"`): what makes a term of a token's vector `u`: `W u` (`"linear"`), or
             `relu(W2 relu(W1 u))` (`"relu"`, as published).
-        sum_skip (`bool`, defaults to `True`): whether the token's own term is added to the (normalised) sum, which it is
-            only a small part of (published: no).
+        sum_skip (`bool`, *optional*): whether the token's own term is added to the (normalised) sum, of which it is only
+            a part. By default only where a convolution made it of several tokens: of one it keeps the sum from being
+            learned (published: no).
         sum_gate (`bool`, defaults to `True`): whether the sums are multiplied by `silu(W_g h)` (published: no).
         conv_kernel_size (`int`, *optional*, defaults to 4 in causal models): a causal depthwise convolution over as many
             tokens in each summation mixer, SiLU after it; none with `None` (published).
@@ -113,7 +114,7 @@ class SumAggConfig(TextConfig):
     num_sum_heads: int | None = None
     sum_normalization: Literal["none", "mean", "sqrt"] | None = None
     sum_map: Literal["relu", "linear"] = "linear"
-    sum_skip: bool = True
+    sum_skip: bool | None = None
     sum_gate: bool = True
     conv_kernel_size: int | Literal["auto"] | None = "auto"
     conv_before: Literal["mixer", "terms"] = "terms"
@@ -129,6 +130,8 @@ class SumAggConfig(TextConfig):
             self.sum_normalization = "sqrt" if self.sum_decay == "none" else "mean"
         if self.conv_kernel_size == "auto":
             self.conv_kernel_size = 4 if self.is_causal else None
+        if self.sum_skip is None:
+            self.sum_skip = self.conv_kernel_size is not None
         super().__post_init__(**kwargs)
 
     def default_layer_types(self) -> list[str]:

@@ -82,7 +82,7 @@ class SumAggSpeechConfig(SumAggConfig):
     position_embedding_type: Literal["none"] = "none"  # type: ignore[assignment]
     position_bias: float | int = 1.0
     sum_map: Literal["relu", "linear"] = "relu"
-    sum_skip: bool = False
+    sum_skip: bool | None = False
     conv_kernel_size: int | Literal["auto"] | None = None
     conv_before: Literal["mixer", "terms"] = "mixer"
     mlp_gate: bool = False

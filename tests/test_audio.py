@@ -150,6 +150,8 @@ def test_8_khz_given_as_16_khz_is_refused_where_the_rate_is_named(extractor):
             "not finite numbers, the first of them sample 1600",
         ),
     ],
+    # Files hold the time at which they were made, and so no two processes would have the same names.
+    ids=["empty", "no audio", "no samples", "too short", "not finite"],
 )
 def test_files_that_are_no_speech_are_refused(data, message, tmp_path):
     with pytest.raises(ValueError, match=message):

@@ -168,22 +168,22 @@ def num_parameters(d, vocab, positions, mlp, sums, attentions, head, mlp_maps=2)
         (
             "sumagg-small",
             AutoModelForCausalLM,
-            num_parameters(768, 50257, 0, 2048, 11, 1, 11 * (768 * (768 + 12) + 12), mlp_maps=3),
+            num_parameters(768, 50257, 0, 2304, 11, 1, 11 * (768 * 17 + 12), mlp_maps=3),
         ),
         (
             "sumagg-pure-small",
             AutoModelForCausalLM,
-            num_parameters(768, 50257, 0, 2048, 12, 0, 12 * (768 * 780 + 12), mlp_maps=3),
+            num_parameters(768, 50257, 0, 2304, 12, 0, 12 * (768 * 17 + 12), mlp_maps=3),
         ),
         (
             "sumagg-medium",
             AutoModelForCausalLM,
-            num_parameters(1024, 50257, 0, 2688, 23, 1, 23 * (1024 * 1040 + 16), mlp_maps=3),
+            num_parameters(1024, 50257, 0, 3072, 23, 1, 23 * (1024 * 21 + 16), mlp_maps=3),
         ),
         (
             "sumagg-large",
             AutoModelForCausalLM,
-            num_parameters(1280, 50257, 0, 3456, 35, 1, 35 * (1280 * 1300 + 20), mlp_maps=3),
+            num_parameters(1280, 50257, 0, 3840, 35, 1, 35 * (1280 * 25 + 20), mlp_maps=3),
         ),
     ],
 )

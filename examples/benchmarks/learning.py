@@ -77,7 +77,7 @@ class Scale:
 
 
 SCALES = {
-    "cpu": Scale(128, 4, 4, 4096, 1500, 100, 2**11, 2**11, 2**16, (1e-3, 2e-3, 4e-3)),
+    "cpu": Scale(128, 4, 4, 4096, 1500, 100, 2**11, 2**11, 2**16, (2e-3, 4e-3, 8e-3)),
     "gpu": Scale(768, 12, 12, 32768, 20_000, 1000, 2**18, 2**15, 2**20, (3e-4, 6e-4, 1.2e-3)),
 }
 
@@ -446,7 +446,13 @@ MODELS = {
     "pure-convolution": Model("pure, its sums deleted, all else kept", _sums(**GATED), mixer=Convolution),
     "pure-relu": Model("pure, terms of two ReLU maps, no convolution, no skip", _sums(**RELU_TERMS)),
     "pure-relu-terms": Model("pure, terms of two ReLU maps", _sums(**{**GATED, "sum_map": "relu"})),
-    "pure-no-convolution": Model("pure, no convolution", _sums(**{**GATED, "conv_kernel_size": None})),
+    "pure-no-convolution": Model(
+        "pure, no convolution, no skip", _sums(**{**GATED, "conv_kernel_size": None, "sum_skip": False})
+    ),
+    "hybrid-no-convolution": Model(
+        "hybrid, no convolution, no skip", _sums(True, **{**GATED, "conv_kernel_size": None, "sum_skip": False})
+    ),
+    "pure-skip": Model("pure, no convolution, a skip", _sums(**{**GATED, "conv_kernel_size": None})),
     "pure-convolution-first": Model(
         "pure, the convolution before gate and decays too", _sums(**{**GATED, "conv_before": "mixer"})
     ),

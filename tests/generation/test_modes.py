@@ -279,7 +279,9 @@ def test_stop_strings(model, options):
         **options,
     )
     text = tokenizer.decode(generated[0, len(PROMPTS[0]) :])
-    assert text == expected[: expected.index(stop_string) + 2]
+    # Candidates that are accepted along with the end of the stop string stay.
+    end = expected.index(stop_string) + 2
+    assert expected.startswith(text) and end <= len(text) <= end + options.get("prompt_lookup_num_tokens", 0)
 
 
 class _Collector(BaseStreamer):

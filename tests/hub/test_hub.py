@@ -153,14 +153,16 @@ def test_cards_of_other_tasks_do_not_generate():
 
 
 def test_state_size_is_what_the_cache_holds():
-    # 2 summation layers of 16 float64 and the weights of 2 heads, and 1 attention layer with 2 x 16 float32 a token.
-    assert decode_state_size(build(SumAggForCausalLM, sumagg_config("hybrid"))) == (2 * 18 * 8, 2 * 16 * 4)
+    # 2 summation layers of 16 float64, the weights of 2 heads and the 3 tokens, float32, that a convolution looks back on;
+    # and 1 attention layer with 2 x 16 float32 a token.
+    sizes = (2 * (18 * 8 + 3 * 16 * 4), 2 * 16 * 4)
+    assert decode_state_size(build(SumAggForCausalLM, sumagg_config("hybrid"))) == sizes
     plain = sumagg_config("pure", **SumAggConfig.values_before_decays)
     assert decode_state_size(build(SumAggForCausalLM, plain)) == (2 * 16 * 8, 0)
     # 2 layers of 2 heads of 8 channels: two sums of squares a channel, and one of memberships a head.
     assert decode_state_size(build(ToSTForCausalLM, tost_text_config("pure"))) == (2 * (2 * 16 + 2) * 8, 0)
     assert decode_state_size(build(ToSTForImageClassification, tost_config())) is None
-    # Two summation layers as above, and 5 frames of 5 bins in float32 with their number, which is an int64.
+    # Two summation layers without convolutions, and 5 frames of 5 bins in float32 with their number, which is an int64.
     speech = build(SumAggForCTC, speech_config("pure"))
     assert decode_state_size(speech) == (2 * 18 * 8 + 5 * 5 * 4 + 8, 0)
     assert decode_state_size(build(SumAggForCTC, speech_config("pure", is_causal=False))) is None

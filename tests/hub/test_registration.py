@@ -48,9 +48,9 @@ def test_a_checkpoints_code_leaves_the_installed_classes_as_they_are(tmp_path):
     build(SumAggForCausalLM, text_config()).save_pretrained(tmp_path)
     modeling = tmp_path / "modeling_sumagg.py"
     older = modeling.read_text().replace("SumAggForCausalLM", "SumAggOlderForCausalLM")
-    modeling.write_text(older.replace(".in_proj", ".inner_proj"))
+    modeling.write_text(older.replace(".hidden_proj", ".inner_proj"))
     configuration = tmp_path / "configuration_sumagg.py"
-    configuration.write_text(configuration.read_text().replace('"in_proj"', '"inner_proj"'))
+    configuration.write_text(configuration.read_text().replace('"hidden_proj"', '"inner_proj"'))
     names = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     older_class = dynamic.get_class_from_dynamic_module("modeling_sumagg.SumAggOlderForCausalLM", str(tmp_path))
     try:
@@ -62,7 +62,7 @@ def test_a_checkpoints_code_leaves_the_installed_classes_as_they_are(tmp_path):
         # Each copy adapts its own layers, in turn.
         for _ in range(2):
             assert "inner_proj" in adapted_layers(older_class(older_class.config_class(**text_config().to_dict())))
-            assert "in_proj" in adapted_layers(SumAggForCausalLM(text_config()))
+            assert "hidden_proj" in adapted_layers(SumAggForCausalLM(text_config()))
     finally:
         names.pop("SumAggOlderForCausalLM")
 
