@@ -140,17 +140,19 @@ def test_deleted_mixers_leave_the_feed_forward_layers(learning, tiny):
 
 
 def test_convolutions_in_place_of_sums_are_the_mixers_without_their_sums(learning, tiny):
-    """A sum whose decays are 0 is its last term."""
+    """A sum whose decays are 0 is its last term, and that with the skip twice the term."""
     torch.manual_seed(0)
     (mixer, *_), (summing, *_) = (
         [layer.mixer for layer in learning.build_model(name, tiny, 300, 64).base_model.layers]
-        for name in ("hybrid-convolution", "hybrid-conv")
+        for name in ("hybrid-convolution", "hybrid")
     )
     weights = summing.state_dict()
     own = {name: weights[name] for name in mixer.state_dict() if name in weights}
     own |= {"conv_weight": weights["conv.weight"][:, None], "conv_bias": weights["conv.bias"]}
     mixer.load_state_dict(own)
     torch.nn.init.constant_(summing.decay.logit, -60)
+    with torch.no_grad():
+        summing.out_proj.weight.div_(2)
     hidden = torch.randn(2, 9, 16)
     layout = SequenceLayout(torch.arange(9)[None], None, None, None, {})
     assert_close(mixer(hidden, None, cache=None)[0], summing(hidden, layout)[0])
@@ -159,11 +161,11 @@ def test_convolutions_in_place_of_sums_are_the_mixers_without_their_sums(learnin
 
 
 def test_convolutions_start_as_those_before_the_sums(learning, tiny):
-    models = [learning.build_model(name, tiny, 300, 64) for name in ("hybrid-convolution", "hybrid-conv")]
+    models = [learning.build_model(name, tiny, 300, 64) for name in ("hybrid-convolution", "hybrid")]
     ours, sums = (model.base_model.layers[0].mixer for model in models)
     for weight in (ours.conv_weight, sums.conv.weight):
         assert 0.4 < weight.abs().max() <= 0.5
-    for name in ("in_proj", "out_proj", "gate_proj"):
+    for name in ("hidden_proj", "out_proj", "gate_proj"):
         std = getattr(sums, name).weight.std()
         assert getattr(ours, name).weight.std().item() == pytest.approx(std.item(), rel=0.25)
 
