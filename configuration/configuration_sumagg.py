@@ -150,7 +150,7 @@ class SumAggConfig(TextConfig):
                 f"`sum_normalization='sqrt'` is for sums without decays, and `sum_decay` is {self.sum_decay!r}: choose "
                 "'mean' or 'none'."
             )
-        if self.conv_kernel_size is not None and self.conv_kernel_size < 2:
+        if isinstance(self.conv_kernel_size, int) and self.conv_kernel_size < 2:
             raise ValueError(f"`conv_kernel_size` must be at least 2, or None, got {self.conv_kernel_size}.")
         if self.conv_kernel_size is not None and not self.is_causal:
             raise ValueError(
