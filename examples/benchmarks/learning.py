@@ -445,6 +445,9 @@ MODELS = {
     "hybrid-relu": Model("hybrid, terms of two ReLU maps, no convolution, no skip", _sums(True, **RELU_TERMS)),
     "pure-convolution": Model("pure, its sums deleted, all else kept", _sums(**GATED), mixer=Convolution),
     "pure-relu": Model("pure, terms of two ReLU maps, no convolution, no skip", _sums(**RELU_TERMS)),
+    "pure-relu-plain-mlp": Model(
+        "the same, feed-forward layers without gates", _sums(**{**RELU_TERMS, "mlp_gate": False})
+    ),
     "pure-relu-terms": Model("pure, terms of two ReLU maps", _sums(**{**GATED, "sum_map": "relu"})),
     "pure-no-convolution": Model(
         "pure, no convolution, no skip", _sums(**{**GATED, "conv_kernel_size": None, "sum_skip": False})
