@@ -51,10 +51,12 @@ def shard_tensors_and_compare(rank, directory):
             expected, actual = whole(**inputs), sharded(**inputs)
         assert_close(actual.logits, expected.logits)
         if model_class is SumAggForCausalLM:
-            # Each process keeps the running sums of its own half of the channels, and the weights of its heads.
-            states = (out.cache.layers[0].state for out in (actual, expected))
-            for state, whole_state in zip(*states, strict=True):
+            # Each process keeps the running means of its own half of the channels, and the weights of its heads; and what
+            # the convolution before the map looks back on, which is every channel.
+            states, whole_states = (out.cache.layers[0].states for out in (actual, expected))
+            for state, whole_state in zip(states["causal_mean"], whole_states["causal_mean"], strict=True):
                 assert_close(state, whole_state.chunk(2, dim=1)[rank])
+            assert_close(states["causal_convolution"][0], whole_states["causal_convolution"][0])
         if whole.can_generate():
             settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
             assert torch.equal(sharded.generate(**inputs, **settings), whole.generate(**inputs, **settings))
