@@ -132,6 +132,10 @@ class SumAggConfig(TextConfig):
             self.conv_kernel_size = 4 if self.is_causal else None
         if self.sum_skip is None:
             self.sum_skip = self.conv_kernel_size is not None
+        if self.sum_map == "linear":
+            # transformers warns of what a plan names and a model has not.
+            plan = {name: kind for name, kind in self.base_model_tp_plan.items() if not name.endswith("in_proj")}
+            self.base_model_tp_plan = plan  # type: ignore[misc]
         super().__post_init__(**kwargs)
 
     def default_layer_types(self) -> list[str]:
