@@ -41,9 +41,8 @@ class SumAggConfig(TextConfig):
             decays `a` the mean is weighted by them and by `1 - a` ([`~modeling_sumagg.ops.causal_mean`]).
         sum_map (`str`, defaults to `"linear"`): what makes a term of a token's vector `u`: `W u` (`"linear"`), or
             `relu(W2 relu(W1 u))` (`"relu"`, as published).
-        sum_skip (`bool`, *optional*): whether the token's own term is added to the (normalised) sum, of which it is only
-            a part. By default only where a convolution made it of several tokens: of one it keeps the sum from being
-            learned (published: no).
+        sum_skip (`bool`, *optional*): whether the token's own term is added to the (normalised) sum (published: no). By
+            default only after a convolution: without one, models learned worse with it.
         sum_gate (`bool`, defaults to `True`): whether the sums are multiplied by `silu(W_g h)` (published: no).
         conv_kernel_size (`int`, *optional*, defaults to 4 in causal models): a causal depthwise convolution over as many
             tokens in each summation mixer, SiLU after it; none with `None` (published).

@@ -78,10 +78,11 @@ class SumAggSummation(nn.Module):
     ) -> tuple[torch.Tensor, None]:
         """`hidden_states` `[B, T, d]` to the output of the same shape; `sum_scale` `[1 or B, T]` normalises the sums."""
         inputs = hidden_states if self.conv is None else self.conv(hidden_states, layout, cache)
-        if self.conv_before == "mixer":
-            hidden_states = inputs
-        relu = self.in_proj is not None
+        hidden_states = inputs if self.conv_before == "mixer" else hidden_states
+        relu = self.in_proj is not None  # which a causal sum without a skip does itself
         terms = self.hidden_proj(inputs if self.in_proj is None else self.in_proj(inputs).relu())
+        if relu and (self.sum_skip or not self.is_causal):
+            terms, relu = terms.relu(), False
         per_token: dict[str, torch.Tensor | None] = {"scale": sum_scale}
         if self.decay is not None:
             log_decay, weight = self.decay(hidden_states)
@@ -95,9 +96,9 @@ class SumAggSummation(nn.Module):
         else:
             operator = bidirectional_mean if "weight" in per_token else bidirectional_sum
             delimiters = {"attention_mask": layout.attention_mask, "document_ids": layout.document_ids}
-            sums = operator(terms.relu() if relu else terms, **delimiters, **per_token)
+            sums = operator(terms, **delimiters, **per_token)
         if self.sum_skip:
-            sums = sums + (terms.relu() if relu else terms)
+            sums = sums + terms
         if self.gate_proj is not None:
             sums = sums * F.silu(self.gate_proj(hidden_states))
         return self.out_proj(sums), None

@@ -133,6 +133,25 @@ def test_a_file_of_before_gated_feed_forward_layers_means_what_it_meant(tmp_path
     assert AutoConfig.from_pretrained(tmp_path, mlp_gate=True).mlp_gate
 
 
+@pytest.mark.parametrize("conv_kernel_size", [None, 3])
+def test_a_file_of_before_linear_terms_means_what_it_meant(conv_kernel_size, tmp_path):
+    before = {**SumAggConfig.values_before_linear_terms, "conv_kernel_size": conv_kernel_size}
+    SumAggConfig(hidden_size=64, num_attention_heads=4, **before).save_pretrained(tmp_path)
+    old = json.loads((tmp_path / "config.json").read_text())
+    for name in ("sum_map", "sum_skip", "conv_before"):
+        del old[name]
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert {name: getattr(config, name) for name in before} == before
+    assert config.mlp_gate and config.sum_gate
+
+
+def test_a_convolution_and_a_skip_come_together_by_default():
+    options = [{}, {"is_causal": False}, {"conv_kernel_size": None}, {"conv_kernel_size": 2, "sum_skip": False}]
+    found = [(config.conv_kernel_size, config.sum_skip) for config in (SumAggConfig(**each) for each in options)]
+    assert found == [(4, True), (None, False), (None, False), (2, False)]
+
+
 def test_gated_feed_forward_layers_have_as_many_parameters():
     plain, gated = SumAggConfig(mlp_gate=False), SumAggConfig()
     assert (plain.intermediate_size, gated.intermediate_size) == (3072, 2048)
