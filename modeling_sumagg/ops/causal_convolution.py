@@ -3,6 +3,7 @@
 import torch
 
 from .documents import check_tokens, find_documents
+from .kernels.kernel_dispatch import is_recorded, is_transformed, kernel, takes_kernels
 
 
 def causal_convolution(
@@ -102,26 +103,91 @@ def causal_convolution(
 def _convolve(
     window: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, ids: torch.Tensor | None
 ) -> torch.Tensor:
-    """
-    The convolution of a window `[B, k - 1 + T, D]`, `[B, T, D]`; what is before belongs to the first of the `ids`.
-
-    A pass for each tap: on a CPU faster than PyTorch's depthwise convolution, forward and backward.
-    """
-    taps, past = weight.shape[1], weight.shape[1] - 1
-    length = window.shape[1] - past
+    """The convolution of a window `[B, k - 1 + T, D]`, `[B, T, D]`; what is before belongs to the first of the `ids`."""
+    past = weight.shape[1] - 1
     dtype = torch.promote_types(window.dtype, torch.float32)
-    weight = weight.to(dtype)
-    y = torch.zeros_like(weight[:, 0]) if bias is None else bias.to(dtype)
-    if length == 1:
-        return (y + (window.to(dtype) * weight.T).sum(dim=1, keepdim=True)).to(window.dtype)
+    weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    if window.shape[1] == 1 + past:
+        y = (window.to(dtype) * weight.T).sum(dim=1, keepdim=True)
+        return (y if bias is None else y + bias).to(window.dtype)
     if ids is not None:
-        sources = _of_window(ids, past)
-    for tap in range(taps):
-        x = window[:, tap : tap + length].to(dtype)
-        if ids is not None and tap < past:
-            x = x.masked_fill((sources[:, tap : tap + length] != ids)[..., None], 0)
-        y = torch.addcmul(y, x, weight[:, tap])
+        ids = _of_window(ids, past)
+    if takes_kernels(window):
+        return kernel("convolution")(window, weight, bias, ids)
+    plain = is_recorded() or is_transformed()
+    return convolution_by_taps(window, weight, bias, ids) if plain else _Convolution.apply(window, weight, bias, ids)
+
+
+def convolution_by_taps(
+    window: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    ids: torch.Tensor | None,
+    in_place: bool = False,
+) -> torch.Tensor:
+    """
+    A pass for each tap, on a CPU faster than PyTorch's depthwise convolution.
+
+    Args:
+        window (`torch.Tensor` of shape `[B, k - 1 + T, D]`), weight (`[D, k]`), bias (`[D]`, *optional*): the weights in the
+            dtype of the sums.
+        ids (`torch.Tensor` of shape `[B, k - 1 + T]`, *optional*): the documents of the window.
+        in_place (`bool`): add to one tensor, where nothing needs the sums before.
+    """
+    y = torch.zeros_like(weight[:, 0]) if bias is None else bias
+    # With a stride between its channels a weight would make a pass ten times as long.
+    for tap, (w, (x, other)) in enumerate(
+        zip(weight.T.contiguous(), _taps(window, ids, weight.shape[1]), strict=True)
+    ):
+        x = x.to(weight.dtype)
+        x = x if other is None else x.masked_fill(other, 0)
+        y = y.addcmul_(x, w) if in_place and tap else torch.addcmul(y, x, w)
     return y.to(window.dtype)
+
+
+def _taps(window, ids, taps):
+    """For each tap what it multiplies `[B, T, D]`, and where that is of another document `[B, T, 1]` (`None`: nowhere)."""
+    length = window.shape[1] - taps + 1
+    for tap in range(taps):
+        is_other = None
+        if ids is not None and tap < taps - 1:
+            is_other = (ids[:, tap : tap + length] != ids[:, taps - 1 :])[..., None]
+        yield window[:, tap : tap + length], is_other
+
+
+class _Convolution(torch.autograd.Function):
+    """[`convolution_by_taps`], which keeps nothing but its window for backward."""
+
+    @staticmethod
+    def forward(ctx, window, weight, bias, ids):
+        ctx.save_for_backward(window, weight, bias, ids)
+        return convolution_by_taps(window, weight, bias, ids, in_place=True)
+
+    @staticmethod
+    def backward(ctx, grad):
+        window, weight, bias, ids = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return *convolution_gradients(grad, window, weight, bias, ids), None
+        grad = grad.to(weight.dtype)
+        grad_window = torch.zeros_like(window, dtype=weight.dtype)
+        product, grad_weight = torch.empty_like(grad), []
+        for tap, (x, other) in enumerate(_taps(window, ids, weight.shape[1])):
+            torch.mul(grad, x, out=product)
+            part = grad if other is None else grad.masked_fill(other, 0)
+            grad_weight.append((product if other is None else product.masked_fill_(other, 0)).sum((0, 1)))
+            grad_window[:, tap : tap + grad.shape[1]].addcmul_(part, weight[:, tap].contiguous())
+        grad_bias = None if bias is None else grad.sum((0, 1))
+        return grad_window.to(window.dtype), torch.stack(grad_weight, 1), grad_bias, None
+
+
+def convolution_gradients(grad, window, weight, bias, ids):
+    """Of the window, the weights and the bias (`None` where there is none), with gradients in turn."""
+    leaves = [window, weight, *([] if bias is None else [bias])]
+    with torch.enable_grad():
+        leaves = [leaf if leaf.requires_grad else leaf.detach().requires_grad_() for leaf in leaves]
+        y = convolution_by_taps(*leaves, *([None] if bias is None else []), ids)
+    grads = torch.autograd.grad(y, leaves, grad, create_graph=True)
+    return *grads, *([None] if bias is None else [])
 
 
 def _of_window(ids: torch.Tensor, past: int) -> torch.Tensor:

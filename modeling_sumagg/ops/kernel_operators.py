@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from .causal_convolution import convolution_gradients
 from .kernels.kernel_dispatch import provide_kernels
 from .scan import scan_vjp, shifted
 
@@ -21,6 +22,8 @@ MODES = ("auto", "triton", "torch")
 MODULES = {
     "running_sum": "running_sum_kernels",
     "decayed_sum": "decayed_sum_kernels",
+    "convolution": "causal_convolution_kernels",
+    "convolution_weight_gradient": "causal_convolution_kernels",
     "INTERPRETED": "running_sum_kernels",
 }
 
@@ -162,6 +165,67 @@ def _kernelscan_vjp(ctx, grad, grad_final):
 
 
 decayed_sum.register_autograd(_kernelscan_vjp, setup_context=_decayed_sum_setup_context)
+
+
+@torch.library.custom_op("modeling_sumagg::decayed_mean", mutates_args=())
+def decayed_mean(
+    x: torch.Tensor,
+    log_decay: torch.Tensor,
+    initial: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    relu: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`scale * scan(weight * x)` in the dtype of `x` by the Triton kernel, which reads and writes nothing else. No gradient."""
+    return triton_function("decayed_sum")(x, log_decay, initial, weight=weight, scale=scale, relu=relu)
+
+
+@decayed_mean.register_fake
+def _decayed_mean_fake(x, log_decay, initial, weight, scale, relu):
+    return _decayed_sum_fake(x, log_decay, initial, relu, False)
+
+
+@torch.library.custom_op("modeling_sumagg::convolution", mutates_args=())
+def convolution(
+    window: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, ids: torch.Tensor | None
+) -> torch.Tensor:
+    """The Triton kernel of `causal_convolution`, which documents the arguments."""
+    return triton_function("convolution")(window, weight, bias, ids)
+
+
+@convolution.register_fake
+def _convolution_fake(window, weight, bias, ids):
+    return window.new_empty(window.shape[0], window.shape[1] - weight.shape[1] + 1, window.shape[2])
+
+
+@torch.library.custom_op("modeling_sumagg::convolution_backward", mutates_args=())
+def convolution_backward(
+    grad: torch.Tensor, window: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients of the window, the weights and the bias."""
+    grad_window = triton_function("convolution")(grad, weight, None, ids, reverse=True)
+    return grad_window, *triton_function("convolution_weight_gradient")(window, grad, ids, weight.dtype)
+
+
+@convolution_backward.register_fake
+def _convolution_backward_fake(grad, window, weight, ids):
+    grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    return window.new_empty(window.shape), grad_weight, weight.new_empty(weight.shape[0])
+
+
+def _convolution_setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _convolution_vjp(ctx, grad):
+    window, weight, bias, ids = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        return *convolution_gradients(grad, window, weight, bias, ids), None
+    grad_window, grad_weight, grad_bias = convolution_backward(grad, window, weight, ids)
+    return grad_window, grad_weight, None if bias is None else grad_bias, None
+
+
+convolution.register_autograd(_convolution_vjp, setup_context=_convolution_setup_context)
 
 
 provide_kernels(sys.modules[__name__])

@@ -73,8 +73,7 @@ def scan(
         if not is_kernel and x.device.type == "cpu" and not is_recorded() and not is_transformed():
             return _LoopScan.apply(x, log_decay, initial, restarts, relu)
         if restarts is not None:
-            log_decay = x.new_zeros(1, 1, 1) if log_decay is None else log_decay
-            log_decay = torch.where(restarts.unsqueeze(-1), -torch.inf, log_decay)
+            log_decay = restarting(x.new_zeros(1, 1, 1) if log_decay is None else log_decay, documents)
         if is_kernel:
             return kernel("decayed_sum")(x, log_decay, initial, relu, False)
         if relu:
@@ -89,6 +88,11 @@ def scan(
         y = x.cumsum(1)
         # A slice would keep the sums of the whole segment alive for as long as the state.
         return y + initial[:, None].to(y.dtype), initial + y[:, -1]
+
+
+def restarting(log_decay: torch.Tensor, documents: Documents | None) -> torch.Tensor:
+    """Logarithms of decays `[B or 1, T, K]` after which nothing is left where another document begins."""
+    return log_decay if documents is None else torch.where(documents.starts.unsqueeze(-1), -torch.inf, log_decay)
 
 
 def _scan_documents(x, log_decay, initial, documents, relu):

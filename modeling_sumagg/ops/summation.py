@@ -8,7 +8,7 @@ import torch
 
 from .documents import check_tokens, document_runs, find_documents
 from .kernels.kernel_dispatch import is_recorded, is_transformed, kernel, takes_kernels
-from .scan import scan, state_dtype
+from .scan import restarting, scan, state_dtype
 
 
 def causal_sum(
@@ -84,8 +84,7 @@ def causal_sum(
         return y, state
     if decays is None:
         decays = state.new_zeros(batch_size, length, 1)
-    if documents is not None:
-        decays = torch.where(documents.starts[..., None], -torch.inf, decays)
+    decays = restarting(decays, documents)
     return y, state, decays.to(state.dtype).sum(dim=1).expand(batch_size, -1)
 
 
@@ -163,14 +162,18 @@ def causal_mean(
         # Where nothing has a weight yet the sum is zero.
         means = sums / total.clamp_min(torch.finfo(total.dtype).tiny).unsqueeze(-1)
         return means.view(x.shape).to(x.dtype), (sums.flatten(1), total)
+    documents = find_documents(document_ids, attention_mask, have_states=sums.dim() == 3)
+    totals, total = _causal_sum(weights.expand(batch_size, length, heads), decays, total, None, documents, False, None)
+    if sums.dim() == 2 and not torch.is_grad_enabled() and takes_kernels(x):
+        means, sums = kernel("decayed_mean")(
+            x, restarting(decays, documents), sums, weights, _reciprocal(totals), relu
+        )
+        return means, (sums, total)
     terms, mask = x, attention_mask
     if weight is not None:
         terms, mask = _masked_terms(x, mask), None
         terms = (terms.relu() if relu else terms).unflatten(2, (heads, x.shape[2] // heads))
         terms = (terms * weights[..., None]).flatten(2)
-    weights = weights.expand(batch_size, length, heads)
-    documents = find_documents(document_ids, attention_mask, have_states=sums.dim() == 3)
-    totals, total = _causal_sum(weights, decays, total, None, documents, False, None)
     means, sums = _causal_sum(terms, decays, sums, mask, documents, relu, _reciprocal(totals))
     return means.to(x.dtype), (sums, total)
 

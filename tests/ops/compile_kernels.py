@@ -6,7 +6,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from modeling_sumagg.ops import causal_sum, causal_token_statistics, kernel_operators, set_kernels, token_statistics
+from modeling_sumagg.ops import (
+    causal_convolution,
+    causal_mean,
+    causal_sum,
+    causal_token_statistics,
+    kernel_operators,
+    set_kernels,
+    token_statistics,
+)
 from modeling_sumagg.ops.kernels import decayed_sum_kernels
 
 
@@ -61,6 +69,10 @@ def main():
         x = torch.zeros(2, 128, 64, dtype=dtype, requires_grad=True)
         causal_sum(x, **arguments, relu=bool(arguments), scale=torch.ones(1, 128))[0].sum().backward()
         causal_sum(x, log_decay=torch.zeros(4), **arguments, relu=bool(arguments))[0].sum().backward()
+        convolved, _ = causal_convolution(x, weight=torch.zeros(64, 4), bias=torch.zeros(64), **arguments)
+        convolved.sum().backward()
+        with torch.no_grad():
+            causal_mean(x, log_decay=torch.zeros(4), **arguments)
         w = torch.zeros(2, 4, 128, 64, dtype=dtype, requires_grad=True)
         causal_token_statistics(w, torch.ones(4), torch.zeros(4, 128), **arguments)[0].sum().backward()
         token_statistics(w, torch.ones(4), dropout_p=0.1).sum().backward()
@@ -68,7 +80,7 @@ def main():
             _, state = causal_token_statistics(w[:, :, :1], torch.ones(4), None)
             causal_token_statistics(w[:, :, :1], torch.ones(4), None, initial_state=state)
     names = {key[0] for key in compiled}
-    assert len(names) == 9, names
+    assert len(names) == 12, names
 
 
 if __name__ == "__main__":

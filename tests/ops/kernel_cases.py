@@ -12,6 +12,8 @@ from testing import assert_close
 
 from modeling_sumagg.ops import (
     TokenStatisticsState,
+    causal_convolution,
+    causal_mean,
     causal_sum,
     causal_sum_reference,
     causal_token_statistics,
@@ -55,7 +57,7 @@ def to_device(*values):
             moved.append({name: to_device(x)[0] for name, x in value.items()})
         elif isinstance(value, TokenStatisticsState):
             moved.append(TokenStatisticsState(*to_device(*value)))
-        elif isinstance(value, tuple):
+        elif isinstance(value, tuple | list):
             moved.append(to_device(*value))
         else:
             moved.append(value.to(DEVICE) if isinstance(value, torch.Tensor) else value)
@@ -144,6 +146,85 @@ def test_derivatives_of_the_decayed_sum_of_both_orders():
 
     assert torch.autograd.gradcheck(function, (x, log_decay, state), fast_mode=True)
     assert torch.autograd.gradgradcheck(function, (x, log_decay, state), fast_mode=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("masked, packed", [(False, False), (True, False), (True, True)])
+def test_mean_without_gradients_is_that_with_gradients(masked, packed, dtype, many_processors):
+    x, arguments = test_summation.draw(2, 133, 6, masked=masked, packed=packed, dtype=dtype, seed=3)
+    log_decay, weight = test_decays.draw_decays((2, 133, 2)), torch.rand(2, 133, 2)
+    state = torch.randn(2, 6), torch.rand(2, 2)
+    x, log_decay, weight, state, arguments = to_device(x, log_decay, weight, tuple(state), arguments)
+
+    def run(x, mode):
+        set_kernels(mode)
+        y, state_after = causal_mean(
+            x, log_decay=log_decay, weight=weight, initial_state=tuple(state), relu=True, **arguments
+        )
+        return y, *state_after
+
+    expected = run(x.double(), "torch")
+    with torch.no_grad():
+        actual = run(x, "triton")
+    assert actual[0].dtype == x.dtype and actual[0].is_contiguous()
+    for result, reference in zip(actual, expected, strict=True):
+        assert_close(result, reference.detach(), max(4e-6, torch.finfo(dtype).eps))
+
+
+def draw_convolution(length, size, taps, dtype, masked, packed):
+    x, arguments = test_summation.draw(2, length, size, masked=masked, packed=packed, dtype=dtype, seed=4)
+    leaves = x, torch.randn(size, taps), torch.randn(size), torch.randn(2, taps - 1, size).to(dtype)
+    return leaves, arguments
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("masked, packed", [(False, False), (False, True), (True, True)])
+@pytest.mark.parametrize("length, size, taps", [(2, 3, 2), (70, 20, 4)])
+def test_convolution_is_that_of_pytorch(length, size, taps, masked, packed, dtype):
+    leaves, arguments = draw_convolution(length, size, taps, dtype, masked, packed)
+    real = arguments.get("attention_mask", torch.ones(2, length, dtype=torch.bool))[..., None]
+    grads = torch.randn(2, length, size).to(dtype), torch.randn(2, taps - 1, size).to(dtype)
+
+    def run(leaves, real, grads, arguments, mode):
+        set_kernels(mode)
+        x, weight, bias, state = leaves = [leaf.clone().requires_grad_() for leaf in leaves]
+        y, last = causal_convolution(x, weight=weight, bias=bias, initial_state=state, **arguments)
+        y = y.where(real, 0)
+        return y, last, *torch.autograd.grad((y, last), leaves, (grads[0].to(y), grads[1].to(last)))
+
+    expected = run([leaf.double() for leaf in leaves], real, grads, arguments, "torch")
+    actual = run(*to_device(leaves, real, grads, arguments), "triton")
+    for result, reference in zip(actual, expected, strict=True):
+        assert_close(
+            result.cpu().nan_to_num(0, 0, 0), reference.nan_to_num(0, 0, 0), max(4e-6, torch.finfo(dtype).eps)
+        )
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_derivatives_of_the_convolution_of_both_orders(packed):
+    leaves, arguments = draw_convolution(9, 2, 3, torch.float64, False, packed)
+    leaves, arguments = to_device([leaf.double().nan_to_num(0, 0, 0) for leaf in leaves], arguments)
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+
+    def function(x, weight, bias, state):
+        return causal_convolution(x, weight=weight, bias=bias, initial_state=state, **arguments)
+
+    assert torch.autograd.gradcheck(function, leaves, fast_mode=True)
+    assert torch.autograd.gradgradcheck(function, leaves, fast_mode=True)
+
+
+def test_compiled_convolution():
+    leaves, arguments = to_device(*draw_convolution(40, 6, 4, torch.float32, False, True))
+    leaves = [leaf.nan_to_num(0, 0, 0).requires_grad_() for leaf in leaves]
+
+    def function(x, weight, bias, state):
+        y, last = causal_convolution(x, weight=weight, bias=bias, initial_state=state, **arguments)
+        return y.square().sum() + last.sum()
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    expected = torch.autograd.grad(function(*leaves), leaves)
+    for actual, reference in zip(torch.autograd.grad(compiled(*leaves), leaves), expected, strict=True):
+        assert_close(actual, reference, 1e-6)
 
 
 def test_a_long_memory_of_the_decayed_sum():

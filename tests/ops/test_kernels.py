@@ -24,7 +24,9 @@ def run_python(*arguments, **environment):
     assert process.returncode == 0, process.stdout + process.stderr
 
 
-@pytest.mark.parametrize("operator", ["sum", pytest.param("statistics", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "operator", ["sum or mean or convolution", pytest.param("statistics", marks=pytest.mark.slow)]
+)
 def test_in_the_interpreter(operator):
     pytest.importorskip("triton")
     run_python("-m", "pytest", "-q", "-p", "no:cacheprovider", "kernel_cases.py", "-k", operator, TRITON_INTERPRET="1")

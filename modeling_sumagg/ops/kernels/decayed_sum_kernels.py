@@ -3,12 +3,12 @@
 One program walks over the tiles of `BLOCK_T` tokens of some channels of one head, with the sum so far in registers. Within
 a tile the decays from each token to each other are a triangular matrix, by which the tile is multiplied. Where there are
 too few heads for the device, the sequence is cut into segments that run at the same time, after a pass that reads the
-sequence once more for the sum of each segment.
+sequence once more for the sum and the decay of each segment, and a short one that leads each of them to the next.
 """
 
 import torch
 
-from .running_sum_kernels import FLOAT64_BLOCK_T, channels_last, num_processors, on_its_device
+from .running_sum_kernels import FLOAT64_BLOCK_T, channels_last, convert, num_processors, on_its_device
 
 
 try:
@@ -28,10 +28,13 @@ MAX_SEGMENTS = 16
 @triton.jit
 def decayed_sum_kernel(
     x_ptr,  # [B, T, K, P]
-    log_decay_ptr,  # [B or 1, T, K]
+    log_decay_ptr,  # [B or 1, T, K], its dtype is that of the sums within a tile
+    weight_ptr,  # [B or 1, T, K]
+    scale_ptr,  # [B, T, K]
     initial_ptr,  # [B, segments, K, P], its dtype is that of the sums from tile to tile
     y_ptr,  # [B, T, K, P]
     final_ptr,  # [B, segments, K, P], like `initial`
+    reach_ptr,  # [B, segments, K], like `initial`: the logarithm of the decay over each segment
     T,
     K,
     P,
@@ -41,9 +44,12 @@ def decayed_sum_kernel(
     x_stride_t,
     decay_stride_b,
     decay_stride_t,
+    weight_stride_b,
+    weight_stride_t,
     RELU: tl.constexpr,
     REVERSE: tl.constexpr,
-    STORE: tl.constexpr,  # write the running sums, not only the last one of each segment
+    WEIGHTED: tl.constexpr,  # take `weight * x` for `x`, and write `scale * y` for `y`
+    STORE: tl.constexpr,  # write the running sums, not only the last one and the decay of each segment
     BLOCK_T: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
@@ -54,24 +60,31 @@ def decayed_sum_kernel(
     segment = tl.program_id(1)
     in_head = channel < P
     channel += head * P
-    dtype = y_ptr.dtype.element_ty
+    dtype = log_decay_ptr.dtype.element_ty
     row = tl.arange(0, BLOCK_T)
     x_ptr += batch * x_stride_b + channel[None, :]
     y_ptr += batch * T * K * P + channel[None, :]
     log_decay_ptr += batch * decay_stride_b + head
+    weight_ptr += batch * weight_stride_b + head
+    scale_ptr += batch * T * K + head
 
     first_tile = segment * segment_tiles
     num_tiles = tl.minimum(segment_tiles, tl.cdiv(T, BLOCK_T) - first_tile)
     state = (batch * num_segments + segment) * K * P + channel
     carry = tl.load(initial_ptr + state, mask=in_head, other=0.0)
+    over = tl.sum(tl.zeros([BLOCK_T], carry.dtype), 0)
     for i in range(0, num_tiles):
         tile = first_tile + (num_tiles - 1 - i if REVERSE else i)
         token = tile.to(tl.int64) * BLOCK_T + row
         in_sequence = token < T
         in_tile = in_sequence[:, None] & in_head[None, :]
-        x = tl.load(x_ptr + token[:, None] * x_stride_t, mask=in_tile, other=0.0).to(dtype)
+        x = convert(tl.load(x_ptr + token[:, None] * x_stride_t, mask=in_tile, other=0.0), dtype)
         if RELU:
             x = tl.where(x <= 0.0, 0.0, x)
+        if WEIGHTED:
+            weight = tl.load(weight_ptr + token * weight_stride_t, mask=in_sequence, other=0.0).to(dtype)
+            # What is masked has no weight, and may be anything.
+            x = tl.where(weight[:, None] == 0.0, 0.0, weight[:, None] * x)
         log_decay = tl.load(log_decay_ptr + token * decay_stride_t, mask=in_sequence, other=0.0).to(dtype)
 
         # As sums over the tokens in between: the difference of two sums from the beginning would cancel.
@@ -91,7 +104,9 @@ def decayed_sum_kernel(
             local = tl.dot(weights, x, input_precision="ieee")
         if STORE:
             y = local + tl.exp(reach)[:, None] * carry.to(dtype)[None, :]
-            tl.store(y_ptr + token[:, None] * K * P, y, mask=in_tile)
+            if WEIGHTED:
+                y *= tl.load(scale_ptr + token * K, mask=in_sequence, other=0.0).to(dtype)[:, None]
+            tl.store(y_ptr + token[:, None] * K * P, convert(y, y_ptr.dtype.element_ty), mask=in_tile)
 
         # From tile to tile in the precision of the state: a decay of almost 1 over many tiles is exact to its logarithm.
         if REVERSE:
@@ -99,13 +114,50 @@ def decayed_sum_kernel(
             end = tl.exp(first) * tl.sum(tl.where((row == 0)[:, None], local, 0.0), 0)
         else:
             end = tl.sum(tl.where((row == BLOCK_T - 1)[:, None], local, 0.0), 0)
-        carry = tl.exp(tl.sum(log_decay.to(carry.dtype), 0)) * carry + end.to(carry.dtype)
+        over_tile = tl.sum(log_decay.to(carry.dtype), 0)
+        carry = tl.exp(over_tile) * carry + end.to(carry.dtype)
+        over += over_tile
     tl.store(final_ptr + state, carry, mask=in_head)
+    if not STORE:
+        tl.store(reach_ptr + (batch * num_segments + segment) * K + head, over)
+
+
+@triton.jit
+def join_segments_kernel(
+    initial_ptr,  # [B, K, P]
+    sums_ptr,  # [B, segments, K, P], of each segment alone
+    reach_ptr,  # [B, segments, K]
+    states_ptr,  # [B, segments, K, P], what each segment goes on from
+    K,
+    P,
+    num_segments,
+    REVERSE: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    stripes = tl.cdiv(P, BLOCK_P)
+    batch = (tl.program_id(0) // (stripes * K)).to(tl.int64)
+    head = (tl.program_id(0) // stripes) % K
+    channel = (tl.program_id(0) % stripes) * BLOCK_P + tl.arange(0, BLOCK_P)
+    in_head = channel < P
+    channel += head * P
+    state = tl.load(initial_ptr + batch * K * P + channel, mask=in_head, other=0.0)
+    for i in range(0, num_segments):
+        segment = batch * num_segments + (num_segments - 1 - i if REVERSE else i)
+        tl.store(states_ptr + segment * K * P + channel, state, mask=in_head)
+        own = tl.load(sums_ptr + segment * K * P + channel, mask=in_head, other=0.0)
+        state = tl.exp(tl.load(reach_ptr + segment * K + head)) * state + own
 
 
 @on_its_device
 def decayed_sum(
-    x: torch.Tensor, log_decay: torch.Tensor, initial: torch.Tensor, *, relu: bool = False, reverse: bool = False
+    x: torch.Tensor,
+    log_decay: torch.Tensor,
+    initial: torch.Tensor,
+    *,
+    weight: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+    relu: bool = False,
+    reverse: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     The sums with decays of [`scan`], or with `reverse` their adjoint.
@@ -113,9 +165,12 @@ def decayed_sum(
         forward: s_t = a_t s_{t-1} + x_t    reverse: g_t = x_t + a_{t+1} g_{t+1}
 
     Args:
-        x (`torch.Tensor` of shape `[B, T, D]`, float32 or float64, no dimension 0): the terms.
+        x (`torch.Tensor` of shape `[B, T, D]`, no dimension 0): the terms, float32 or float64; of any floating dtype with
+            weights.
         log_decay (`torch.Tensor` of shape `[B or 1, T, K]`): the logarithms of the decays, `-inf` for none left.
         initial (`torch.Tensor` of shape `[B, D]`, floating): `s_0`; in reverse what is added to `g_T`.
+        weight (`torch.Tensor` of shape `[B or 1, T, K]`, *optional*): take `weight * x` for `x`, and 0 for its zeros.
+        scale (`torch.Tensor` of shape `[B, T, K]`, *optional*): with weights, multiply the sums by it, and round once.
         relu (`bool`): take `max(x, 0)` for `x`.
         reverse (`bool`): the adjoint.
 
@@ -127,6 +182,9 @@ def decayed_sum(
     heads = log_decay.shape[2]
     head_dim = hidden_size // heads
     x, log_decay = channels_last(x), channels_last(log_decay)
+    is_weighted = weight is not None
+    weight = channels_last(weight) if is_weighted else log_decay
+    scale = scale.contiguous() if is_weighted else log_decay
     block_t = FLOAT64_BLOCK_T if x.dtype == torch.float64 else BLOCK_T
     block_p = max(min(BLOCK_P, triton.next_power_of_2(head_dim)), MIN_BLOCK_P)
     programs = batch_size * heads * triton.cdiv(head_dim, block_p)
@@ -140,23 +198,29 @@ def decayed_sum(
     states = initial.unsqueeze(1).contiguous()
     finals = states.new_empty(batch_size, num_segments, hidden_size)
 
+    reach = states.new_empty(batch_size, num_segments, heads)
+
     def launch(initials, store):
         decayed_sum_kernel[programs, num_segments](
             x,
             log_decay,
+            weight,
+            scale,
             initials,
             y,
             finals,
+            reach,
             length,
             heads,
             head_dim,
             segment_tiles,
             num_segments,
             *x.stride()[:2],
-            0 if log_decay.shape[0] == 1 else log_decay.stride(0),
-            log_decay.stride(1),
+            *_strides(log_decay),
+            *_strides(weight),
             RELU=relu,
             REVERSE=reverse,
+            WEIGHTED=is_weighted,
             STORE=store,
             BLOCK_T=block_t,
             BLOCK_P=block_p,
@@ -164,13 +228,14 @@ def decayed_sum(
 
     if num_segments > 1:
         launch(torch.zeros_like(finals), False)
-        states = torch.empty_like(finals)
-        parts = log_decay.to(initial.dtype).split(segment_tiles * block_t, dim=1)
-        order = range(num_segments - 1, -1, -1) if reverse else range(num_segments)
-        state = initial
-        for segment in order:
-            states[:, segment] = state
-            decay = parts[segment].sum(1).exp().repeat_interleave(head_dim, dim=1)
-            state = decay * state + finals[:, segment]
+        initial, states = states, torch.empty_like(finals)
+        join_segments_kernel[(programs,)](
+            initial, finals, reach, states, heads, head_dim, num_segments, REVERSE=reverse, BLOCK_P=block_p
+        )
     launch(states, True)
     return y, finals[:, 0 if reverse else -1].contiguous()
+
+
+def _strides(per_token: torch.Tensor) -> tuple[int, int]:
+    """Of the rows and tokens of `[B or 1, T, K]`, one row standing for all."""
+    return 0 if per_token.shape[0] == 1 else per_token.stride(0), per_token.stride(1)
