@@ -29,6 +29,7 @@ COLORS = {
     "SumAgg, sliding window last": "tab:cyan",
     "SumAgg, full attention last": "navy",
     "SumAgg, plain sums": "deepskyblue",
+    "SumAgg, plain sums, full attention last": "slateblue",
     "SumAgg, streamed": "deepskyblue",
     "sum": "tab:blue",
     "causal_sum": "tab:blue",

@@ -101,6 +101,9 @@ def configurations(arguments: LanguageModelArguments, max_length: int) -> dict[s
         ),
         "SumAgg, full attention last": SumAggConfig(**ours, layer_types=[*lower, "full_attention"]),
         "SumAgg, plain sums": SumAggConfig(**ours, **pure, **SumAggConfig.values_before_decays),
+        "SumAgg, plain sums, full attention last": SumAggConfig(
+            **ours, layer_types=[*lower, "full_attention"], **SumAggConfig.values_before_decays
+        ),
         "ToST": ToSTTextConfig(**ours),
         "GPT-2": GPT2Config(
             n_embd=width, n_layer=depth, n_head=arguments.num_attention_heads, n_positions=max_length, **tokens

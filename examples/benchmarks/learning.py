@@ -884,13 +884,16 @@ def table(lines: list[dict[str, Any]]) -> str:
         if timed:
             cells.append(f"{np.mean([line[time_key(line)] / line['steps'] for line in runs]):.2f}")
         rows.append(cells)
+    machines = dict.fromkeys(
+        f"{line['hardware']}, torch {line['versions']['torch']}, transformers {line['versions']['transformers']}"
+        for line in lines
+    )
     title = (
         f"## {first['data']}, {first['context']} tokens\n\n"
         f"{first['steps']:,} steps, {first['tokens']:,} tokens, scale {first['scale']}, {first['dtype']}; the best of the learning rates "
         f"{', '.join(f'{rate:g}' for rate in sorted(tried))}, or of as many as the row says, with one seed, * where it is the "
         "lowest or the highest of them; mean ± standard deviation over the seeds, and of those that both have the "
-        f"difference to {BASELINE}. {first['hardware']}, {first['threads']} thread(s); torch {first['versions']['torch']}, "
-        f"transformers {first['versions']['transformers']}.\n\n"
+        f"difference to {BASELINE}. {'; '.join(machines)}.\n\n"
     )
     text = title + markdown(rows)
     return text if is_task else f"{text}\n{positions_table(runs_of, first['context'])}"
