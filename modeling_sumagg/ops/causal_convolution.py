@@ -182,12 +182,14 @@ class _Convolution(torch.autograd.Function):
 
 def convolution_gradients(grad, window, weight, bias, ids):
     """Of the window, the weights and the bias (`None` where there is none), with gradients in turn."""
-    leaves = [window, weight, *([] if bias is None else [bias])]
+    window, weight, bias = (
+        leaf if leaf is None or leaf.requires_grad else leaf.detach().requires_grad_()
+        for leaf in (window, weight, bias)
+    )
     with torch.enable_grad():
-        leaves = [leaf if leaf.requires_grad else leaf.detach().requires_grad_() for leaf in leaves]
-        y = convolution_by_taps(*leaves, *([None] if bias is None else []), ids)
-    grads = torch.autograd.grad(y, leaves, grad, create_graph=True)
-    return *grads, *([None] if bias is None else [])
+        y = convolution_by_taps(window, weight, bias, ids)
+    leaves = [leaf for leaf in (window, weight, bias) if leaf is not None]
+    return *torch.autograd.grad(y, leaves, grad, create_graph=True), *([None] if bias is None else [])
 
 
 def _of_window(ids: torch.Tensor, past: int) -> torch.Tensor:
