@@ -885,7 +885,8 @@ def table(lines: list[dict[str, Any]]) -> str:
             cells.append(f"{np.mean([line[time_key(line)] / line['steps'] for line in runs]):.2f}")
         rows.append(cells)
     machines = dict.fromkeys(
-        f"{line['hardware']}, torch {line['versions']['torch']}, transformers {line['versions']['transformers']}"
+        f"{line['hardware']}, {line['threads']} thread(s), torch {line['versions']['torch']}, transformers "
+        f"{line['versions']['transformers']}"
         for line in lines
     )
     title = (

@@ -293,6 +293,7 @@ def test_runs_that_are_there_are_not_made_again(learning, tiny, run_main, texts,
     assert set(llama["versions"]) == {"torch", "transformers", "modeling-sumagg", "python"}
 
 
+@pytest.mark.slow
 def test_runs_beside_each_other_are_those_in_turn(learning, run_main, texts, tmp_path):
     arguments = [*texts, "--context", "64", "--models", "llama", "gpt2", "--steps", "2"]
     arguments += ["--learning_rates", "1e-3", "1e-2", "--seeds", "0", "1"]
@@ -387,7 +388,7 @@ def test_report_of_lines(learning, tmp_path):
         "## news, 64 tokens\n\n"
         "2 steps, 20 tokens, scale cpu, float32; the best of the learning rates 0.001, 0.002, or of as many as the row says, with one seed, * where it "
         "is the lowest or the highest of them; mean ± standard "
-        "deviation over the seeds, and of those that both have the difference to llama. a chip, 1 thread(s); torch 2, transformers 5.\n\n"
+        "deviation over the seeds, and of those that both have the difference to llama. a chip, 1 thread(s), torch 2, transformers 5.\n\n"
         "| model | parameters | rate | seeds | perplexity | to llama | at 8 × the length | s a step |\n"
         "| --- | --- | --- | --- | --- | --- | --- | --- |\n"
         "| Llama: rotary attention | 1,234 | 0.002* | 2 | 100.0 ± 5.7 | +0.0% | 50.0 ± 0.0 | 1.50 |\n"

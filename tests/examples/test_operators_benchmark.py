@@ -44,8 +44,8 @@ def test_the_command(operators, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["operators.py", "--output_dir", str(tmp_path), *options.split()])
     operators.main()
     results = json.loads((tmp_path / "operators.json").read_text())
-    # Three operators, two passes, three cases, two lengths.
-    assert len(results["rows"]) == 3 * 2 * 3 * 2
+    # Four operators, two passes, three cases, two lengths.
+    assert len(results["rows"]) == 4 * 2 * 3 * 2
     assert all(len(row["seconds"]) == 2 and row["median"] > 0 for row in results["rows"])
     assert "## causal_token_statistics, forward and backward" in (tmp_path / "operators.md").read_text()
     assert (tmp_path / "operators.png").read_bytes().startswith(b"\x89PNG")
