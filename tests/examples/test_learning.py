@@ -113,6 +113,26 @@ def test_all_models_have_the_parameters_of_the_baseline(learning, context):
         assert abs(parameters / wanted - 1) <= 0.02, name
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("scale", ["medium", "gpu"])
+def test_larger_models_have_the_parameters_of_the_baseline(learning, scale):
+    scale = learning.SCALES[scale]
+    wanted = learning.reference_parameters(scale, scale.vocab_size, 1024)
+    for name in learning.MODELS:
+        sizes = learning.matched_sizes(name, scale, scale.vocab_size, 1024)
+        parameters = learning.count_parameters(name, scale, scale.vocab_size, 1024, **sizes)
+        assert abs(parameters / wanted - 1) <= 0.02, name
+
+
+@pytest.mark.slow
+def test_package_sources_hold_one_file_in_twenty_out(learning):
+    splits = learning.package_sources()
+    train, held_out = (set(splits[name]["text"]) for name in ("train", "validation"))
+    assert len(train) > 2000 and 0.03 < len(splits["validation"]) / len(splits["train"]) < 0.08
+    # Files that say the same are few.
+    assert len(train & held_out) < 0.1 * len(held_out)
+
+
 def test_sizes_that_do_not_match_are_an_error(learning, monkeypatch):
     monkeypatch.setattr(learning.MODELS["mamba2"], "candidates", lambda sizes: [{"num_hidden_layers": 4}])
     with pytest.raises(ValueError, match=r"mamba2 has [\d,]+ parameters at best, .*more than 2% from the 1,315,968"):
