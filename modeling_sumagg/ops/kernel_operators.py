@@ -14,6 +14,7 @@ import torch
 from .causal_convolution import convolution_gradients
 from .kernels.kernel_dispatch import provide_kernels
 from .scan import scan_vjp, shifted
+from .summation import mean_of_sums
 
 
 logger = logging.getLogger(__name__)
@@ -22,6 +23,8 @@ MODES = ("auto", "triton", "torch")
 MODULES = {
     "running_sum": "running_sum_kernels",
     "decayed_sum": "decayed_sum_kernels",
+    "decayed_mean": "decayed_mean_kernels",
+    "decayed_mean_gradients": "decayed_mean_kernels",
     "convolution": "causal_convolution_kernels",
     "convolution_weight_gradient": "causal_convolution_kernels",
     "INTERPRETED": "running_sum_kernels",
@@ -171,18 +174,70 @@ decayed_sum.register_autograd(_kernelscan_vjp, setup_context=_decayed_sum_setup_
 def decayed_mean(
     x: torch.Tensor,
     log_decay: torch.Tensor,
-    initial: torch.Tensor,
     weight: torch.Tensor,
-    scale: torch.Tensor,
+    sums: torch.Tensor,
+    total: torch.Tensor,
     relu: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`scale * scan(weight * x)` in the dtype of `x` by the Triton kernel, which reads and writes nothing else. No gradient."""
-    return triton_function("decayed_sum")(x, log_decay, initial, weight=weight, scale=scale, relu=relu)
+    for_gradients: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The Triton kernel of `causal_mean`, which documents arguments and results."""
+    return triton_function("decayed_mean")(x, log_decay, weight, sums, total, relu=relu, for_gradients=for_gradients)
 
 
 @decayed_mean.register_fake
-def _decayed_mean_fake(x, log_decay, initial, weight, scale, relu):
-    return _decayed_sum_fake(x, log_decay, initial, relu, False)
+def _decayed_mean_fake(x, log_decay, weight, sums, total, relu, for_gradients):
+    y, sums, total = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, sums, total))
+    rest = torch.empty_like(y) if for_gradients and y.element_size() == 2 else y.new_empty(0)
+    return y, rest, log_decay.new_empty(*x.shape[:2], log_decay.shape[2]), sums, total
+
+
+@torch.library.custom_op("modeling_sumagg::decayed_mean_backward", mutates_args=())
+def decayed_mean_backward(
+    grad_y: torch.Tensor,
+    grad_sums: torch.Tensor,
+    grad_total: torch.Tensor,
+    x: torch.Tensor,
+    log_decay: torch.Tensor,
+    weight: torch.Tensor,
+    sums: torch.Tensor,
+    total: torch.Tensor,
+    y: torch.Tensor,
+    rest: torch.Tensor,
+    totals: torch.Tensor,
+    relu: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients of the first five arguments of `decayed_mean`."""
+    arguments = grad_y, grad_sums, grad_total, x, log_decay, weight, sums, total, y, rest, totals
+    return triton_function("decayed_mean_gradients")(*arguments, relu=relu)
+
+
+@decayed_mean_backward.register_fake
+def _decayed_mean_backward_fake(
+    grad_y, grad_sums, grad_total, x, log_decay, weight, sums, total, y, rest, totals, relu
+):
+    leaves = x, log_decay, weight, sums, total
+    return tuple(torch.empty_like(leaf, memory_format=torch.contiguous_format) for leaf in leaves)
+
+
+def _decayed_mean_setup_context(ctx, inputs, output):
+    *leaves, ctx.relu, _ = inputs
+    ctx.save_for_backward(*leaves, *output[:3])
+
+
+def _decayed_mean_vjp(ctx, grad_y, _grad_rest, _grad_totals, grad_sums, grad_total):
+    *leaves, y, rest, totals = ctx.saved_tensors
+    if torch.is_grad_enabled():  # A gradient that has gradients in turn is that of the two sums.
+        leaves = [leaf if leaf.requires_grad else leaf.detach().requires_grad_() for leaf in leaves]
+        x, _, weight = leaves[:3]
+        # What has no weight is masked, and may be anything.
+        x = x.unflatten(2, (weight.shape[2], -1)).masked_fill((weight == 0).unsqueeze(-1), 0).flatten(2)
+        means, *states = mean_of_sums(x.to(weight.dtype), *leaves[1:], relu=ctx.relu)
+        outputs = means.to(grad_y.dtype), *states
+        return *torch.autograd.grad(outputs, leaves, (grad_y, grad_sums, grad_total), create_graph=True), None, None
+    return *decayed_mean_backward(grad_y, grad_sums, grad_total, *leaves, y, rest, totals, ctx.relu), None, None
+
+
+decayed_mean.register_autograd(_decayed_mean_vjp, setup_context=_decayed_mean_setup_context)
 
 
 @torch.library.custom_op("modeling_sumagg::convolution", mutates_args=())

@@ -163,19 +163,24 @@ def causal_mean(
         means = sums / total.clamp_min(torch.finfo(total.dtype).tiny).unsqueeze(-1)
         return means.view(x.shape).to(x.dtype), (sums.flatten(1), total)
     documents = find_documents(document_ids, attention_mask, have_states=sums.dim() == 3)
-    totals, total = _causal_sum(weights.expand(batch_size, length, heads), decays, total, None, documents, False, None)
-    if sums.dim() == 2 and not torch.is_grad_enabled() and takes_kernels(x):
-        means, sums = kernel("decayed_mean")(
-            x, restarting(decays, documents), sums, weights, _reciprocal(totals), relu
-        )
+    if sums.dim() == 2 and takes_kernels(x):
+        arguments = x, restarting(decays, documents), weights, sums, total, relu, torch.is_grad_enabled()
+        means, _, _, sums, total = kernel("decayed_mean")(*arguments)
         return means, (sums, total)
-    terms, mask = x, attention_mask
-    if weight is not None:
-        terms, mask = _masked_terms(x, mask), None
-        terms = (terms.relu() if relu else terms).unflatten(2, (heads, x.shape[2] // heads))
-        terms = (terms * weights[..., None]).flatten(2)
-    means, sums = _causal_sum(terms, decays, sums, mask, documents, relu, _reciprocal(totals))
+    terms = _masked_terms(x, attention_mask)
+    means, sums, total = mean_of_sums(terms, decays, weights, sums, total, documents, relu, weight is not None)
     return means.to(x.dtype), (sums, total)
+
+
+def mean_of_sums(terms, decays, weights, sums, total, documents=None, relu=False, is_weighted=True):
+    """[`causal_mean`] by two sums: of the weights, and of the terms, each times its weight unless all of these are 1."""
+    batch_size, length, heads = terms.shape[0], *weights.shape[1:]
+    totals, total = _causal_sum(weights.expand(batch_size, length, heads), decays, total, None, documents, False, None)
+    if is_weighted:
+        terms = (terms.relu() if relu else terms).unflatten(2, (heads, terms.shape[2] // heads))
+        terms, relu = (terms * weights[..., None]).flatten(2), False
+    means, sums = _causal_sum(terms, decays, sums, None, documents, relu, _reciprocal(totals))
+    return means, sums, total
 
 
 def bidirectional_sum(

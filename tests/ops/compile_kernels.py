@@ -71,8 +71,7 @@ def main():
         causal_sum(x, log_decay=torch.zeros(4), **arguments, relu=bool(arguments))[0].sum().backward()
         convolved, _ = causal_convolution(x, weight=torch.zeros(64, 4), bias=torch.zeros(64), **arguments)
         convolved.sum().backward()
-        with torch.no_grad():
-            causal_mean(x, log_decay=torch.zeros(4), **arguments)
+        causal_mean(x, log_decay=torch.zeros(4), **arguments, relu=bool(arguments))[0].sum().backward()
         w = torch.zeros(2, 4, 128, 64, dtype=dtype, requires_grad=True)
         causal_token_statistics(w, torch.ones(4), torch.zeros(4, 128), **arguments)[0].sum().backward()
         token_statistics(w, torch.ones(4), dropout_p=0.1).sum().backward()
@@ -80,7 +79,7 @@ def main():
             _, state = causal_token_statistics(w[:, :, :1], torch.ones(4), None)
             causal_token_statistics(w[:, :, :1], torch.ones(4), None, initial_state=state)
     names = {key[0] for key in compiled}
-    assert len(names) == 12, names
+    assert len(names) == 15, names
 
 
 if __name__ == "__main__":

@@ -22,15 +22,53 @@ BLOCK_T = 32  # tokens of a tile: the work of a token grows with it, and the seq
 BLOCK_P = 64  # channels of a program, at most
 MIN_BLOCK_P = 16  # as a factor of a matrix product
 SEGMENT_TILES = 8  # the shortest segment, in tiles
-MAX_SEGMENTS = 16
+MAX_SEGMENTS = 32
+
+
+@triton.jit
+def decays_within(log_decay, row, REVERSE: tl.constexpr):
+    """
+    Of a tile: the decays `[C, C]` from each token (a column) to those after it (in reverse before it), 0 elsewhere, and the
+    logarithm of the decay `[C]` from where the tile begins to each of its tokens.
+    """
+    # As sums over the tokens in between: the difference of two sums from the beginning would cancel.
+    if REVERSE:
+        later = row[None, :] > row[:, None]
+        steps = tl.where(later, log_decay[None, :], 0.0)
+        between = tl.cumsum(steps, 1)
+        reach = tl.sum(steps, 1)
+    else:
+        later = row[:, None] > row[None, :]
+        between = tl.cumsum(tl.where(later, log_decay[:, None], 0.0), 0)
+        reach = tl.cumsum(log_decay, 0)
+    return tl.where(later | (row[:, None] == row[None, :]), tl.exp(between), 0.0), reach
+
+
+@triton.jit
+def multiply_exactly(decays, x):
+    """`decays` `[C, C]` times `x` `[C, n]` in their dtype; float64, whose products Triton compiles unreliably, plainly."""
+    if decays.dtype == tl.float64:
+        return tl.sum(decays[:, :, None] * x[None, :, :], 1)
+    return tl.dot(decays, x, input_precision="ieee")
+
+
+@triton.jit
+def end_of_tile(local, log_decay, row, REVERSE: tl.constexpr, BLOCK_T: tl.constexpr):
+    """What a tile alone hands on: of the sums `local` `[C, ...]` the last row, in reverse the first, decayed by its token."""
+    wanted = 0 if REVERSE else BLOCK_T - 1
+    at_end = row == wanted
+    if len(local.shape) == 2:
+        at_end = at_end[:, None]
+    end = tl.sum(tl.where(at_end, local, 0.0), 0)
+    if REVERSE:
+        end *= tl.exp(tl.sum(tl.where(row == 0, log_decay, 0.0), 0))
+    return end
 
 
 @triton.jit
 def decayed_sum_kernel(
     x_ptr,  # [B, T, K, P]
     log_decay_ptr,  # [B or 1, T, K], its dtype is that of the sums within a tile
-    weight_ptr,  # [B or 1, T, K]
-    scale_ptr,  # [B, T, K]
     initial_ptr,  # [B, segments, K, P], its dtype is that of the sums from tile to tile
     y_ptr,  # [B, T, K, P]
     final_ptr,  # [B, segments, K, P], like `initial`
@@ -44,12 +82,9 @@ def decayed_sum_kernel(
     x_stride_t,
     decay_stride_b,
     decay_stride_t,
-    weight_stride_b,
-    weight_stride_t,
     RELU: tl.constexpr,
     REVERSE: tl.constexpr,
-    WEIGHTED: tl.constexpr,  # take `weight * x` for `x`, and write `scale * y` for `y`
-    STORE: tl.constexpr,  # write the running sums, not only the last one and the decay of each segment
+    STORE: tl.constexpr,  # write the running sums; or begin at 0, and write the last one and the decay of each segment
     BLOCK_T: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
@@ -65,13 +100,13 @@ def decayed_sum_kernel(
     x_ptr += batch * x_stride_b + channel[None, :]
     y_ptr += batch * T * K * P + channel[None, :]
     log_decay_ptr += batch * decay_stride_b + head
-    weight_ptr += batch * weight_stride_b + head
-    scale_ptr += batch * T * K + head
 
     first_tile = segment * segment_tiles
     num_tiles = tl.minimum(segment_tiles, tl.cdiv(T, BLOCK_T) - first_tile)
     state = (batch * num_segments + segment) * K * P + channel
-    carry = tl.load(initial_ptr + state, mask=in_head, other=0.0)
+    carry = tl.zeros([BLOCK_P], initial_ptr.dtype.element_ty)
+    if STORE:
+        carry = tl.load(initial_ptr + state, mask=in_head, other=0.0)
     over = tl.sum(tl.zeros([BLOCK_T], carry.dtype), 0)
     for i in range(0, num_tiles):
         tile = first_tile + (num_tiles - 1 - i if REVERSE else i)
@@ -81,40 +116,16 @@ def decayed_sum_kernel(
         x = convert(tl.load(x_ptr + token[:, None] * x_stride_t, mask=in_tile, other=0.0), dtype)
         if RELU:
             x = tl.where(x <= 0.0, 0.0, x)
-        if WEIGHTED:
-            weight = tl.load(weight_ptr + token * weight_stride_t, mask=in_sequence, other=0.0).to(dtype)
-            # What is masked has no weight, and may be anything.
-            x = tl.where(weight[:, None] == 0.0, 0.0, weight[:, None] * x)
         log_decay = tl.load(log_decay_ptr + token * decay_stride_t, mask=in_sequence, other=0.0).to(dtype)
-
-        # As sums over the tokens in between: the difference of two sums from the beginning would cancel.
-        if REVERSE:
-            later = row[None, :] > row[:, None]
-            steps = tl.where(later, log_decay[None, :], 0.0)
-            between = tl.cumsum(steps, 1)
-            reach = tl.sum(steps, 1)
-        else:
-            later = row[:, None] > row[None, :]
-            between = tl.cumsum(tl.where(later, log_decay[:, None], 0.0), 0)
-            reach = tl.cumsum(log_decay, 0)
-        weights = tl.where(later | (row[:, None] == row[None, :]), tl.exp(between), 0.0)
-        if dtype == tl.float64:
-            local = tl.sum(weights[:, :, None] * x[None, :, :], 1)
-        else:
-            local = tl.dot(weights, x, input_precision="ieee")
+        decays, reach = decays_within(log_decay, row, REVERSE)
+        local = multiply_exactly(decays, x)
         if STORE:
             y = local + tl.exp(reach)[:, None] * carry.to(dtype)[None, :]
-            if WEIGHTED:
-                y *= tl.load(scale_ptr + token * K, mask=in_sequence, other=0.0).to(dtype)[:, None]
             tl.store(y_ptr + token[:, None] * K * P, convert(y, y_ptr.dtype.element_ty), mask=in_tile)
 
         # From tile to tile in the precision of the state: a decay of almost 1 over many tiles is exact to its logarithm.
-        if REVERSE:
-            first = tl.sum(tl.where(row == 0, log_decay, 0.0), 0)
-            end = tl.exp(first) * tl.sum(tl.where((row == 0)[:, None], local, 0.0), 0)
-        else:
-            end = tl.sum(tl.where((row == BLOCK_T - 1)[:, None], local, 0.0), 0)
         over_tile = tl.sum(log_decay.to(carry.dtype), 0)
+        end = end_of_tile(local, log_decay, row, REVERSE, BLOCK_T)
         carry = tl.exp(over_tile) * carry + end.to(carry.dtype)
         over += over_tile
     tl.store(final_ptr + state, carry, mask=in_head)
@@ -150,14 +161,7 @@ def join_segments_kernel(
 
 @on_its_device
 def decayed_sum(
-    x: torch.Tensor,
-    log_decay: torch.Tensor,
-    initial: torch.Tensor,
-    *,
-    weight: torch.Tensor | None = None,
-    scale: torch.Tensor | None = None,
-    relu: bool = False,
-    reverse: bool = False,
+    x: torch.Tensor, log_decay: torch.Tensor, initial: torch.Tensor, *, relu: bool = False, reverse: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     The sums with decays of [`scan`], or with `reverse` their adjoint.
@@ -165,12 +169,9 @@ def decayed_sum(
         forward: s_t = a_t s_{t-1} + x_t    reverse: g_t = x_t + a_{t+1} g_{t+1}
 
     Args:
-        x (`torch.Tensor` of shape `[B, T, D]`, no dimension 0): the terms, float32 or float64; of any floating dtype with
-            weights.
+        x (`torch.Tensor` of shape `[B, T, D]`, float32 or float64, no dimension 0): the terms.
         log_decay (`torch.Tensor` of shape `[B or 1, T, K]`): the logarithms of the decays, `-inf` for none left.
         initial (`torch.Tensor` of shape `[B, D]`, floating): `s_0`; in reverse what is added to `g_T`.
-        weight (`torch.Tensor` of shape `[B or 1, T, K]`, *optional*): take `weight * x` for `x`, and 0 for its zeros.
-        scale (`torch.Tensor` of shape `[B, T, K]`, *optional*): with weights, multiply the sums by it, and round once.
         relu (`bool`): take `max(x, 0)` for `x`.
         reverse (`bool`): the adjoint.
 
@@ -182,31 +183,20 @@ def decayed_sum(
     heads = log_decay.shape[2]
     head_dim = hidden_size // heads
     x, log_decay = channels_last(x), channels_last(log_decay)
-    is_weighted = weight is not None
-    weight = channels_last(weight) if is_weighted else log_decay
-    scale = scale.contiguous() if is_weighted else log_decay
-    block_t = FLOAT64_BLOCK_T if x.dtype == torch.float64 else BLOCK_T
-    block_p = max(min(BLOCK_P, triton.next_power_of_2(head_dim)), MIN_BLOCK_P)
+    block_t, block_p = block_sizes(x, head_dim)
     programs = batch_size * heads * triton.cdiv(head_dim, block_p)
-    num_tiles = triton.cdiv(length, block_t)
-    wanted = triton.cdiv(2 * num_processors(x.device), programs)
-    num_segments = max(1, min(wanted, MAX_SEGMENTS, num_tiles // SEGMENT_TILES))
-    segment_tiles = triton.cdiv(num_tiles, num_segments)
-    num_segments = triton.cdiv(num_tiles, segment_tiles)
+    num_segments, segment_tiles = cut(x.device, programs, triton.cdiv(length, block_t))
 
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    states = initial.unsqueeze(1).contiguous()
-    finals = states.new_empty(batch_size, num_segments, hidden_size)
+    initial = initial.contiguous()
+    finals = initial.new_empty(batch_size, num_segments, hidden_size)
+    reach = initial.new_empty(batch_size, num_segments, heads)
 
-    reach = states.new_empty(batch_size, num_segments, heads)
-
-    def launch(initials, store):
+    def launch(states, store):
         decayed_sum_kernel[programs, num_segments](
             x,
             log_decay,
-            weight,
-            scale,
-            initials,
+            states,
             y,
             finals,
             reach,
@@ -216,19 +206,18 @@ def decayed_sum(
             segment_tiles,
             num_segments,
             *x.stride()[:2],
-            *_strides(log_decay),
-            *_strides(weight),
+            *per_token_strides(log_decay),
             RELU=relu,
             REVERSE=reverse,
-            WEIGHTED=is_weighted,
             STORE=store,
             BLOCK_T=block_t,
             BLOCK_P=block_p,
         )
 
+    states = initial
     if num_segments > 1:
-        launch(torch.zeros_like(finals), False)
-        initial, states = states, torch.empty_like(finals)
+        launch(initial, False)
+        states = torch.empty_like(finals)
         join_segments_kernel[(programs,)](
             initial, finals, reach, states, heads, head_dim, num_segments, REVERSE=reverse, BLOCK_P=block_p
         )
@@ -236,6 +225,20 @@ def decayed_sum(
     return y, finals[:, 0 if reverse else -1].contiguous()
 
 
-def _strides(per_token: torch.Tensor) -> tuple[int, int]:
+def block_sizes(x: torch.Tensor, head_dim: int) -> tuple[int, int]:
+    """The tokens of a tile, and the channels of a program."""
+    block_t = FLOAT64_BLOCK_T if x.dtype == torch.float64 else BLOCK_T
+    return block_t, max(min(BLOCK_P, triton.next_power_of_2(head_dim)), MIN_BLOCK_P)
+
+
+def cut(device: torch.device, programs: int, num_tiles: int) -> tuple[int, int]:
+    """The number of segments of a sequence, so that every processor has two programs, and the tiles of a segment."""
+    wanted = triton.cdiv(2 * num_processors(device), programs)
+    num_segments = max(1, min(wanted, MAX_SEGMENTS, num_tiles // SEGMENT_TILES))
+    segment_tiles = triton.cdiv(num_tiles, num_segments)
+    return triton.cdiv(num_tiles, segment_tiles), segment_tiles
+
+
+def per_token_strides(values: torch.Tensor) -> tuple[int, int]:
     """Of the rows and tokens of `[B or 1, T, K]`, one row standing for all."""
-    return 0 if per_token.shape[0] == 1 else per_token.stride(0), per_token.stride(1)
+    return 0 if values.shape[0] == 1 else values.stride(0), values.stride(1)
