@@ -42,9 +42,9 @@ LENGTHS = {
     "training": [256, 1024, 4096, 8192],
 }
 TITLES = {
-    "prefill": "Prefill: one sequence, logits of the last token",
+    "prefill": "Prefill: logits of the last token",
     "decode": "Decoding: one token after a context",
-    "training": "Training step: one sequence, forward, backward and AdamW",
+    "training": "Training step: forward, backward and AdamW",
 }
 SIZE_NAMES = {"prefill": "tokens", "decode": "tokens of context", "training": "tokens"}
 CHUNK_SIZE = 512  # a longer context is read in parts, so that peak memory is that of decoding
@@ -56,6 +56,7 @@ class LanguageModelArguments(BenchmarkArguments):
     work: str = field(default="prefill", metadata={"help": '"prefill", "decode" or "training".'})
     lengths: list[int] | None = field(default=None, metadata={"help": "Tokens; by default several for each work."})
     models: list[str] | None = field(default=None, metadata={"help": "The models by name; by default all."})
+    batch_size: int = field(default=1, metadata={"help": "Sequences at a time."})
     hidden_size: int = 768
     num_hidden_layers: int = 4
     num_attention_heads: int = 12
@@ -138,18 +139,18 @@ def build_model(arguments: LanguageModelArguments, name: str, max_length: int) -
 
 
 def random_tokens(arguments: LanguageModelArguments, length: int) -> torch.Tensor:
-    return torch.randint(arguments.vocab_size, (1, length), device=arguments.device)
+    return torch.randint(arguments.vocab_size, (arguments.batch_size, length), device=arguments.device)
 
 
-def linear_shapes(model: PreTrainedModel, length: int, last_only: bool) -> Iterator[tuple[int, int, int]]:
-    """Rows, inputs and outputs of every linear layer over `length` tokens; of the output layer only one row if asked."""
+def linear_shapes(model: PreTrainedModel, tokens: int, last_rows: int) -> Iterator[tuple[int, int, int]]:
+    """Rows, inputs and outputs of every linear layer over `tokens`; of the output layer `last_rows`."""
     for module in model.modules():
         if isinstance(module, (nn.Linear, Conv1D)):
             inputs, outputs = module.weight.shape if isinstance(module, Conv1D) else module.weight.shape[::-1]
-            yield 1 if last_only and module is model.get_output_embeddings() else length, inputs, outputs
+            yield last_rows if module is model.get_output_embeddings() else tokens, inputs, outputs
 
 
-def matrix_products(model: PreTrainedModel, length: int, training: bool) -> Callable[[], None]:
+def matrix_products(model: PreTrainedModel, batch_size: int, length: int, training: bool) -> Callable[[], None]:
     """The matrix products of the linear layers, with nothing between them and on memory that is there already."""
 
     # One tensor for all of a role and a shape: with one for each layer, little memory would be left for the models.
@@ -157,7 +158,8 @@ def matrix_products(model: PreTrainedModel, length: int, training: bool) -> Call
     def tensor(role: str, *shape: int) -> torch.Tensor:
         return torch.randn(shape, dtype=model.dtype, device=model.device)
 
-    layers = list(linear_shapes(model, length, last_only=not training))
+    tokens = batch_size * length
+    layers = list(linear_shapes(model, tokens, last_rows=tokens if training else batch_size))
     weights = [tensor(f"weight of {i}", outputs, inputs) for i, (_, inputs, outputs) in enumerate(layers)]
 
     def run() -> None:
@@ -189,9 +191,9 @@ def training_step(model: PreTrainedModel, input_ids: torch.Tensor, optimizer: to
 class Decoder:
     """Decodes greedily, token after token, after a context of `length` tokens and up to `max_length`."""
 
-    def __init__(self, model: PreTrainedModel, length: int, max_length: int, static: bool):
+    def __init__(self, model: PreTrainedModel, batch_size: int, length: int, max_length: int, static: bool):
         self.model = model
-        self.token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+        self.token = torch.zeros(batch_size, 1, dtype=torch.long, device=model.device)
         self.state: dict[str, object] = {}
         if model.config.model_type in ("mamba2", "rwkv"):
             length = 16  # the state is of constant size, and no position is in it
@@ -206,7 +208,7 @@ class Decoder:
         with torch.inference_mode():
             if model.config.model_type in ("gpt2", "llama"):
                 # What decoding costs does not depend on the keys, and reading a long context would take minutes.
-                fill_with_random_keys(cache, model, length)
+                fill_with_random_keys(cache, model, batch_size, length)
             else:
                 for start in range(0, length, CHUNK_SIZE):
                     self._step(self.token.expand(-1, min(CHUNK_SIZE, length - start)))
@@ -224,11 +226,11 @@ class Decoder:
                 self.token = self._step(self.token)
 
 
-def fill_with_random_keys(cache: Cache, model: PreTrainedModel, length: int) -> None:
+def fill_with_random_keys(cache: Cache, model: PreTrainedModel, batch_size: int, length: int) -> None:
     config = model.config
     heads, width = config.num_attention_heads, config.hidden_size // config.num_attention_heads
     for layer in range(config.num_hidden_layers):
-        keys, values = torch.randn(2, 1, heads, length, width, dtype=model.dtype, device=model.device)
+        keys, values = torch.randn(2, batch_size, heads, length, width, dtype=model.dtype, device=model.device)
         cache.update(keys, values, layer)
 
 
@@ -238,9 +240,9 @@ def prepare_run(arguments: LanguageModelArguments, name: str, length: int) -> Ca
     max_length = length + STEPS * (arguments.repetitions + arguments.warmup) if arguments.work == "decode" else length
     model = build_model(arguments, name.removeprefix(FLOOR), max_length)
     if name.startswith(FLOOR):
-        return matrix_products(model, length, arguments.work == "training")
+        return matrix_products(model, arguments.batch_size, length, arguments.work == "training")
     if arguments.work == "decode":
-        return Decoder(model, length, max_length, static=arguments.compile).run
+        return Decoder(model, arguments.batch_size, length, max_length, static=arguments.compile).run
     input_ids = random_tokens(arguments, length)
     if arguments.work == "prefill":
         return functools.partial(prefill, model, input_ids)
@@ -250,12 +252,15 @@ def prepare_run(arguments: LanguageModelArguments, name: str, length: int) -> Ca
 def main() -> None:
     (arguments,) = HfArgumentParser(LanguageModelArguments).parse_args_into_dataclasses()
     arguments.set_up()
+    if arguments.work == "decode":
+        # cuDNN's attention is planned for every length of the keys anew: 50 ms a token with PyTorch 2.11 on an H200.
+        torch.backends.cuda.enable_cudnn_sdp(False)
 
     rows = benchmark(arguments, arguments.lengths, arguments.models, prepare_run, grows=arguments.work != "decode")
     if arguments.work == "decode":
         rows = [dataclasses.replace(row, seconds=[seconds / STEPS for seconds in row.seconds]) for row in rows]
     title = (
-        f"{TITLES[arguments.work]}; width {arguments.hidden_size}, {arguments.num_hidden_layers} layers, "
+        f"{TITLES[arguments.work]}; {arguments.batch_size} sequence(s), width {arguments.hidden_size}, {arguments.num_hidden_layers} layers, "
         f"{arguments.vocab_size:,} tokens in the vocabulary"
     )
     if arguments.fuse_linear_cross_entropy:
