@@ -31,6 +31,7 @@ from transformers import (
     StaticCache,
 )
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import ModelOutput
 
 from modeling_sumagg import SumAggConfig, ToSTTextConfig
 
@@ -57,6 +58,10 @@ class LanguageModelArguments(BenchmarkArguments):
     lengths: list[int] | None = field(default=None, metadata={"help": "Tokens; by default several for each work."})
     models: list[str] | None = field(default=None, metadata={"help": "The models by name; by default all."})
     batch_size: int = field(default=1, metadata={"help": "Sequences at a time."})
+    prefill_chunk_size: int | None = field(
+        default=None,
+        metadata={"help": "Read a prompt in pieces of so many tokens, as `generate(prefill_chunk_size=...)` does."},
+    )
     hidden_size: int = 768
     num_hidden_layers: int = 4
     num_attention_heads: int = 12
@@ -174,12 +179,23 @@ def matrix_products(model: PreTrainedModel, batch_size: int, length: int, traini
     return run
 
 
-def prefill(model: PreTrainedModel, input_ids: torch.Tensor) -> object:
+def prefill(model: PreTrainedModel, input_ids: torch.Tensor, chunk_size: int | None = None) -> object:
     """Read a sequence into a decode state, as `generate` does."""
     with torch.inference_mode():
-        # Mamba2 and RWKV compute the logits of all tokens, or none.
-        few = {"logits_to_keep": 1} if model.config.model_type not in ("mamba2", "rwkv") else {}
-        return model(input_ids=input_ids, use_cache=True, **few)
+        if model.config.model_type in ("mamba2", "rwkv"):
+            # They compute the logits of all tokens, or none, and read a prompt at once.
+            return model(input_ids=input_ids, use_cache=True)
+        state: dict[str, object] = {}
+        for chunk in input_ids.split(chunk_size or input_ids.shape[1], dim=1):
+            output = model(input_ids=chunk, use_cache=True, logits_to_keep=1, **state)
+            state = decode_state(output)
+        return output
+
+
+def decode_state(output: ModelOutput) -> dict[str, object]:
+    """The decode state that a forward pass returned, under the name that `forward` has for it."""
+    (name,) = {"cache", "past_key_values", "cache_params", "state"} & set(output.keys())
+    return {name: output[name]}
 
 
 def training_step(model: PreTrainedModel, input_ids: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
@@ -214,10 +230,9 @@ class Decoder:
                     self._step(self.token.expand(-1, min(CHUNK_SIZE, length - start)))
 
     def _step(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """The next token; `self.state` holds the decode state under the name that `forward` has for it."""
+        """The next token."""
         output = self.model(input_ids=input_ids, use_cache=True, **self.state)
-        (name,) = {"cache", "past_key_values", "cache_params", "state"} & set(output.keys())
-        self.state = {name: output[name]}
+        self.state = decode_state(output)
         return output.logits[:, -1:].argmax(-1)
 
     def run(self) -> None:
@@ -245,7 +260,7 @@ def prepare_run(arguments: LanguageModelArguments, name: str, length: int) -> Ca
         return Decoder(model, arguments.batch_size, length, max_length, static=arguments.compile).run
     input_ids = random_tokens(arguments, length)
     if arguments.work == "prefill":
-        return functools.partial(prefill, model, input_ids)
+        return functools.partial(prefill, model, input_ids, arguments.prefill_chunk_size)
     return functools.partial(training_step, model, input_ids, torch.optim.AdamW(model.parameters()))
 
 
@@ -263,6 +278,8 @@ def main() -> None:
         f"{TITLES[arguments.work]}; {arguments.batch_size} sequence(s), width {arguments.hidden_size}, {arguments.num_hidden_layers} layers, "
         f"{arguments.vocab_size:,} tokens in the vocabulary"
     )
+    if arguments.prefill_chunk_size is not None:
+        title += f", in pieces of {arguments.prefill_chunk_size:,} tokens"
     if arguments.fuse_linear_cross_entropy:
         title += ", loss of our models fused"
     if arguments.compile:
