@@ -207,7 +207,9 @@ def training_step(model: PreTrainedModel, input_ids: torch.Tensor, optimizer: to
 class Decoder:
     """Decodes greedily, token after token, after a context of `length` tokens and up to `max_length`."""
 
-    def __init__(self, model: PreTrainedModel, batch_size: int, length: int, max_length: int, static: bool):
+    def __init__(
+        self, model: PreTrainedModel, length: int, max_length: int, static: bool = False, batch_size: int = 1
+    ):
         self.model = model
         self.token = torch.zeros(batch_size, 1, dtype=torch.long, device=model.device)
         self.state: dict[str, object] = {}
@@ -257,7 +259,7 @@ def prepare_run(arguments: LanguageModelArguments, name: str, length: int) -> Ca
     if name.startswith(FLOOR):
         return matrix_products(model, arguments.batch_size, length, arguments.work == "training")
     if arguments.work == "decode":
-        return Decoder(model, arguments.batch_size, length, max_length, static=arguments.compile).run
+        return Decoder(model, length, max_length, arguments.compile, arguments.batch_size).run
     input_ids = random_tokens(arguments, length)
     if arguments.work == "prefill":
         return functools.partial(prefill, model, input_ids, arguments.prefill_chunk_size)

@@ -164,23 +164,19 @@ def causal_mean(
         return means.view(x.shape).to(x.dtype), (sums.flatten(1), total)
     documents = find_documents(document_ids, attention_mask, have_states=sums.dim() == 3)
     if sums.dim() == 2 and takes_kernels(x):
-        arguments = x, restarting(decays, documents), weights, sums, total, relu, torch.is_grad_enabled()
-        means, _, _, sums, total = kernel("decayed_mean")(*arguments)
-        return means, (sums, total)
-    terms = _masked_terms(x, attention_mask)
-    means, sums, total = mean_of_sums(terms, decays, weights, sums, total, documents, relu, weight is not None)
-    return means.to(x.dtype), (sums, total)
+        states = sums, total, relu, torch.is_grad_enabled()
+        means, _, _, *state = kernel("decayed_mean")(x, restarting(decays, documents), weights, *states)
+    else:
+        means, *state = mean_of_sums(_masked_terms(x, attention_mask), decays, weights, sums, total, documents, relu)
+    return means.to(x.dtype), tuple(state)
 
 
-def mean_of_sums(terms, decays, weights, sums, total, documents=None, relu=False, is_weighted=True):
-    """[`causal_mean`] by two sums: of the weights, and of the terms, each times its weight unless all of these are 1."""
-    batch_size, length, heads = terms.shape[0], *weights.shape[1:]
-    totals, total = _causal_sum(weights.expand(batch_size, length, heads), decays, total, None, documents, False, None)
-    if is_weighted:
-        terms = (terms.relu() if relu else terms).unflatten(2, (heads, terms.shape[2] // heads))
-        terms, relu = (terms * weights[..., None]).flatten(2), False
-    means, sums = _causal_sum(terms, decays, sums, None, documents, relu, _reciprocal(totals))
-    return means, sums, total
+def mean_of_sums(terms, decays, weights, sums, total, documents=None, relu=False):
+    """[`causal_mean`] by two sums, of the weights and of the terms times their weights."""
+    heads = weights.shape[2], terms.shape[2] // weights.shape[2]
+    totals, total = _causal_sum(weights.expand(terms.shape[0], -1, -1), decays, total, None, documents, False, None)
+    terms = ((terms.relu() if relu else terms).unflatten(2, heads) * weights[..., None]).flatten(2)
+    return *_causal_sum(terms, decays, sums, None, documents, False, _reciprocal(totals)), total
 
 
 def bidirectional_sum(

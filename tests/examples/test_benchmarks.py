@@ -221,6 +221,19 @@ def test_decoding_is_greedy(name, static):
     assert decoder.token.item() == expected[0, -1].item()
 
 
+@pytest.mark.parametrize("name", ["SumAgg", "SumAgg, full attention last", "GPT-2"])
+def test_a_prompt_in_pieces_is_the_prompt_at_once(name):
+    import language_models
+
+    arguments = language_models.LanguageModelArguments(
+        "out", "cpu", work="prefill", hidden_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=96
+    )
+    model = language_models.build_model(arguments, name, 16)
+    input_ids = torch.randint(96, (2, 13))
+    expected = language_models.prefill(model, input_ids)
+    torch.testing.assert_close(language_models.prefill(model, input_ids, 5).logits, expected.logits)
+
+
 @pytest.mark.parametrize("work", ["prefill", "decode", "training"])
 def test_language_models(run_benchmark, work):
     import language_models
@@ -233,6 +246,8 @@ def test_language_models(run_benchmark, work):
         "--lengths",
         "8",
         "16",
+        "--batch_size",
+        "2",
         "--models",
         "SumAgg",
         "GPT-2",
