@@ -228,10 +228,10 @@ def _decayed_mean_vjp(ctx, grad_y, _grad_rest, _grad_totals, grad_sums, grad_tot
     *leaves, y, rest, totals = ctx.saved_tensors
     if torch.is_grad_enabled():  # A gradient that has gradients in turn is that of the two sums.
         leaves = [leaf if leaf.requires_grad else leaf.detach().requires_grad_() for leaf in leaves]
-        x, _, weight = leaves[:3]
+        x, log_decay, weight, sums, total = leaves
         # What has no weight is masked, and may be anything.
         x = x.unflatten(2, (weight.shape[2], -1)).masked_fill((weight == 0).unsqueeze(-1), 0).flatten(2)
-        means, *states = mean_of_sums(x.to(weight.dtype), *leaves[1:], None, ctx.relu)
+        means, *states = mean_of_sums(x.to(weight.dtype), log_decay, weight, sums, total, None, ctx.relu)
         outputs = means.to(grad_y.dtype), *states
         return *torch.autograd.grad(outputs, leaves, (grad_y, grad_sums, grad_total), create_graph=True), None, None
     return *decayed_mean_backward(grad_y, grad_sums, grad_total, *leaves, y, rest, totals, ctx.relu), None, None
