@@ -276,8 +276,9 @@ def main() -> None:
     rows = benchmark(arguments, arguments.lengths, arguments.models, prepare_run, grows=arguments.work != "decode")
     if arguments.work == "decode":
         rows = [dataclasses.replace(row, seconds=[seconds / STEPS for seconds in row.seconds]) for row in rows]
+    sequences = "one sequence" if arguments.batch_size == 1 else f"{arguments.batch_size} sequences"
     title = (
-        f"{TITLES[arguments.work]}; {arguments.batch_size} sequence(s), width {arguments.hidden_size}, {arguments.num_hidden_layers} layers, "
+        f"{TITLES[arguments.work]}; {sequences}, width {arguments.hidden_size}, {arguments.num_hidden_layers} layers, "
         f"{arguments.vocab_size:,} tokens in the vocabulary"
     )
     if arguments.prefill_chunk_size is not None:
