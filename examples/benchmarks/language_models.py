@@ -278,8 +278,8 @@ def main() -> None:
         rows = [dataclasses.replace(row, seconds=[seconds / STEPS for seconds in row.seconds]) for row in rows]
     sequences = "one sequence" if arguments.batch_size == 1 else f"{arguments.batch_size} sequences"
     title = (
-        f"{TITLES[arguments.work]}; {sequences}, width {arguments.hidden_size}, {arguments.num_hidden_layers} layers, "
-        f"{arguments.vocab_size:,} tokens in the vocabulary"
+        f"{TITLES[arguments.work]}; {sequences}, width {arguments.hidden_size}, "
+        f"{arguments.num_hidden_layers} layers, {arguments.vocab_size:,} tokens in the vocabulary"
     )
     if arguments.prefill_chunk_size is not None:
         title += f", in pieces of {arguments.prefill_chunk_size:,} tokens"
