@@ -60,7 +60,7 @@ class LanguageModelArguments(BenchmarkArguments):
     batch_size: int = field(default=1, metadata={"help": "Sequences at a time."})
     prefill_chunk_size: int | None = field(
         default=None,
-        metadata={"help": "Read a prompt in pieces of so many tokens, as `generate(prefill_chunk_size=...)` does."},
+        metadata={"help": "Read a prompt in pieces of so many tokens, as `generate` does; Mamba2 and RWKV cannot."},
     )
     hidden_size: int = 768
     num_hidden_layers: int = 4
@@ -78,6 +78,11 @@ class LanguageModelArguments(BenchmarkArguments):
         self.lengths = self.lengths or LENGTHS[self.work]
         if min(self.lengths) < 2:
             raise ValueError(f"`lengths` must be at least 2, got {self.lengths}.")
+        if self.batch_size < 1 or (self.prefill_chunk_size or 1) < 1:
+            raise ValueError(
+                f"`batch_size` and `prefill_chunk_size` must be at least 1, got {self.batch_size} and "
+                f"{self.prefill_chunk_size}."
+            )
         known = list(configurations(self, 2))
         known += [FLOOR + name for name in known if name in FLOORS] if self.work != "decode" else []
         unknown = set(self.models or ()) - set(known)

@@ -178,16 +178,16 @@ def decayed_mean(
     sums: torch.Tensor,
     total: torch.Tensor,
     relu: bool,
-    for_gradients: bool,
+    keep_rest: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The Triton kernel of `causal_mean`, which documents arguments and results."""
-    return triton_function("decayed_mean")(x, log_decay, weight, sums, total, relu=relu, for_gradients=for_gradients)
+    return triton_function("decayed_mean")(x, log_decay, weight, sums, total, relu=relu, keep_rest=keep_rest)
 
 
 @decayed_mean.register_fake
-def _decayed_mean_fake(x, log_decay, weight, sums, total, relu, for_gradients):
+def _decayed_mean_fake(x, log_decay, weight, sums, total, relu, keep_rest):
     y, sums, total = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, sums, total))
-    rest = torch.empty_like(y) if for_gradients and y.element_size() == 2 else y.new_empty(0)
+    rest = torch.empty_like(y) if keep_rest else y.new_empty(0)
     return y, rest, log_decay.new_empty(*x.shape[:2], log_decay.shape[2]), sums, total
 
 

@@ -164,7 +164,7 @@ def causal_mean(
         return means.view(x.shape).to(x.dtype), (sums.flatten(1), total)
     documents = find_documents(document_ids, attention_mask, have_states=sums.dim() == 3)
     if sums.dim() == 2 and takes_kernels(x):
-        states = sums, total, relu, torch.is_grad_enabled()
+        states = sums, total, relu, torch.is_grad_enabled() and x.element_size() == 2
         means, _, _, *state = kernel("decayed_mean")(x, restarting(decays, documents), weights, *states)
     else:
         means, *state = mean_of_sums(_masked_terms(x, attention_mask), decays, weights, sums, total, documents, relu)

@@ -354,7 +354,7 @@ def decayed_mean(
     total: torch.Tensor,
     *,
     relu: bool = False,
-    for_gradients: bool = False,
+    keep_rest: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """
     The means of [`causal_mean`].
@@ -364,17 +364,17 @@ def decayed_mean(
         log_decay, weight (`torch.Tensor` of shape `[B or 1, T, K]`, float32 or float64): `log a`, `-inf` for none left; v.
         sums, total (`torch.Tensor` of shape `[B, D]` and `[B, K]`, of one dtype): s and n before the first token.
         relu (`bool`): take `max(x, 0)` for `x`.
-        for_gradients (`bool`): keep for [`decayed_mean_gradients`] what rounding takes from the means.
+        keep_rest (`bool`): keep for [`decayed_mean_gradients`] what rounding takes from means of 16 bits.
 
     Returns:
         `tuple` of five tensors: the means in the dtype of `x`; what rounding took from them, likewise, empty unless
-        `for_gradients` of a dtype of 16 bits; `n` `[B, T, K]` in the dtype of `log_decay`; and the last `s` and `n` in that
+        `keep_rest`; `n` `[B, T, K]` in the dtype of `log_decay`; and the last `s` and `n` in that
         of `sums`.
     """
     x, log_decay, weight = channels_last(x), channels_last(log_decay), channels_last(weight)
     walk = _Walk(x, log_decay, sums, total, reverse=False)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    rest = torch.empty_like(y) if has_rest(y, for_gradients) else y.new_empty(0)
+    rest = torch.empty_like(y) if keep_rest else y.new_empty(0)
     totals = log_decay.new_empty(*x.shape[:2], walk.heads)
 
     def launch(sums, total, store):
@@ -406,11 +406,6 @@ def decayed_mean(
         )
 
     return y, rest, totals, *walk.run(launch)
-
-
-def has_rest(y: torch.Tensor, for_gradients: bool) -> bool:
-    """Whether what rounding takes from the means `y` is kept."""
-    return for_gradients and y.element_size() == 2
 
 
 @on_its_device
