@@ -30,9 +30,16 @@ from transformers import (
     set_seed,
 )
 
-from modeling_sumagg.plots import plot_training
-from modeling_sumagg.scripts import DecayTrainer, ModelArguments, add_adapters, load_config, load_model, user_errors
-from modeling_sumagg.spoken_data import spoken_digits
+from modeling_sumagg.training.plots import plot_training
+from modeling_sumagg.training.scripts import (
+    DecayTrainer,
+    ModelArguments,
+    add_adapters,
+    load_config,
+    load_model,
+    user_errors,
+)
+from modeling_sumagg.training.spoken_data import spoken_digits
 
 
 # A digit has 18 frames: a token for every second one.

@@ -34,10 +34,10 @@ from transformers import (
 )
 
 from modeling_sumagg import SumAggConfig
-from modeling_sumagg.embedded_data import standard_library_sources
 from modeling_sumagg.hub import decode_state_size, save_model_card
-from modeling_sumagg.plots import plot_training
 from modeling_sumagg.training import decay_parameter_names
+from modeling_sumagg.training.embedded_data import standard_library_sources
+from modeling_sumagg.training.plots import plot_training
 
 
 @dataclass

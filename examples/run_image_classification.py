@@ -38,10 +38,10 @@ from transformers import (
 # The top-level name is missing from transformers 5.17 where torchvision is.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-from modeling_sumagg.embedded_data import handwritten_digits
 from modeling_sumagg.modeling_tost import tost_image_processor
-from modeling_sumagg.plots import plot_training
-from modeling_sumagg.scripts import (
+from modeling_sumagg.training.embedded_data import handwritten_digits
+from modeling_sumagg.training.plots import plot_training
+from modeling_sumagg.training.scripts import (
     DecayTrainer,
     LabelledDataArguments,
     ModelArguments,

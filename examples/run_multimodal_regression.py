@@ -40,10 +40,11 @@ from transformers import (
 )
 
 from modeling_sumagg import DataCollatorForMultimodalRegression
-from modeling_sumagg.baselines import ConcatenationRegression
-from modeling_sumagg.embedded_data import SIGNATURE_COLUMNS, standard_library_functions
-from modeling_sumagg.plots import plot_predictions, plot_training
-from modeling_sumagg.scripts import (
+from modeling_sumagg.training import feature_statistics
+from modeling_sumagg.training.baselines import ConcatenationRegression
+from modeling_sumagg.training.embedded_data import SIGNATURE_COLUMNS, standard_library_functions
+from modeling_sumagg.training.plots import plot_predictions, plot_training
+from modeling_sumagg.training.scripts import (
     DecayTrainer,
     LabelledDataArguments,
     TextModelArguments,
@@ -56,7 +57,6 @@ from modeling_sumagg.scripts import (
     save_checked,
     user_errors,
 )
-from modeling_sumagg.training import feature_statistics
 
 
 # The published form at half the width, which is enough for a few thousand rows.

@@ -46,9 +46,9 @@ from transformers import (
 )
 
 from modeling_sumagg import DataCollatorForCTC
-from modeling_sumagg.audio import read_audio
-from modeling_sumagg.plots import plot_alignment, plot_training
-from modeling_sumagg.scripts import (
+from modeling_sumagg.streams.audio import read_audio
+from modeling_sumagg.training.plots import plot_alignment, plot_training
+from modeling_sumagg.training.scripts import (
     DataArguments,
     DecayTrainer,
     ModelArguments,
@@ -59,7 +59,7 @@ from modeling_sumagg.scripts import (
     save_checked,
     user_errors,
 )
-from modeling_sumagg.spoken_data import spoken_sentences
+from modeling_sumagg.training.spoken_data import spoken_sentences
 
 
 SMALL_RECOGNISER = {

@@ -38,10 +38,10 @@ from transformers import (
     set_seed,
 )
 
-from modeling_sumagg.embedded_data import standard_library_packages
 from modeling_sumagg.families import FAMILIES
-from modeling_sumagg.plots import plot_training
-from modeling_sumagg.scripts import (
+from modeling_sumagg.training.embedded_data import standard_library_packages
+from modeling_sumagg.training.plots import plot_training
+from modeling_sumagg.training.scripts import (
     DecayTrainer,
     LabelledDataArguments,
     TextModelArguments,

@@ -18,7 +18,7 @@ from transformers import HfArgumentParser
 from trl import SFTConfig, SFTTrainer
 
 import modeling_sumagg  # noqa: F401  (registers the models)
-from modeling_sumagg.embedded_data import standard_library_functions
+from modeling_sumagg.training.embedded_data import standard_library_functions
 
 
 def to_prompt(row: dict) -> dict[str, str]:

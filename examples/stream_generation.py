@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import modeling_sumagg  # noqa: F401  (registers the models)
-from modeling_sumagg.text_stream import TextStream
+from modeling_sumagg.streams.text_stream import TextStream
 
 
 READ_BYTES = 1 << 16

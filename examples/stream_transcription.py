@@ -41,7 +41,7 @@ from transformers import (
 )
 
 import modeling_sumagg  # noqa: F401  (registers the models)
-from modeling_sumagg.speech_stream import SpeechStream
+from modeling_sumagg.streams.speech_stream import SpeechStream
 
 
 def read_file(path: Path, chunk_ms: int, first: int) -> tuple[int, Iterator[np.ndarray]]:

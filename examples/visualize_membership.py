@@ -42,10 +42,10 @@ from transformers import (
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from modeling_sumagg import ToSTConfig, ToSTForImageClassification
-from modeling_sumagg.embedded_data import photo_crops, sample_photos
 from modeling_sumagg.hub import save_model_card
 from modeling_sumagg.modeling_tost import tost_image_processor
 from modeling_sumagg.training import decay_parameter_names
+from modeling_sumagg.training.embedded_data import photo_crops, sample_photos
 
 
 class DecayTrainer(Trainer):

@@ -1,7 +1,7 @@
 """Linear-time sequence aggregators as native transformers models; importing registers them with the Auto classes."""
 
+from . import moved_modules  # noqa: F401
 from .configuration import SumAggConfig, SumAggMultimodalConfig, SumAggSpeechConfig, ToSTConfig, ToSTTextConfig
-from .data_collator import DataCollatorForCTC, DataCollatorForMultimodalRegression
 from .families import FAMILIES, Family
 from .modeling_sumagg import (
     SumAggForCausalLM,
@@ -20,6 +20,7 @@ from .modeling_tost_text import (
     ToSTTextModel,
 )
 from .publishing.remote_code import register_family
+from .training.data_collator import DataCollatorForCTC, DataCollatorForMultimodalRegression
 
 
 __version__ = "0.2.0"

@@ -10,7 +10,7 @@ from transformers import Speech2TextFeatureExtractor
 soundfile = pytest.importorskip("soundfile")
 pytest.importorskip("soxr")
 
-from modeling_sumagg.audio import FeatureStream, check_samples, read_audio  # noqa: E402
+from modeling_sumagg.streams.audio import FeatureStream, check_samples, read_audio  # noqa: E402
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCTC, DynamicCache, Trainer, Tra
 
 from modeling_sumagg import SumAggForAudioClassification, SumAggForCausalLM, SumAggForCTC, SumAggSpeechModel
 from modeling_sumagg.configuration import preset_path
-from modeling_sumagg.publishing.saved_states import cache_from_tensors, cache_to_tensors
+from modeling_sumagg.streams.saved_states import cache_from_tensors, cache_to_tensors
 
 
 STATISTICS = {"feature_mean": [3.0, -1.0, 0.5, 2.0, 9.0], "feature_std": [2.0, 0.5, 1.0, 3.0, 4.0]}

@@ -13,8 +13,8 @@ for requirement in ("datasets", "espeakng_loader", "soundfile", "soxr"):
     pytest.importorskip(requirement)
 
 from modeling_sumagg import spoken_data  # noqa: E402
-from modeling_sumagg.audio import read_audio  # noqa: E402
-from modeling_sumagg.spoken_data import (  # noqa: E402
+from modeling_sumagg.streams.audio import read_audio  # noqa: E402
+from modeling_sumagg.training.spoken_data import (  # noqa: E402
     HELD_OUT_VOICES,
     TRAINED_VOICES,
     Delivery,

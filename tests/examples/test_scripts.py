@@ -13,9 +13,10 @@ from matplotlib.figure import Figure
 from running import EXAMPLES
 from transformers import BertConfig, GPT2Config, Mamba2Config
 
-from modeling_sumagg import SumAggConfig, ToSTTextConfig, plots
-from modeling_sumagg.embedded_data import standard_library_packages, standard_library_sources
-from modeling_sumagg.scripts import (
+from modeling_sumagg import SumAggConfig, ToSTTextConfig
+from modeling_sumagg.training import plots
+from modeling_sumagg.training.embedded_data import standard_library_packages, standard_library_sources
+from modeling_sumagg.training.scripts import (
     DataArguments,
     LabelledDataArguments,
     ModelArguments,
@@ -237,9 +238,9 @@ def test_what_the_extra_installs_is_named_where_it_is_missing(monkeypatch, modul
     for name in [name for name in sys.modules if name.split(".")[0] == missing]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, missing, None)
-    monkeypatch.delitem(sys.modules, f"modeling_sumagg.{module}")
+    monkeypatch.delitem(sys.modules, f"modeling_sumagg.training.{module}")
     with pytest.raises(ImportError, match=rf"need {missing}.*: run `pip install 'modeling-sumagg\[examples\]'`"):
-        importlib.import_module(f"modeling_sumagg.{module}")
+        importlib.import_module(f"modeling_sumagg.training.{module}")
 
 
 def test_the_picture_of_a_run(tmp_path, monkeypatch):

@@ -29,8 +29,8 @@ for requirement in ("espeakng_loader", "jiwer", "soundfile", "soxr"):
 import soundfile  # noqa: E402
 
 from modeling_sumagg import spoken_data  # noqa: E402
-from modeling_sumagg.audio import read_audio  # noqa: E402
-from modeling_sumagg.spoken_data import Delivery, speak  # noqa: E402
+from modeling_sumagg.streams.audio import read_audio  # noqa: E402
+from modeling_sumagg.training.spoken_data import Delivery, speak  # noqa: E402
 
 
 TEXTS = [

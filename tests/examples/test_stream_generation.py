@@ -17,8 +17,9 @@ from running import EXAMPLES
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedTokenizerFast, set_seed
 
-from modeling_sumagg import SumAggConfig, SumAggForCausalLM, ToSTTextConfig, text_stream
-from modeling_sumagg.publishing.saved_states import cache_to_tensors
+from modeling_sumagg import SumAggConfig, SumAggForCausalLM, ToSTTextConfig
+from modeling_sumagg.streams import text_stream
+from modeling_sumagg.streams.saved_states import cache_to_tensors
 
 
 SCRIPT = EXAMPLES / "stream_generation.py"

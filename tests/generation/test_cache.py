@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Cache, DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 
-from modeling_sumagg.publishing.saved_states import cache_from_tensors, cache_to_tensors
+from modeling_sumagg.streams.saved_states import cache_from_tensors, cache_to_tensors
 
 from .kinds import KINDS, MAIN_KINDS, logits_alone, tiny_model
 

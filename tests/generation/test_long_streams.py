@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache
 
-from modeling_sumagg.publishing.saved_states import cache_to_tensors
+from modeling_sumagg.streams.saved_states import cache_to_tensors
 
 from .kinds import SLIDING_WINDOW, VOCAB_SIZE, logits_alone, tiny_model
 

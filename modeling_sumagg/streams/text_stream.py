@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from .publishing.saved_states import read_stream, write_stream
+from .saved_states import read_stream, write_stream
 
 
 # Tokens enter the state in blocks that are counted from the beginning of the stream, so that every rounding, and with

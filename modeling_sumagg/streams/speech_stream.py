@@ -10,7 +10,7 @@ import torch
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from .audio import FeatureStream
-from .publishing.saved_states import cache_to_tensors, read_stream, write_stream
+from .saved_states import cache_to_tensors, read_stream, write_stream
 
 
 def check_constant_state(config: PreTrainedConfig) -> None:

@@ -31,10 +31,10 @@ from transformers import (
 from transformers.integrations import unset_hf_deepspeed_config
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
-from .configuration import TextConfig, preset_path
-from .families import FAMILIES
-from .publishing.cards import save_model_card
-from .training import decay_parameter_names
+from ..configuration import TextConfig, preset_path
+from ..families import FAMILIES
+from ..publishing.cards import save_model_card
+from .defaults import decay_parameter_names
 
 
 try:

@@ -1,0 +1,1 @@
+"""Endless text and sound, and saved states."""
