@@ -5,6 +5,8 @@ import os
 from .causal_convolution import causal_convolution
 from .documents import document_runs
 from .kernel_operators import set_kernels
+from .keyed_sum.keyed_sum import causal_keyed_sum
+from .keyed_sum.keyed_sum_reference import causal_keyed_sum_reference
 from .sliding_attention import sliding_window_attention
 from .stacked_frames import stack_frames
 from .summation import bidirectional_mean, bidirectional_sum, causal_mean, causal_sum
@@ -25,6 +27,8 @@ __all__ = [
     "bidirectional_mean",
     "bidirectional_sum",
     "causal_convolution",
+    "causal_keyed_sum",
+    "causal_keyed_sum_reference",
     "causal_mean",
     "causal_sum",
     "causal_sum_reference",

@@ -255,7 +255,7 @@ def _loop_within_chunks(sums, terms, decay, restarts, chunk, relu=False):
 def _sum_chunks(x, initial):
     """The running sum `[B, T, D]` by products with a lower triangle of ones, as a compiler likes it."""
     triangle = torch.ones(SUM_CHUNK, SUM_CHUNK, dtype=x.dtype, device=x.device).tril()
-    y = triangle @ _to_chunks(x, SUM_CHUNK)
+    y = triangle @ to_chunks(x, SUM_CHUNK)
     carries = torch.cat([initial[:, None], y[:, :, -1].to(initial.dtype)], 1).cumsum(1)
     y = y + carries[:, :-1, None].to(y.dtype)
     return y.flatten(1, 2)[:, : x.shape[1]], carries[:, -1].clone()
@@ -269,21 +269,21 @@ def _scan_chunks(x, log_decay, initial, sizes):
     length = x.shape[1]
     if not sizes:
         x, log_decay = x.to(initial.dtype), log_decay.to(initial.dtype)
-        y = _weights(log_decay) @ x.transpose(1, 2)
+        y = decay_weights(log_decay) @ x.transpose(1, 2)
         reach = log_decay.cumsum(1).exp().transpose(1, 2).unsqueeze(-1)
         y = (y + reach * initial.unsqueeze(2)).transpose(1, 2)
         return y, y[:, -1].clone()
-    x, log_decay = (_to_chunks(tensor, sizes[0]) for tensor in (x, log_decay))
-    y = (_weights(log_decay) @ x.transpose(2, 3)).transpose(2, 3)
+    x, log_decay = (to_chunks(tensor, sizes[0]) for tensor in (x, log_decay))
+    y = (decay_weights(log_decay) @ x.transpose(2, 3)).transpose(2, 3)
     reach = log_decay.cumsum(2)
     # Of the last, shorter chunk too: its end is filled with nothing that does not decay.
     ends, final = _scan_chunks(y[:, :, -1], reach[:, :, -1], initial, sizes[1:])
     before = torch.cat([initial.unsqueeze(1), ends], 1)[:, :-1].to(y.dtype)
     y = y + reach.exp().unsqueeze(-1) * before.unsqueeze(2)
-    return _first(y.flatten(1, 2), length), final
+    return first_tokens(y.flatten(1, 2), length), final
 
 
-def _weights(log_decay):
+def decay_weights(log_decay):
     """The decay `[..., K, C, C]` from each token to those after it, of `log_decay` `[..., C, K]`."""
     log_decay = log_decay.transpose(-1, -2)
     length = log_decay.shape[-1]
@@ -293,16 +293,16 @@ def _weights(log_decay):
     return torch.where(ordered, between.exp(), 0)
 
 
-def _to_chunks(x, size):
+def to_chunks(x, size):
     """`[B, T, ...]` as `[B, n, size, ...]`, at least two chunks, the end filled with zeros."""
     # Written so that a compiler meets one quotient, as remainders make its symbolic shapes several times slower; and
     # never 1, of which it would make a case of its own.
     num_chunks = (x.shape[1] + 2 * size - 1) // size
     # By a constant, as ONNX keeps the padding that it saw.
     x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, 2 * size - 1))
-    return _first(x, num_chunks * size).reshape(x.shape[0], num_chunks, size, *x.shape[2:])
+    return first_tokens(x, num_chunks * size).reshape(x.shape[0], num_chunks, size, *x.shape[2:])
 
 
-def _first(x, length):
+def first_tokens(x, length):
     # Not a slice, for which the exporter cannot prove that the end is there to be cut off.
     return x.index_select(1, torch.arange(length, device=x.device))

@@ -1,13 +1,18 @@
 """The keyed sum by PyTorch's operations: chunks of matrix products, and one decode step."""
 
+from collections.abc import Iterator
+from typing import NamedTuple
+
 import torch
-from torch.autograd.function import once_differentiable
+import torch.nn.functional as F
 
 from ..kernels.kernel_dispatch import is_recorded, is_transformed
+from ..scan import decay_weights, first_tokens, to_chunks
 
 
 CHUNK = 32  # tokens whose scores are one matrix
-BLOCK = 32 * CHUNK  # tokens that are worked on at once; bounds memory
+BLOCK = 32 * CHUNK  # tokens that are in memory as chunks at once
+RECORDED_CHUNK = 64  # in a graph, whose matrix over the chunks grows with the square of their number
 
 
 def keyed_sum_step(values, keys, queries, log_decay, state):
@@ -22,8 +27,13 @@ def keyed_sum_step(values, keys, queries, log_decay, state):
     """
     heads = values.shape[1] // keys.shape[1]
     keys, queries = (t.repeat_interleave(heads, 1) if heads > 1 else t for t in (keys, queries))
-    state = torch.addcmul(state * log_decay.exp()[..., None, None], keys.unsqueeze(3), values.unsqueeze(2))
+    state = _advanced(state, keys.unsqueeze(3) * values.unsqueeze(2), log_decay.expm1())
     return (queries.unsqueeze(2) @ state).squeeze(2), state
+
+
+def _advanced(state: torch.Tensor, increment: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
+    """`a S + increment`, of `loss` `a - 1`: in float32 a decay of 1 - 1e-6 is exact to one digit, its loss to seven."""
+    return state + torch.addcmul(increment, loss[..., None, None], state)
 
 
 def keyed_sum_chunks(values, keys, queries, log_decay, state, starts=None):
@@ -40,23 +50,39 @@ def keyed_sum_chunks(values, keys, queries, log_decay, state, starts=None):
         `tuple`: the outputs `[B, T, K, P]` and the state after the last token.
     """
     arguments = values, keys, queries, log_decay, state, starts
-    if torch.is_grad_enabled() and not is_recorded() and not is_transformed():
+    if is_recorded():
+        return _recorded(*arguments)
+    if torch.is_grad_enabled() and not is_transformed():
         return _KeyedSum.apply(*arguments)
     return _forward(*arguments)[:2]
 
 
 def _forward(values, keys, queries, log_decay, state, starts):
     """The outputs, the last state, and the state before each block."""
-    outputs, states = [], []
-    parts = _blocks(values, keys, queries, log_decay, starts)
-    for block in parts:
-        states.append(state)
-        v, k, q, decay = _chunks(*block, heads=log_decay.shape[2])
-        inner = _chunk_states(_increments(v, k, decay), decay.through, state)
-        y = ((q @ k.mT) * decay.within) @ v + decay.into[..., None] * (q @ inner[:, :, :, :-1])
-        state = inner[:, :, :, -1].flatten(1, 2)
-        outputs.append(_tokens(y, block[0].shape[1]))
-    return torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0], state, states
+    outputs, before = [], []
+    for block in _blocks(values, keys, queries, log_decay, starts):
+        before.append(state)
+        v, k, q, decay = _chunks(*block, chunk=min(CHUNK, block[0].shape[1]))
+        states = _walk(_increments(v, k, decay), decay.log_through, state)
+        outputs.append(_tokens(_read(v, k, q, decay, states[:, :, :, :-1]), block[0].shape[1]))
+        state = states[:, :, :, -1].flatten(1, 2)
+    return torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0], state, before
+
+
+def _recorded(values, keys, queries, log_decay, state, starts):
+    """[`_forward`] as one graph for every length: its chunks are joined by one matrix product instead of a loop."""
+    v, k, q, decay = _chunks(values, keys, queries, log_decay, starts, chunk=RECORDED_CHUNK)
+    increments = _increments(v, k, decay).flatten(-2)
+    state = state.reshape(increments[:, :, :, 0].shape)
+    # 1. The states after each chunk: of the terms of the chunks before it, and of the state before all of them.
+    weights = decay_weights(decay.log_through.movedim(3, -1).transpose(-1, -2))
+    reach = decay.log_through.cumsum(3).exp()[..., None]
+    states = weights @ increments + reach * state.unsqueeze(3)
+    # 2. The states before each chunk.
+    states = torch.cat([state.unsqueeze(3), states], 3)
+    before = states[:, :, :, :-1].reshape(*states.shape[:3], -1, keys.shape[3], values.shape[3])
+    last = states[:, :, :, -1].reshape(values.shape[0], values.shape[2], keys.shape[3], values.shape[3])
+    return _tokens(_read(v, k, q, decay, before), values.shape[1]), last
 
 
 class _KeyedSum(torch.autograd.Function):
@@ -86,13 +112,13 @@ def _vjp(grad_y, grad_state, values, keys, queries, log_decay, state, starts, st
     grad_blocks = grad_y.split(BLOCK, 1)
     for block, grad_block, before in zip(reversed(blocks), reversed(grad_blocks), reversed(states), strict=True):
         length = block[0].shape[1]
-        v, k, q, decay = _chunks(*block, heads=log_decay.shape[2])
+        v, k, q, decay = _chunks(*block, chunk=min(CHUNK, length))
         dy = _split(grad_block, v.shape[4], v.shape[1])
-        inner = _chunk_states(_increments(v, k, decay), decay.through, before)
-        # 1. The gradients of the states, from the last chunk to the first.
+        # 1. The states before each chunk, and the gradients of those after it, from the last chunk to the first.
+        states = _walk(_increments(v, k, decay), decay.log_through, before)[:, :, :, :-1]
         reads = (decay.into[..., None] * q).mT @ dy
-        after = _chunk_states(reads.flip(3), decay.through.flip(3), grad_state).flip(3)
-        grad_after, grad_state = after[:, :, :, 1:], after[:, :, :, 0].flatten(1, 2)
+        grad_states = _walk(reads.flip(3), decay.log_through.flip(3), grad_state).flip(3)
+        grad_after, grad_state = grad_states[:, :, :, 1:], grad_states[:, :, :, 0].flatten(1, 2)
         # 2. Within a chunk.
         scores = q @ k.mT
         grad_weighted = (dy @ v.mT) * decay.within
@@ -101,14 +127,14 @@ def _vjp(grad_y, grad_state, values, keys, queries, log_decay, state, starts, st
         grad_v = weighted.mT @ dy
         grad_q, grad_k = grad_weighted @ k, grad_weighted.mT @ q
         # 3. What comes from earlier chunks and what goes to later ones.
-        from_state = decay.into[..., None] * (dy @ inner[:, :, :, :-1].mT)
+        from_state = decay.into[..., None] * (dy @ states.mT)
         to_state = decay.out[..., None] * (v @ grad_after.mT)
         grad_v = grad_v + decay.out[..., None] * (k @ grad_after)
         grad_q, grad_k = grad_q + from_state, grad_k + to_state
         # 4. The decays, which act on the score of each pair and on the states.
         arrivals, departures = (q * from_state).sum(-1), (k * to_state).sum(-1)
         grad_log = changes.sum(-1) - changes.sum(-2) + arrivals - departures
-        whole = departures.sum(-1) + decay.through * (grad_after * inner[:, :, :, :-1]).sum((-1, -2))
+        whole = departures.sum(-1) + decay.log_through.exp() * (grad_after * states).sum((-1, -2))
         grad_log = grad_log.flip(-1).cumsum(-1).flip(-1) + whole[..., None]
         if decay.starts is not None:
             grad_log = grad_log.masked_fill(decay.starts, 0)
@@ -119,73 +145,87 @@ def _vjp(grad_y, grad_state, values, keys, queries, log_decay, state, starts, st
     return grad_v, grad_k, grad_q, grad_log[..., 0], grad_state
 
 
-def _blocks(values, keys, queries, log_decay, starts):
-    starts = [None] * -(-values.shape[1] // BLOCK) if starts is None else starts.split(BLOCK, 1)
-    return zip(*(t.split(BLOCK, 1) for t in (values, keys, queries, log_decay)), starts, strict=True)
-
-
-class _Decay:
+class _Decay(NamedTuple):
     """
-    What is left of each term, of dtype float32 or float64; K = G · R heads, n chunks of C tokens.
+    What is left of each term; n chunks of C tokens, K = G · R heads.
 
     Attributes:
         within (`[B, G, R, n, C, C]`): of the term of token j at token i of its chunk; 0 for j > i.
         into (`[B, G, R, n, C]`): of the state before the chunk at each token.
-        out (`[B, G, R, n, C]`): of each token's term after the chunk.
-        through (`[B, G, R, n]`): of the state before the chunk after it.
+        out (`[B, G, R, n, C]`): of the term of each token after the chunk.
+        log_through (`[B, G, R, n]`): of the state before the chunk after it, the logarithm.
         starts (`[B, 1, 1, n, C]`, bool, or `None`): where a document begins.
     """
 
-    def __init__(self, log_decay, starts):
-        dtype = log_decay.dtype
-        if starts is not None:
-            log_decay = log_decay.masked_fill(starts, 0)
-        # The difference of two long sums is a short sum only in float64.
-        total = log_decay.double().cumsum(-1)
-        length = total.shape[-1]
-        future = torch.ones(length, length, dtype=torch.bool, device=total.device).triu(1)
-        apart = total[..., :, None] - total[..., None, :]
-        into, out = total, total[..., -1:] - total
-        if starts is not None:
-            ids = starts.cumsum(-1)
-            future = future | (ids[..., :, None] != ids[..., None, :])
-            into, out = into.masked_fill(ids > 0, -torch.inf), out.masked_fill(ids != ids[..., -1:], -torch.inf)
-        self.within = apart.to(dtype).masked_fill(future, -torch.inf).exp()
-        self.into, self.out = into.to(dtype).exp(), out.to(dtype).exp()
-        self.through = self.into[..., -1]
-        self.starts = starts
+    within: torch.Tensor
+    into: torch.Tensor
+    out: torch.Tensor
+    log_through: torch.Tensor
+    starts: torch.Tensor | None
 
 
-def _chunks(values, keys, queries, log_decay, starts, heads):
-    length, groups = values.shape[1], keys.shape[2]
-    chunk = min(CHUNK, length)
+def _decay(log_decay: torch.Tensor, starts: torch.Tensor | None) -> _Decay:
+    """Of `log_decay` `[B, G, R, n, C]`, in its dtype."""
+    if starts is not None:
+        log_decay = log_decay.masked_fill(starts, 0)
+    # In float64, since the difference of two long sums is a short sum.
+    total = log_decay.double().cumsum(-1)
+    chunk = total.shape[-1]
+    is_cut = torch.ones(chunk, chunk, dtype=torch.bool, device=total.device).triu(1)
+    within, into, out = total[..., :, None] - total[..., None, :], total, total[..., -1:] - total
+    if starts is not None:
+        ids = starts.long().cumsum(-1)
+        is_cut = is_cut | (ids[..., :, None] != ids[..., None, :])
+        into, out = into.masked_fill(ids > 0, -torch.inf), out.masked_fill(ids != ids[..., -1:], -torch.inf)
+    within, into, out = (log.to(log_decay.dtype) for log in (within, into, out))
+    return _Decay(within.masked_fill(is_cut, -torch.inf).exp(), into.exp(), out.exp(), into[..., -1], starts)
+
+
+def _blocks(values, keys, queries, log_decay, starts) -> Iterator[tuple]:
+    starts = [None] * -(-values.shape[1] // BLOCK) if starts is None else starts.split(BLOCK, 1)
+    return zip(*(t.split(BLOCK, 1) for t in (values, keys, queries, log_decay)), starts, strict=True)
+
+
+def _chunks(values, keys, queries, log_decay, starts, *, chunk: int) -> tuple:
+    groups = keys.shape[2]
     v, k, q, log_decay = (_split(t, chunk, groups) for t in (values, keys, queries, log_decay[..., None]))
     starts = None if starts is None else _split(starts[..., None, None], chunk, 1)[..., 0]
-    return v, k, q, _Decay(log_decay[..., 0], starts)
+    return v, k, q, _decay(log_decay[..., 0], starts)
 
 
-def _split(tokens, chunk, groups):
+def _split(tokens: torch.Tensor, chunk: int, groups: int) -> torch.Tensor:
     """`[B, T, G · R, X]` to `[B, G, R, n, C, X]`, zeros after the last token."""
-    batch, length, heads, width = tokens.shape
-    if rest := -length % chunk:
-        tokens = torch.nn.functional.pad(tokens, (0, 0, 0, 0, 0, rest))
-    chunks = tokens.view(batch, -1, chunk, groups, heads // groups, width) if not rest else tokens.unflatten(1, (-1, chunk)).unflatten(3, (groups, -1))
+    if is_recorded():
+        chunks = to_chunks(tokens, chunk)
+    else:
+        chunks = F.pad(tokens, (0, 0, 0, 0, 0, -tokens.shape[1] % chunk))
+        chunks = chunks.reshape(tokens.shape[0], -1, chunk, *tokens.shape[2:])
+    chunks = chunks.reshape(*chunks.shape[:3], groups, tokens.shape[2] // groups, tokens.shape[3])
     return chunks.permute(0, 3, 4, 1, 2, 5).contiguous()
 
 
-def _tokens(chunks, length):
+def _tokens(chunks: torch.Tensor, length: int) -> torch.Tensor:
     """`[B, G, R, n, C, X]` to `[B, T, G · R, X]`."""
-    return chunks.permute(0, 3, 4, 1, 2, 5).flatten(3, 4).flatten(1, 2)[:, :length]
+    tokens = chunks.permute(0, 3, 4, 1, 2, 5)
+    batch, size, groups, heads, width = tokens.shape[0], tokens.shape[2], *tokens.shape[3:]
+    tokens = tokens.reshape(batch, tokens.shape[1] * size, groups * heads, width)
+    return first_tokens(tokens, length) if is_recorded() else tokens[:, :length]
 
 
-def _increments(v, k, decay):
+def _increments(v, k, decay: _Decay) -> torch.Tensor:
+    """What each chunk adds to the state, `[B, G, R, n, N, P]`."""
     return k.mT @ (decay.out[..., None] * v)
 
 
-def _chunk_states(increments, through, state):
-    """The states `[B, G, R, n + 1, N, P]` before each chunk and after the last."""
-    states = [state.unflatten(1, increments.shape[1:3])]
-    through = through[..., None, None]
+def _walk(increments: torch.Tensor, log_through: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+    """The states `[B, G, R, n + 1, N, P]` before each chunk and after the last, from `state` `[B, K, N, P]`."""
+    states = [state.reshape(increments[:, :, :, 0].shape)]
+    losses = log_through.expm1()
     for i in range(increments.shape[3]):
-        states.append(torch.addcmul(increments[:, :, :, i], through[:, :, :, i], states[-1]))
+        states.append(_advanced(states[-1], increments[:, :, :, i], losses[:, :, :, i]))
     return torch.stack(states, 3)
+
+
+def _read(v, k, q, decay: _Decay, states: torch.Tensor) -> torch.Tensor:
+    """The outputs `[B, G, R, n, C, P]`: of the terms of the same chunk, and of the states before it."""
+    return ((q @ k.mT) * decay.within) @ v + decay.into[..., None] * (q @ states)
