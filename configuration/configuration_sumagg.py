@@ -48,6 +48,14 @@ class SumAggConfig(TextConfig):
             tokens in each summation mixer, SiLU after it; none with `None` (published).
         conv_before (`str`, defaults to `"terms"`): what the convolution stands before: the map of the terms alone, so that
             gate and decays are those of the token itself (`"terms"`), or the mixer with all three (`"mixer"`).
+        sum_state_size (`int`, *optional*): N, the length of the keys and queries of the sums. The state of a head of p
+            channels is then a matrix of `N * p` float32 numbers ([`~modeling_sumagg.ops.causal_keyed_sum`]), from which
+            a token recalls by key. `None`: no keys, a vector of state. Keys need decays, `sum_map="linear"` and
+            `is_causal=True`.
+        num_sum_key_heads (`int`, *optional*, defaults to `num_sum_heads`): how many keys and queries a token has. Must
+            divide `num_sum_heads`: consecutive heads share them.
+        sum_output_norm (`bool`, defaults to `True`): whether sums with keys have an RMS norm over the channels of each
+            head.
         pooling (`str`, defaults to `"sum"`): how a sequence classifier pools: the sum over `relu(W h_t)` (`"sum"`, as
             published), its mean (`"mean"`), or the hidden state of the last token (`"last"`).
         mlp_gate (`bool`, defaults to `True`): whether the feed-forward layers are gated (published: no).
@@ -92,6 +100,8 @@ class SumAggConfig(TextConfig):
         "embed_tokens": "embedding_rowwise",
         "layers.*.mixer.in_proj": "colwise_gather_output",
         "layers.*.mixer.hidden_proj": "colwise",
+        "layers.*.mixer.key_proj": "colwise",
+        "layers.*.mixer.query_proj": "colwise",
         "layers.*.mixer.gate_proj": "colwise",
         "layers.*.mixer.decay.logit": "colwise",
         "layers.*.mixer.decay.proj": "colwise",
@@ -118,11 +128,16 @@ class SumAggConfig(TextConfig):
     conv_kernel_size: int | Literal["auto"] | None = "auto"
     conv_before: Literal["mixer", "terms"] = "terms"
     mlp_gate: bool = True
+    sum_state_size: int | None = None
+    num_sum_key_heads: int | None = None
+    sum_output_norm: bool = True
     pooling: Literal["sum", "mean", "last"] = "sum"
 
     def __post_init__(self, **kwargs):
         if self.num_sum_heads is None:
             self.num_sum_heads = self.num_attention_heads
+        if self.num_sum_key_heads is None:
+            self.num_sum_key_heads = self.num_sum_heads
         if self.sum_decay is None:
             self.sum_decay = "none" if self.sum_normalization == "sqrt" else "input"
         if self.sum_normalization is None:
@@ -131,10 +146,11 @@ class SumAggConfig(TextConfig):
             self.conv_kernel_size = 4 if self.is_causal else None
         if self.sum_skip is None:
             self.sum_skip = self.conv_kernel_size is not None
-        if self.sum_map == "linear":
-            # transformers warns of what a plan names and a model has not.
-            plan = {name: kind for name, kind in self.base_model_tp_plan.items() if not name.endswith("in_proj")}
-            self.base_model_tp_plan = plan  # type: ignore[misc]
+        # transformers warns of modules that a plan names and a model has not.
+        absent = () if self.sum_map == "relu" else (".in_proj",)
+        absent += () if self.sum_state_size is not None else (".key_proj", ".query_proj")
+        plan = {name: kind for name, kind in self.base_model_tp_plan.items() if not name.endswith(absent)}
+        self.base_model_tp_plan = plan  # type: ignore[misc]
         super().__post_init__(**kwargs)
 
     def default_layer_types(self) -> list[str]:
@@ -153,11 +169,30 @@ class SumAggConfig(TextConfig):
                 f"`sum_normalization='sqrt'` is for sums without decays, and `sum_decay` is {self.sum_decay!r}: choose "
                 "'mean' or 'none'."
             )
+        if self.sum_state_size is not None:
+            self._validate_keys()
         if isinstance(self.conv_kernel_size, int) and self.conv_kernel_size < 2:
             raise ValueError(f"`conv_kernel_size` must be at least 2, or None, got {self.conv_kernel_size}.")
         if self.conv_kernel_size is not None and not self.is_causal:
             raise ValueError(
                 f"`conv_kernel_size` = {self.conv_kernel_size} is for causal models (`is_causal=True`): leave it out."
+            )
+
+    def _validate_keys(self) -> None:
+        if self.sum_state_size < 1:
+            raise ValueError(f"`sum_state_size` must be at least 1, or None, got {self.sum_state_size}.")
+        if self.num_sum_key_heads < 1 or self.num_sum_heads % self.num_sum_key_heads:
+            raise ValueError(
+                f"`num_sum_key_heads` must divide `num_sum_heads` = {self.num_sum_heads}, got {self.num_sum_key_heads}."
+            )
+        needed = {"is_causal": True, "sum_map": "linear", "sum_normalization": "mean"}
+        wrong = {name: getattr(self, name) for name, value in needed.items() if getattr(self, name) != value}
+        if self.sum_decay == "none":
+            wrong["sum_decay"] = "none"
+        if wrong:
+            raise ValueError(
+                f"`sum_state_size` = {self.sum_state_size} needs {needed} and a `sum_decay` of 'input' or 'learned', got "
+                f"{wrong}. Set `sum_state_size=None` for sums without keys."
             )
 
 

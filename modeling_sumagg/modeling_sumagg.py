@@ -25,6 +25,7 @@ from .decoder.model import DecoderModel, DecoderPreTrainedModel
 from .decoder.positions import PositionModulation
 from .decoder.recurrence import recur
 from .ops.causal_convolution import causal_convolution
+from .ops.keyed_sum.keyed_sum import causal_keyed_sum
 from .ops.summation import bidirectional_mean, bidirectional_sum, causal_mean, causal_sum
 
 
@@ -104,10 +105,74 @@ class SumAggSummation(nn.Module):
         return self.out_proj(sums), None
 
 
+class SumAggKeyedSummation(nn.Module):
+    """
+    Summation mixer whose terms have keys, so that a token finds a value again by its query. Each head sums a matrix:
+
+        u = silu(conv(h)),    v, k, q = W_v u, W_k u, W_q u
+        S_t = a_t S_{t-1} + (1 - a_t) k_t v_tᵀ,    y_t = S_tᵀ q_t / sqrt(N)
+        output W_o (silu(W_g h_t) * norm(y_t + v_t)) + b_o
+
+    The RMS norm over the channels of each head takes the place of the division by the sum of the weights. It has no
+    weights, since W_o holds them.
+    """
+
+    def __init__(self, config: SumAggConfig, layer_idx: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.conv_before = config.conv_before
+        self.state_size = config.sum_state_size
+        width = config.hidden_size
+        self.head_dim = width // config.num_sum_heads
+        self.norm_eps = config.layer_norm_eps if config.sum_output_norm else None
+        self.sum_skip = config.sum_skip
+        self.conv = SumAggConvolution(config, layer_idx) if config.conv_kernel_size is not None else None
+        self.hidden_proj = nn.Linear(width, width, bias=False)
+        self.key_proj = nn.Linear(width, config.num_sum_key_heads * config.sum_state_size, bias=False)
+        self.query_proj = nn.Linear(width, config.num_sum_key_heads * config.sum_state_size, bias=False)
+        self.decay = SumDecay(config, config.num_sum_heads)
+        self.gate_proj = nn.Linear(width, width, bias=False) if config.sum_gate else None
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        layout: SequenceLayout,
+        cache: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, None]:
+        """`hidden_states` `[B, T, d]` to the output of the same shape."""
+        inputs = hidden_states if self.conv is None else self.conv(hidden_states, layout, cache)
+        hidden_states = inputs if self.conv_before == "mixer" else hidden_states
+        # In float32, so that the sums are rounded only after their norm.
+        dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+        values = self.hidden_proj(inputs).to(dtype).unflatten(-1, (-1, self.head_dim))
+        keys, queries = (m(inputs).unflatten(-1, (-1, self.state_size)) for m in (self.key_proj, self.query_proj))
+        log_decay, weight = self.decay(hidden_states)
+        per_token = {
+            "keys": keys,
+            "queries": queries * self.state_size**-0.5,
+            "log_decay": log_decay,
+            "weight": weight,
+        }
+        sums = recur(causal_keyed_sum, values, layout, cache, self.layer_idx, per_token=per_token)
+        if self.sum_skip:
+            sums = sums + values
+        if self.norm_eps is not None:
+            sums = F.rms_norm(sums, (self.head_dim,), eps=self.norm_eps)
+        sums = sums.flatten(-2)
+        if self.gate_proj is not None:
+            sums = sums * F.silu(self.gate_proj(hidden_states))
+        return self.out_proj(sums.to(inputs.dtype)), None
+
+
 class SumAggDecoderLayer(DecoderLayer):
     """One block: post-norm, as published, or pre-norm."""
 
-    mixer_class = SumAggSummation
+    @staticmethod
+    def mixer_class(config: SumAggConfig, layer_idx: int) -> nn.Module:
+        mixer_class = SumAggSummation if config.sum_state_size is None else SumAggKeyedSummation
+        return mixer_class(config, layer_idx)
 
     def __init__(self, config: SumAggConfig, layer_idx: int):
         super().__init__(config, layer_idx, norm_first=config.norm_position == "pre")

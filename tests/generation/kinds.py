@@ -66,6 +66,15 @@ CONFIGS = {
         position_embedding_type="sinusoidal",
         rope_parameters=None,
     ),
+    "sumagg-keyed": _decayed_sums(num_hidden_layers=2, layer_types=["summation"] * 2, sum_state_size=3),
+    "sumagg-keyed-sliding": _decayed_sums(
+        num_hidden_layers=2,
+        layer_types=["summation", "sliding_attention"],
+        sliding_window=SLIDING_WINDOW,
+        sum_state_size=4,
+        num_sum_heads=4,
+        num_sum_key_heads=2,
+    ),
     "tost-pure": ToSTTextConfig(**_TOST, num_hidden_layers=2),
     "tost-hybrid": ToSTTextConfig(**_TOST, num_hidden_layers=2, layer_types=["token_statistics", "full_attention"]),
     "tost-decayed": ToSTTextConfig(
@@ -96,6 +105,7 @@ MAIN_KINDS = [
     "sumagg-hybrid",
     "sumagg-decayed-hybrid",
     "sumagg-sliding-full",
+    "sumagg-keyed-sliding",
     "tost-pure",
     "tost-hybrid",
 ]
