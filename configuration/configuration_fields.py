@@ -1,7 +1,8 @@
 """What the configs of all models refuse that transformers lets through."""
 
 import difflib
-from typing import ClassVar
+import sys
+from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
@@ -14,6 +15,8 @@ class NamedFields:
 
     # Of the package; a checkpoint has none.
     preset_names: ClassVar[tuple[str, ...]] = ()
+    # The modules that `LoraConfig()` adapts. Registering a family sets it.
+    lora_target_modules: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self, **kwargs):
         # What was saved, by whatever version, names its type.
@@ -39,6 +42,14 @@ class NamedFields:
                 f"`AutoConfig.from_pretrained(preset_path({name!r}))` by `from_config` of an Auto class, with "
                 f"`preset_path` of `modeling_sumagg.configuration`. The presets are {list(cls.preset_names)}."
             ) from error
+
+    def to_dict(self) -> dict[str, Any]:
+        # PEFT asks a config for its model type as a dict, and looks up next which modules it adapts.
+        constants = sys.modules.get("peft.utils.constants")
+        if self.lora_target_modules and constants is not None:
+            targets = constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+            targets[self.model_type] = list(self.lora_target_modules)  # type: ignore[attr-defined]
+        return super().to_dict()  # type: ignore[misc]
 
     @classmethod
     def _refuse_slips(cls, names) -> None:

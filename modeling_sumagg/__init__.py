@@ -1,32 +1,36 @@
 """Linear-time sequence aggregators as native transformers models; importing registers them with the Auto classes."""
 
-from . import moved_modules  # noqa: F401
-from .configuration import SumAggConfig, SumAggMultimodalConfig, SumAggSpeechConfig, ToSTConfig, ToSTTextConfig
-from .families import FAMILIES, Family
-from .modeling_sumagg import (
-    SumAggForCausalLM,
-    SumAggForMaskedLM,
-    SumAggForSequenceClassification,
-    SumAggForTokenClassification,
-    SumAggModel,
-)
-from .modeling_sumagg_multimodal import SumAggForMultimodalRegression
-from .modeling_sumagg_speech import SumAggForAudioClassification, SumAggForCTC, SumAggSpeechModel
-from .modeling_tost import ToSTBackbone, ToSTForImageClassification, ToSTModel
-from .modeling_tost_text import (
-    ToSTForCausalLM,
-    ToSTTextForSequenceClassification,
-    ToSTTextForTokenClassification,
-    ToSTTextModel,
-)
-from .publishing.remote_code import register_family
-from .training.data_collator import DataCollatorForCTC, DataCollatorForMultimodalRegression
+import sys
 
 
 __version__ = "0.2.0"
 
-for _family in list(FAMILIES.values()):
-    register_family(**vars(_family))
+# `python -m modeling_sumagg` begins with this file, and imports the models when a command needs them.
+if not (sys.argv[0] == "-m" and sys.orig_argv[-len(sys.argv)] == __name__):
+    from . import moved_modules  # noqa: F401
+    from .configuration import SumAggConfig, SumAggMultimodalConfig, SumAggSpeechConfig, ToSTConfig, ToSTTextConfig
+    from .families import FAMILIES, Family
+    from .modeling_sumagg import (
+        SumAggForCausalLM,
+        SumAggForMaskedLM,
+        SumAggForSequenceClassification,
+        SumAggForTokenClassification,
+        SumAggModel,
+    )
+    from .modeling_sumagg_multimodal import SumAggForMultimodalRegression
+    from .modeling_sumagg_speech import SumAggForAudioClassification, SumAggForCTC, SumAggSpeechModel
+    from .modeling_tost import ToSTBackbone, ToSTForImageClassification, ToSTModel
+    from .modeling_tost_text import (
+        ToSTForCausalLM,
+        ToSTTextForSequenceClassification,
+        ToSTTextForTokenClassification,
+        ToSTTextModel,
+    )
+    from .publishing.remote_code import register_family
+    from .training.data_collator import DataCollatorForCTC, DataCollatorForMultimodalRegression
+
+    for _family in list(FAMILIES.values()):
+        register_family(**vars(_family))
 
 __all__ = [
     "FAMILIES",

@@ -1,18 +1,23 @@
-"""Load a checkpoint folder where this package cannot be imported, and run it. Started by `modeling_sumagg.hub`."""
+"""
+Load a checkpoint folder where this package cannot be imported, and run it. [`check_folder`] starts this as a script, with
+the folder, the file to write at the end, and the modules that may not be imported, and has looked at the files before.
+"""
 
+import copy
 import json
 import re
 import sys
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 import transformers
 from safetensors import safe_open
-from transformers import AutoConfig, AutoFeatureExtractor, AutoTokenizer
+from transformers import AutoConfig, AutoFeatureExtractor, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-# transformers 5.17 takes the top-level name away where torchvision is missing, though it needs none.
+# From its own module: `transformers` may hide the name where torchvision is missing.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import logging
 
@@ -25,38 +30,14 @@ ADAPTED_TASKS = {
 }
 
 
-def check_weights(folder: Path) -> dict[str, list[int]]:
-    """The shapes of the tensors by name; they must be whole, and in safetensors only."""
-    others = sorted(
-        path.name for ending in ("*model*.bin", "*.ckpt", "*.h5", "*.msgpack") for path in folder.glob(ending)
-    )
-    if others:
-        raise ValueError(f"{folder} holds weights in other formats than safetensors: {others}. Remove them.")
-    weights = sorted(folder.glob("*.safetensors"))
-    if not weights:
-        raise ValueError(f"{folder} holds no safetensors file.")
+def tensor_shapes(folder: Path) -> dict[str, list[int]]:
+    """The shapes of the tensors in the safetensors files of a folder, by their names."""
     shapes = {}
-    for path in weights:
-        try:
-            with safe_open(path, framework="pt") as tensors:
-                shapes.update({name: tensors.get_slice(name).get_shape() for name in tensors.keys()})
-                print(f"{path.name}: {len(tensors.keys())} tensors")
-        except Exception as error:
-            raise ValueError(f"{path} is truncated or corrupted: {error}") from error
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as tensors:
+            shapes.update({name: tensors.get_slice(name).get_shape() for name in tensors.keys()})
+            print(f"{path.name}: {len(tensors.keys())} tensors")
     return shapes
-
-
-def check_files(folder: Path) -> dict[str, str]:
-    """The `auto_map` of the checkpoint, whose weights are whole and in safetensors only, and whose code is there."""
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} holds no config.json: it is not a checkpoint.")
-    check_weights(folder)
-    auto_map = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("auto_map", {})
-    if "AutoConfig" not in auto_map:
-        raise ValueError(
-            f"The config.json in {folder} has no `auto_map`: save the model with modeling_sumagg imported."
-        )
-    return auto_map
 
 
 def run(model: torch.nn.Module) -> list[torch.Tensor]:
@@ -112,8 +93,8 @@ def check_same(what: str, made: torch.Tensor, expected: torch.Tensor) -> None:
     if difference > torch.finfo(expected.dtype).eps ** 0.5:
         raise ValueError(
             f"{what} is wrong: its logits are off by {difference:.1e} of what a pass over all tokens gives. The code "
-            f"in the folder does not fit transformers {transformers.__version__}: `python -m modeling_sumagg.hub "
-            "--update FOLDER` brings it to the installed version of modeling-sumagg."
+            f"in the folder does not fit transformers {transformers.__version__}: `python -m modeling_sumagg update "
+            "FOLDER` brings it to the installed version of modeling-sumagg."
         )
 
 
@@ -122,10 +103,18 @@ def check_checkpoint(folder: Path) -> None:
     if (folder / "adapter_config.json").is_file():
         check_adapter(folder)
         return
-    auto_map = check_files(folder)
-    classes = {name: get_class_from_dynamic_module(reference, str(folder)) for name, reference in auto_map.items()}
-    config = classes["AutoConfig"].from_pretrained(folder)
-    auto_name = next(name for name, cls in classes.items() if cls.__name__ == config.architectures[0])
+    shapes = tensor_shapes(folder)
+    auto_map = json.loads((folder / "config.json").read_text(encoding="utf-8"))["auto_map"]
+    classes = {
+        name: get_class_from_dynamic_module(reference, str(folder))
+        for name, reference in auto_map.items()
+        if name.startswith(("AutoConfig", "AutoModel", "AutoBackbone"))
+    }
+    config = classes.pop("AutoConfig").from_pretrained(folder)
+    architecture = (config.architectures or [None])[0]
+    auto_name = next((name for name, cls in classes.items() if cls.__name__ == architecture), None)
+    if auto_name is None:
+        raise ValueError(f"The config names the architecture {architecture!r}, and its `auto_map` {auto_map}.")
     # `AutoBackbone` takes no local folder.
     loader = classes[auto_name] if auto_name == "AutoBackbone" else getattr(transformers, auto_name)
     model, info = loader.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
@@ -133,13 +122,17 @@ def check_checkpoint(folder: Path) -> None:
     if wrong:
         raise ValueError(f"The weights do not fit {config.architectures[0]}: {wrong}.")
     print(f"{auto_name}: {type(model).__name__}, {model.num_parameters():,} parameters, {model.dtype}")
-    print(f"also loads as: {', '.join(sorted(set(classes) - {auto_name, 'AutoConfig'}))}")
+    for name in sorted(set(classes) - {auto_name}):
+        print(f"as {name}: {what_is_random(classes[name], config, shapes)}")
     run(model.eval())
     if (folder / "tokenizer_config.json").is_file():
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
         if len(tokenizer) > config.vocab_size:
             raise ValueError(f"The tokenizer has {len(tokenizer)} tokens, and the model only {config.vocab_size}.")
-        print(f"tokenizer: {type(tokenizer).__name__}, {len(tokenizer)} tokens")
+        print(
+            f"tokenizer: {type(tokenizer).__name__}, {len(tokenizer)} tokens; `AutoTokenizer` reads the config first, so it"
+        )
+        print("    takes `trust_remote_code=True` as the model does")
         if hasattr(config, "ctc_loss_reduction") and tokenizer.pad_token_id != config.pad_token_id:
             raise ValueError(
                 f"The padding token of the tokenizer, {tokenizer.pad_token_id}, must be the blank of the model, "
@@ -158,15 +151,28 @@ def check_checkpoint(folder: Path) -> None:
         print(f"image processor: {type(AutoImageProcessor.from_pretrained(folder)).__name__}")
 
 
+def what_is_random(model_class: type[PreTrainedModel], config: PreTrainedConfig, saved: Iterable[str]) -> str:
+    """What another class makes of the checkpoint: all its weights are there, or some start at random."""
+    try:
+        with torch.device("meta"):
+            model = model_class(copy.deepcopy(config))
+    except ValueError as error:
+        return f"not, since {' '.join(str(error).split())}"
+    prefix = f"{model.base_model_prefix}."
+    needed = {name.removeprefix(prefix) for name in set(model.state_dict()) - set(model.all_tied_weights_keys)}
+    missing = sorted(needed - {name.removeprefix(prefix) for name in saved})
+    if not missing:
+        return "whole"
+    return f"its head would be random, which is to be trained first: the checkpoint has no {', '.join(missing)}"
+
+
 def check_adapter(folder: Path) -> None:
     """Load and run the base model with the adapter, twice: what is new in it must come from the adapter's file."""
     from peft import PeftModel, get_peft_model_state_dict
 
-    shapes = check_weights(folder)
+    shapes = tensor_shapes(folder)
     adapter = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    base = adapter.get("base_model_name_or_path")
-    if not base:
-        raise ValueError(f"The adapter_config.json in {folder} names no base model.")
+    base = adapter["base_model_name_or_path"]
     config = AutoConfig.from_pretrained(base, trust_remote_code=True)
     adapted_class = (adapter.get("auto_mapping") or {}).get("base_model_class")
     classes = {reference.rpartition(".")[2]: name for name, reference in getattr(config, "auto_map", {}).items()}
@@ -195,13 +201,16 @@ def check_adapter(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    for blocked in {"modeling_sumagg", *sys.argv[2:]}:
+    folder, finished, *written_in = sys.argv[1:]
+    for blocked in {"modeling_sumagg", *written_in}:
         # The documented way to make an import fail, which the type of `sys.modules` does not know.
         sys.modules[blocked] = None  # type: ignore[assignment]
     warnings.simplefilter("ignore")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        check_checkpoint(Path(sys.argv[1]))
+        check_checkpoint(Path(folder))
     except Exception as error:
         sys.exit(f"{type(error).__name__}: {' '.join(str(error).split())}")
+    # Code in the folder may end the process with the status of success.
+    Path(finished).touch()

@@ -1,14 +1,16 @@
 """Convert a checkpoint of the original implementations into one that transformers loads.
 
-    python -m modeling_sumagg.convert_original_checkpoint --model_family tost \
+    python -m modeling_sumagg convert --model_family tost \
         --checkpoint_path best_model.pth --output_dir tost-small-12-p16 --id2label imagenet_labels.json
 """
 
 import argparse
 import json
 import re
-import sys
+import shutil
 import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import safetensors.torch
@@ -16,16 +18,15 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
-from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, IMAGE_PROCESSOR_NAME
+from transformers.utils import CONFIG_NAME
 
 from ..families import FAMILIES, StateDict
-from .new_folder import new_folder
-from .remote_code import read_header
+from .files import flush_to_disk
 
 
 SUFFIXES = (".safetensors", ".pt", ".pth")
-# What an earlier conversion or `save_pretrained` may have written into the folder.
-REPLACED = ("*.safetensors", "*.safetensors.index.json", CONFIG_NAME, GENERATION_CONFIG_NAME, IMAGE_PROCESSOR_NAME)
+# The folder inside of the new one in which a conversion writes.
+UNFINISHED = ".converting"
 
 
 def read_state_dict(checkpoint_path: str | Path) -> StateDict:
@@ -94,13 +95,13 @@ def convert_original_checkpoint(
     inferred from the tensors' shapes and, for images, the image processor. The image size of a vision model leaves no
     trace in its tensors (its positions are computed): it is the config's default.
 
-    The folder is written whole or not at all, see [`new_folder`]: a conversion that fails or is killed leaves what was
-    there. Files of other names in it stay.
+    The folder must be new or empty, so that nothing is replaced. A conversion that fails leaves it as it was. One that is
+    killed leaves no `config.json` in it, so that nothing loads half of a model.
 
     Args:
         model_family: a key of `FAMILIES` whose record has an `original_format`.
         checkpoint_path: see [`read_state_dict`].
-        output_dir: folder to write.
+        output_dir: folder to write, new or empty.
         num_attention_heads: heads of the attention layers, for checkpoints whose shapes do not tell.
         id2label: name of every class, for a classifier.
 
@@ -108,13 +109,16 @@ def convert_original_checkpoint(
         The converted model.
 
     Raises:
-        `ValueError`: not a checkpoint of this family; tensors that are missing, unexpected or misshaped, all listed;
-            `num_attention_heads` is needed; `id2label` has other classes than the model.
+        `ValueError`: no family with an original format; `output_dir` holds something; not a checkpoint of this family;
+            tensors that are missing, unexpected or misshaped, all listed; `num_attention_heads` is needed; `id2label` has
+            other classes than the model.
         `OSError`, `SafetensorError`: the folder cannot be written.
     """
-    family = FAMILIES[model_family]
-    if family.original_format is None:
-        raise ValueError(f"The family {model_family!r} has no original format to convert from.")
+    family = FAMILIES.get(model_family)
+    if family is None or family.original_format is None:
+        convertible = sorted(name for name, known in FAMILIES.items() if known.original_format is not None)
+        raise ValueError(f"`model_family` must be one of {', '.join(convertible)}, got {model_family!r}.")
+    _refuse_what_is_there(Path(output_dir))
     state_dict = read_state_dict(checkpoint_path)
     try:
         model_class, config_arguments = family.original_format.infer(state_dict)
@@ -164,12 +168,55 @@ def convert_original_checkpoint(
             f"The tensors of {checkpoint_path} are not those of a {model_class.__name__}{heads}: {error}"
         ) from error
     model.tie_weights()
-    own_code = [path.name for path in Path(output_dir).glob("*.py") if read_header(path) is not None]
-    with new_folder(output_dir, replaced=[*REPLACED, *own_code]) as folder:
+    with _unfinished_folder(Path(output_dir)) as folder:
         model.save_pretrained(folder)
         if family.image_processor is not None:
             family.image_processor(config).save_pretrained(folder)
     return model
+
+
+def _refuse_what_is_there(folder: Path, but: str = "") -> None:
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file: give the name of a folder to write.")
+    names = sorted(path.name for path in folder.iterdir() if path.name != but) if folder.is_dir() else []
+    if names:
+        raise ValueError(
+            f"{folder} is not empty, it holds {', '.join(names[:5])}{' …' if len(names) > 5 else ''}: give the name of a "
+            "new folder, or empty this one."
+        )
+
+
+@contextmanager
+def _unfinished_folder(target: Path) -> Iterator[Path]:
+    """
+    A folder inside of `target` to write files into. They become files of `target` when the block ends, `config.json` as
+    the last; if the block raises, `target` is what it was.
+
+    Raises:
+        `ValueError`: `target` holds something, such as what another conversion writes at this moment.
+    """
+    is_new = not target.exists()
+    target.mkdir(parents=True, exist_ok=True)
+    folder, moved = target / UNFINISHED, []
+    # Of several conversions at once one makes it.
+    folder.mkdir()
+    try:
+        _refuse_what_is_there(target, but=UNFINISHED)
+        yield folder
+        names = sorted((path.name for path in folder.iterdir()), key=lambda name: name == CONFIG_NAME)
+        flush_to_disk(*(folder / name for name in names))
+        for name in names:
+            (folder / name).rename(target / name)
+            moved.append(target / name)
+        flush_to_disk(target)
+    except BaseException:
+        for path in moved:
+            path.unlink()
+        shutil.rmtree(folder, ignore_errors=True)
+        if is_new:
+            target.rmdir()
+        raise
+    folder.rmdir()
 
 
 def read_labels(path: str | Path) -> dict[int, str]:
@@ -188,30 +235,22 @@ def read_labels(path: str | Path) -> dict[int, str]:
         ) from error
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m modeling_sumagg.convert_original_checkpoint",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    convertible = sorted(name for name, family in FAMILIES.items() if family.original_format is not None)
-    parser.add_argument("--model_family", required=True, choices=convertible)
-    parser.add_argument("--checkpoint_path", required=True, help="a .pth, .pt or .safetensors file")
-    parser.add_argument("--output_dir", required=True, help="the folder to write")
-    parser.add_argument(
-        "--num_attention_heads", type=int, help="heads of the attention layers, for sumagg checkpoints that have some"
-    )
-    parser.add_argument("--id2label", help="a JSON file with the name of every class: {index: name}")
-    arguments = parser.parse_args()
+def convert_by_command(arguments: argparse.Namespace) -> None:
+    """
+    Convert by the arguments of the command line, and print the model.
+
+    Raises:
+        `OSError`, `ValueError`: as [`convert_original_checkpoint`]; the message is not longer than a user reads.
+    """
+    labels = None if arguments.id2label is None else read_labels(arguments.id2label)
     try:
         model = convert_original_checkpoint(
             arguments.model_family,
             arguments.checkpoint_path,
             arguments.output_dir,
             num_attention_heads=arguments.num_attention_heads,
-            id2label=None if arguments.id2label is None else read_labels(arguments.id2label),
+            id2label=labels,
         )
-    except (OSError, SafetensorError, StrictDataclassError, ValueError) as error:
-        sys.exit(f"error: {textwrap.shorten(str(error), 2000, placeholder=' …')}")
+    except (SafetensorError, StrictDataclassError, ValueError) as error:
+        raise ValueError(textwrap.shorten(str(error), 2000, placeholder=" …")) from error
     print(f"{arguments.output_dir}: {type(model).__name__}, {model.num_parameters():,} parameters")

@@ -1,39 +1,48 @@
 """Self-contained checkpoints: the code of a model family, written flat beside the weights.
 
 transformers loads the code of a checkpoint from one folder of modules that import each other as `from .name import …`.
-What is written here is the source itself with its imports flattened to that form and, at its end, the registering of
-its classes: what works with the package works without it, and transformers carries the code on when such a model is
-saved again.
+The files written here are the sources with their imports flattened to that form and, at their ends, the registering of
+their classes: a model works without the package as it works with it, and transformers copies the code when such a model
+is saved again.
+
+The name of each file begins with `sumagg_` and a digest of the family's code. So it replaces no file of the user's, and
+old and new code in one folder never mix: the `auto_map` in `config.json` names one or the other.
 """
 
 import ast
 import functools
+import hashlib
 import importlib.metadata
 import importlib.util
+import json
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import transformers
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.dynamic_module_utils import get_relative_imports
 
-# transformers 5.17 takes the top-level name away where torchvision is missing, though it needs none.
+# From its own module: `transformers` may hide the name where torchvision is missing.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import CONFIG_NAME, is_vision_available
 
+from ..configuration.configuration_fields import NamedFields
 from ..families import FAMILIES, Family
-from ..registration import register_class_names, register_lora_target_modules
+from ..registration import register_class_names
+from .files import PREFIX, remove_old_code, write_code, write_text
+from .flattening import PACKAGE, REGISTRATION, flatten_imports, last_name
 
 
-PACKAGE = __name__.partition(".")[0]
-REGISTRATION = register_class_names.__module__
 HEADER = """\
 # From the Python package {origin}, module {module}.
-# The source but for its imports of modules of this folder, and what it registers at its end (`trust_remote_code=True`).
+# Written when a model is saved, which replaces it. Only its imports, and what it registers at its end, are not the source.
 """
-HEADER_PATTERN = re.compile(r"# From the Python package .*modeling-sumagg ([^ ,]+).*, module ([\w.]+)\.$")
+DIGITS = 6
+PLACEHOLDER = f"{PREFIX}{'0' * DIGITS}_"
 
 
 def register_family(
@@ -51,6 +60,8 @@ def register_family(
     are those of the classes and all that they import from this package, from their own package, or from single modules
     beside them; anything else that they import has to be installed where the checkpoint is loaded.
 
+    A family that is registered again, with the same config class or a reloaded one, replaces its record.
+
     Args:
         config_class (`type[PreTrainedConfig]`): the config of the family.
         models (`dict[str, type[PreTrainedModel]]`): the model that each Auto class makes of such a config, by the name of
@@ -62,62 +73,120 @@ def register_family(
         [`Family`]: the record, which is also in `FAMILIES`.
 
     Raises:
-        `ValueError`: the name of no Auto class; or, of a family outside of this package, code that no checkpoint could
-            carry: classes of a script or a notebook, or what [`flat_sources`] refuses.
+        `ValueError`: a `model_type` that another config has, or that is no name; the name of no Auto class; names of
+            modules that are none; or, of a family outside of this package, code that no checkpoint could carry: classes
+            of a script or a notebook, or what [`flat_sources`] refuses.
     """
+    _check_names(config_class, models, lora_target_modules)
     family = Family(config_class, models, lora_target_modules=tuple(lora_target_modules), **facts)
-    for auto_name in models:
-        if not auto_name.startswith("Auto") or not hasattr(transformers, auto_name):
-            raise ValueError(
-                f"{auto_name!r} is not the name of an Auto class of transformers, such as 'AutoModelForCausalLM'."
-            )
+    model_type = config_class.model_type
     if not config_class.__module__.startswith(f"{PACKAGE}."):
-        flat_sources(family)
-    register_class_names(config_class.model_type, models)
+        _check_as_the_loader_reads(flat_sources(family))
     if lora_target_modules:
-        register_lora_target_modules(config_class, lora_target_modules)
-    AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+        config_class.lora_target_modules = family.lora_target_modules
+    register_class_names(model_type, models)
+    AutoConfig.register(model_type, config_class, exist_ok=True)
     for auto_name, model_class in models.items():
         getattr(transformers, auto_name).register(config_class, model_class, exist_ok=True)
     if family.image_processor is not None and is_vision_available():
         processor_class = type(family.image_processor(config_class()))
         AutoImageProcessor.register(config_class, image_processor_classes={"pil": processor_class}, exist_ok=True)
-    FAMILIES[config_class.model_type] = family
-    write_json = config_class.to_json_file
+    FAMILIES[model_type] = family
+    # Once for a config class and those derived from it.
+    if not hasattr(config_class.to_json_file, "writes_code"):
+        config_class.to_json_file = _writing_code(config_class.to_json_file)
+    return family
+
+
+def _check_names(
+    config_class: type[PreTrainedConfig], models: dict[str, type[PreTrainedModel]], lora_target_modules: Sequence[str]
+) -> None:
+    """Raise where one of the names that a family is registered by is not right."""
+    name = config_class.model_type
+    if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*", name):
+        raise ValueError(
+            f"The `model_type` of {config_class.__name__} must be a name of letters, digits, '_', '-' and '.', got "
+            f'{name!r}: `model_type = "my_mixer"` in the class.'
+        )
+    other = FAMILIES[name].config_class if name in FAMILIES else None
+    if other is None and name in CONFIG_MAPPING:
+        other = CONFIG_MAPPING[name]
+    # The same class may have been read again, as a notebook does.
+    if other is not None and (other.__module__, other.__qualname__) != (
+        config_class.__module__,
+        config_class.__qualname__,
+    ):
+        raise ValueError(
+            f"The `model_type` {name!r} of {config_class.__name__} is that of {other.__module__}.{other.__qualname__}: "
+            "give the class a `model_type` of its own. (After a class was moved to another module, restart Python.)"
+        )
+    for auto_name in models:
+        if not auto_name.startswith("Auto") or not hasattr(transformers, auto_name):
+            raise ValueError(
+                f"{auto_name!r} is not the name of an Auto class of transformers, such as 'AutoModelForCausalLM'."
+            )
+    if isinstance(lora_target_modules, str) or not all(
+        isinstance(module, str) and re.fullmatch(r"[\w.]+", module) for module in lora_target_modules
+    ):
+        raise ValueError(
+            "`lora_target_modules` must be a list of the last parts of module names, such as ['in_proj', 'v_proj'], got "
+            f"{lora_target_modules!r}."
+        )
+    if lora_target_modules and not issubclass(config_class, NamedFields):
+        raise ValueError(
+            f"`lora_target_modules` is for configs that are derived from `TextConfig`, and {config_class.__name__} is "
+            "not: leave it out, and name the modules in `LoraConfig(target_modules=...)`."
+        )
+
+
+def _writing_code(write_json):
+    """The `to_json_file` of a config class, which writes the code of the family too where it writes a `config.json`."""
 
     # `save_pretrained` takes stock of the folder first and uploads what changes after that; this is called in between.
     @functools.wraps(write_json)
     def to_json_file(self, json_file_path: str | os.PathLike, use_diff: bool = True):
-        path = Path(json_file_path)
-        if type(self) is config_class and path.name == CONFIG_NAME:
-            for name, source in flat_sources(family).items():
-                (path.parent / name).write_text(source, encoding="utf-8")
-            self.auto_map = {**(getattr(self, "auto_map", None) or {}), **auto_map(family)}
-        write_json(self, json_file_path, use_diff=use_diff)
+        path, family = Path(json_file_path), FAMILIES.get(self.model_type)
+        if path.name != CONFIG_NAME or family is None or type(self) is not family.config_class:
+            return write_json(self, json_file_path, use_diff=use_diff)
+        sources = flat_sources(family)
+        write_code(path.parent, sources)
+        self.auto_map = {**(getattr(self, "auto_map", None) or {}), **auto_map(family)}
+        write_text(path, self.to_json_string(use_diff=use_diff))
+        remove_old_code(path.parent, sources)
 
-    config_class.to_json_file = to_json_file
-    return family
+    to_json_file.writes_code = True
+    return to_json_file
 
 
 def auto_map(family: Family) -> dict[str, str]:
     """What `config.json` says of the code beside it: `"module.Class"` by the name of the Auto class."""
+    prefix = next(iter(flat_sources(family)))[: len(PLACEHOLDER)]
     classes = {"AutoConfig": family.config_class, **family.models}
-    return {name: f"{_last_name(cls.__module__)}.{cls.__name__}" for name, cls in classes.items()}
+    return {name: f"{prefix}{last_name(cls.__module__)}.{cls.__name__}" for name, cls in classes.items()}
 
 
 @functools.cache
 def flat_sources(family: Family) -> dict[str, str]:
     """
     The modules of a family's classes, and every module that these import from this package or from beside themselves,
-    directly or not, for one flat folder.
+    directly or not, for one flat folder. The names of all files begin with `sumagg_`, the first digits of a digest of the
+    code, and an underscore: `sumagg_0b7928_modeling_sumagg.py`.
 
     Returns:
         `dict[str, str]`: the text of each file by its name.
 
     Raises:
         `ValueError`: classes that were defined in a script or a notebook; an import that a flat folder cannot have; two
-            modules with the same last name.
+            modules with the same last name; code that would be no Python.
     """
+    sources = _flattened(family)
+    digest = hashlib.sha256("".join(sources.values()).encode()).hexdigest()
+    prefix = f"{PREFIX}{digest[:DIGITS]}_"
+    return {name.replace(PLACEHOLDER, prefix): text.replace(PLACEHOLDER, prefix) for name, text in sources.items()}
+
+
+def _flattened(family: Family) -> dict[str, str]:
+    """The files with `PLACEHOLDER` in their names, in the place of the digest of what they hold."""
     classes = (family.config_class, *family.models.values())
     for cls in classes:
         if cls.__module__ == "__main__":
@@ -131,176 +200,88 @@ def flat_sources(family: Family) -> dict[str, str]:
     waiting = [*sorted({cls.__module__ for cls in classes}), REGISTRATION]
     while waiting:
         module = waiting.pop()
-        name = f"{_last_name(module)}.py"
+        name = f"{PLACEHOLDER}{last_name(module)}.py"
         if written.setdefault(name, module) != module:
-            raise ValueError(f"{written[name]} and {module} would both be written to {name}: rename one of them.")
+            raise ValueError(
+                f"{written[name]} and {module} would both be written to *{last_name(module)}.py: rename one of them."
+            )
         if name in sources:
             continue
-        source, imported = flatten_imports(_source(module), module)
+        source, imported = flatten_imports(_source(module), module, PLACEHOLDER)
         package = module.partition(".")[0]
         origin = f"{own} (Apache-2.0)" if package == PACKAGE else f"{package}, by {own}"
-        sources[name] = HEADER.format(origin=origin, module=module) + source + _registering(module, family)
+        text = HEADER.format(origin=origin, module=module) + source + _registering(module, family)
+        try:
+            ast.parse(text)
+        except SyntaxError as error:
+            raise ValueError(
+                f"{module} cannot be written flat: {error.msg} in {str(error.text).strip()!r}. Put each import on a line "
+                "of its own."
+            ) from error
+        sources[name] = text
         waiting += imported
     return sources
+
+
+def _check_as_the_loader_reads(sources: dict[str, str]) -> None:
+    """Raise where transformers' loader, which looks for imports in lines and not in the syntax tree, misses a file."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name, source in sources.items():
+            path = Path(folder) / name
+            path.write_text(source, encoding="utf-8")
+            for needed in get_relative_imports(path):
+                if f"{needed}.py" not in sources:
+                    raise ValueError(
+                        f"A line of {name} reads `from .{needed} import`, as in a docstring, and the loader of a "
+                        f"checkpoint's code would look for a file {needed}.py: write it in another way."
+                    )
 
 
 def package_version() -> str:
     return importlib.metadata.version("modeling-sumagg")
 
 
-def read_header(path: Path) -> tuple[str, str] | None:
-    """The version of modeling-sumagg that wrote a file and the module that it holds; `None`: it wrote no such file."""
-    with path.open(encoding="utf-8", errors="replace") as file:
-        match = HEADER_PATTERN.match(file.readline())
-    return None if match is None else (match[1], match[2])
-
-
 def _source(module: str) -> str:
-    spec = sys.modules[module].__spec__ if module in sys.modules else importlib.util.find_spec(module)
+    try:
+        spec = sys.modules[module].__spec__ if module in sys.modules else importlib.util.find_spec(module)
+    except ModuleNotFoundError:
+        spec = None
     source = spec.loader.get_source(module) if spec is not None and hasattr(spec.loader, "get_source") else None
     if source is None:
         raise ValueError(f"The source of the module {module} cannot be read, so no checkpoint can carry it.")
     return source
 
 
-def _last_name(module: str) -> str:
-    return module.rpartition(".")[2]
-
-
 def _registering(module: str, family: Family) -> str:
     """What the file of a module does at its end for the classes that it defines, in the formatting of this project."""
-    imported, lines = [], []
+    lines = []
     # The loader may load the module of the config and that of the models into separate packages.
     if family.config_class.__module__ == module:
         config = family.config_class.__name__
-        lines.append(f'{config}.register_for_auto_class("AutoConfig")')
         if family.lora_target_modules:
-            imported.append(register_lora_target_modules.__name__)
-            entries = [f'        "{name}",' for name in family.lora_target_modules]
-            lines += [f"{imported[-1]}(", f"    {config},", "    [", *entries, "    ],", ")"]
+            entries = [f"    {_literal(name)}," for name in family.lora_target_modules]
+            lines += [f"{config}.lora_target_modules = (", *entries, ")"]
+        lines.append(f'{config}.register_for_auto_class("AutoConfig")')
     models = {name: cls.__name__ for name, cls in family.models.items() if cls.__module__ == module}
-    lines += [f'{cls}.register_for_auto_class("{name}")' for name, cls in models.items()]
+    lines += [f"{cls}.register_for_auto_class({_literal(name)})" for name, cls in models.items()]
     if models:
-        imported.append(register_class_names.__name__)
-        entries = [f'        "{name}": {cls},' for name, cls in models.items()]
-        lines += [f"{imported[-1]}(", f'    "{family.config_class.model_type}",', "    {", *entries, "    },", ")"]
-    if not lines:
-        return ""
-    if imported:
-        names = ", ".join(sorted(imported))
-        lines = [f"from .{_last_name(REGISTRATION)} import {names}  # noqa: E402", "", "", *lines]
-    return "".join(f"{line}\n" for line in ["", "", *lines])
+        function = register_class_names.__name__
+        entries = [f"        {_literal(name)}: {cls}," for name, cls in models.items()]
+        lines = [
+            f"from .{PLACEHOLDER}{last_name(REGISTRATION)} import {function}  # noqa: E402",
+            "",
+            "",
+            *lines,
+            f"{function}(",
+            f"    {_literal(family.config_class.model_type)},",
+            "    {",
+            *entries,
+            "    },",
+            ")",
+        ]
+    return "".join(f"{line}\n" for line in ["", "", *lines]) if lines else ""
 
 
-def flatten_imports(source: str, module: str) -> tuple[str, list[str]]:
-    """
-    Rewrite the imports of a module to name files of one folder, `from .ops.name import x` to `from .name import x`, and
-    keep each block of relative ones in alphabetical order. Names that are imported from a package come from the module
-    that defines them. Calls of `register_family` are left out: what they do without the package stands elsewhere.
-
-    Args:
-        source (`str`): the text of the module.
-        module (`str`): its full name.
-
-    Returns:
-        `tuple[str, list[str]]`: the new text, and the full names of the modules imported.
-
-    Raises:
-        `ValueError`: an import of a module as a whole, or from a package of what none of its modules defines.
-    """
-    tree = ast.parse(source)
-    lines = source.splitlines(keepends=True)
-    package = module if _is_package(module) else module.rpartition(".")[0]
-    calls = [node for node in tree.body if _calls_register_family(node)]
-    for call in calls:
-        _replace(call, "", lines)
-    imported: list[str] = []
-    relative: list[ast.ImportFrom] = []
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import) and any(_is_carried(alias.name, module) for alias in node.names):
-            inside = {id(part) for call in calls for part in ast.walk(call)}
-            used = any(isinstance(n, ast.Name) and n.id == PACKAGE and id(n) not in inside for n in ast.walk(tree))
-            if [alias.name for alias in node.names] != [PACKAGE] or node.names[0].asname or used:
-                raise ValueError(
-                    f"{module}, line {node.lineno}: `{ast.unparse(node)}` imports a module as a whole, which the loader "
-                    "of a checkpoint's code does not know: write `from module import name`."
-                )
-            _replace(node, "", lines)
-        elif isinstance(node, ast.ImportFrom):
-            target = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
-            if node.level == 0 and not _is_carried(target, module):
-                continue
-            if _is_package(target):
-                names = _defining_modules(node, target, module)
-                imported += names
-                indent = " " * node.col_offset
-                statements = (f"from .{_last_name(home)} import {', '.join(names[home])}" for home in sorted(names))
-                _replace(node, "".join(f"{indent}{statement}\n" for statement in statements), lines)
-                continue
-            imported.append(target)
-            if node.level > 0 and node in tree.body:
-                relative.append(node)
-            first = node.lineno - 1
-            lines[first] = re.sub(r"from\s+[\w.]+", f"from .{_last_name(target)}", lines[first], count=1)
-
-    blocks: list[list[ast.ImportFrom]] = []
-    for node in relative:
-        if blocks and blocks[-1][-1].end_lineno == node.lineno - 1:
-            blocks[-1].append(node)
-        else:
-            blocks.append([node])
-    for nodes in blocks:
-        texts = ["".join(lines[node.lineno - 1 : node.end_lineno]) for node in nodes]
-        ordered = "".join(sorted(texts, key=lambda text: text.split()[1]))
-        lines[nodes[0].lineno - 1 : nodes[-1].end_lineno] = ordered.splitlines(keepends=True)
-    return "".join(lines), imported
-
-
-def _calls_register_family(node: ast.AST) -> bool:
-    if not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)):
-        return False
-    return ast.unparse(node.value.func).rpartition(".")[2] == register_family.__name__
-
-
-def _replace(node: ast.AST, text: str, lines: list[str]) -> None:
-    """Put a text in the place of a statement, so that the other lines keep their numbers."""
-    height = len(lines[node.lineno - 1 : node.end_lineno])
-    lines[node.lineno - 1 : node.end_lineno] = [text, *[""] * (height - 1)]
-
-
-def _is_package(module: str) -> bool:
-    return getattr(importlib.util.find_spec(module), "submodule_search_locations", None) is not None
-
-
-def _is_carried(target: str, module: str) -> bool:
-    """Whether a checkpoint carries what a module imports absolutely: parts of this package, and its own neighbours."""
-    ours, theirs = module.partition(".")[0], target.partition(".")[0]
-    if theirs in (PACKAGE, ours):
-        return True
-    folder = _folder(theirs)
-    return folder is not None and ours != PACKAGE and folder == _folder(ours)
-
-
-def _folder(name: str) -> Path | None:
-    """The folder of a module or package of the top level; `None` for what is built in or installed."""
-    spec = importlib.util.find_spec(name)
-    if spec is None or not (spec.has_location or spec.submodule_search_locations):
-        return None
-    path = Path([*(spec.submodule_search_locations or [spec.origin or ""])][0])
-    return None if path.parent.name in ("site-packages", "dist-packages") else path.parent
-
-
-def _defining_modules(node: ast.ImportFrom, package: str, module: str) -> dict[str, list[str]]:
-    """The names that a statement imports from a package, with their aliases, by the module that defines them."""
-    names: dict[str, list[str]] = {}
-    for alias in node.names:
-        if alias.name == register_family.__name__:
-            continue
-        home = getattr(getattr(importlib.import_module(package), alias.name, None), "__module__", None)
-        if home is None or not _is_carried(home, module):
-            raise ValueError(
-                f"{module}, line {node.lineno}, imports {alias.name} from the package {package}, which a flat folder does "
-                "not have: import it from the module that defines it."
-            )
-        names.setdefault(home, []).append(ast.unparse(alias))
-    return names
+def _literal(text: str) -> str:
+    """A string of Python in double quotes."""
+    return json.dumps(text, ensure_ascii=False)

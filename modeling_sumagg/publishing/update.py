@@ -7,52 +7,71 @@ from pathlib import Path
 from transformers.utils import CONFIG_NAME
 
 from ..families import FAMILIES, Family
-from .new_folder import new_folder
-from .remote_code import auto_map, flat_sources, package_version, read_header
+from .files import (
+    code_files,
+    flush_to_disk,
+    read_auto_map,
+    read_header,
+    read_json,
+    write_code,
+    write_text,
+)
+from .remote_code import auto_map, flat_sources, package_version
 
 
 def update_folder(folder: str | os.PathLike) -> list[str]:
     """
     Rewrite the code in a checkpoint folder to what the installed version would save there. Weights, card and all other
-    files stay as they are; of `config.json` only the `auto_map` is changed, if it has to be. The folder is replaced as a
-    whole, see [`new_folder`]: it holds the old code or the new.
+    files stay as they are; of `config.json` only the `auto_map` is changed, if it has to be.
+
+    The new code is written beside the old, which has other names. Then one step puts a `config.json` that names the new
+    code in the place of the old one, and the old code is removed. So the folder loads with the old code or with the new
+    at any moment, whenever the process is killed; a second update finishes what a killed one began.
 
     Returns:
         `list[str]`: a line for every file that was added, changed or removed.
 
     Raises:
         `ValueError`: the folder holds no code of this package, or something that an update would overwrite.
+        `OSError`: something cannot be written; the folder is what it was.
     """
     folder = Path(folder)
-    family, config = _read_config(folder)
-    headers = {path.name: read_header(path) for path in folder.glob("*.py")}
+    family, before = _read_config(folder)
+    config_path = folder / CONFIG_NAME
+    headers = code_files(folder)
     sources = flat_sources(family)
-    references = config["auto_map"]
-    for name in sorted({*sources, f"{_module(references.get('AutoConfig'))}.py"}):
-        if name in headers and headers[name] is None:
-            raise ValueError(f"{folder / name} was not written by modeling-sumagg: there is nothing to update.")
-    removed = sorted(name for name, header in headers.items() if header is not None and name not in sources)
-    written = {
-        name: source
-        for name, source in sources.items()
-        if name not in headers or (folder / name).read_text(encoding="utf-8") != source
-    }
-    # The user's own code may have entries too.
-    kept = {key: value for key, value in references.items() if headers.get(f"{_module(value)}.py", "") is None}
-    if references != kept | auto_map(family):
-        config["auto_map"] = kept | auto_map(family)
-        written[CONFIG_NAME] = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    if not written and not removed:
-        return [f"{folder} has the code of the installed version already."]
+    config = json.loads(before)
+    references = read_auto_map(config, config_path)
+    configuration = folder / f"{_module(references.get('AutoConfig'))}.py"
+    if configuration.is_file() and read_header(configuration) is None:
+        raise ValueError(f"{configuration} was not written by modeling-sumagg: there is nothing to update.")
+    # The user's own code has entries too.
+    kept = {key: value for key, value in references.items() if f"{_module(value)}.py" not in headers}
+    new_map = kept | auto_map(family)
 
-    with new_folder(folder, replaced=removed) as fresh:
-        for name, text in written.items():
-            (fresh / name).write_text(text, encoding="utf-8")
-    old = ", ".join(sorted({header[0] for header in headers.values() if header is not None}))
+    added = write_code(folder, sources, like=config_path)
+    try:
+        if new_map != references:
+            flush_to_disk(*(folder / name for name in added), folder)
+            if config_path.read_text(encoding="utf-8") != before:
+                raise ValueError(f"{config_path} was written by another process meanwhile: run the update again.")
+            write_text(config_path, json.dumps(config | {"auto_map": new_map}, indent=2, sort_keys=True) + "\n")
+            flush_to_disk(config_path, folder)
+    except BaseException:
+        for name in set(added) - set(headers):
+            (folder / name).unlink(missing_ok=True)
+        raise
+    removed = sorted(set(headers) - set(sources))
+    for name in removed:
+        (folder / name).unlink(missing_ok=True)
+
+    if not added and not removed and new_map == references:
+        return [f"{folder} has the code of the installed version already."]
+    old = ", ".join(sorted({version for version, _ in headers.values()}))
     lines = [f"{folder}: the code of modeling-sumagg {old or 'unknown'} is now that of {package_version()}."]
-    lines += [
-        f"{'changed' if (name in headers or name == CONFIG_NAME) else 'added'}: {name}" for name in sorted(written)
-    ]
+    lines += [f"{'changed' if name in headers else 'added'}: {name}" for name in sorted(added)]
+    if new_map != references:
+        lines.append(f"changed: {CONFIG_NAME}")
     return lines + [f"removed: {name}" for name in removed]
 
 
@@ -61,26 +80,25 @@ def _module(reference: object) -> str:
     return str(reference).partition(".")[0]
 
 
-def _read_config(folder: Path) -> tuple[Family, dict]:
-    """The family of a checkpoint and its config; raises where the folder holds no code of this package."""
+def _read_config(folder: Path) -> tuple[Family, str]:
+    """The family of a checkpoint and the text of its config; raises where the folder holds no code of this package."""
     if (folder / "adapter_config.json").is_file():
         raise ValueError(f"{folder} holds an adapter, which carries no code: update the folder of its base model.")
-    if not (folder / CONFIG_NAME).is_file():
+    path = folder / CONFIG_NAME
+    if not path.is_file():
         raise ValueError(f"{folder} holds no {CONFIG_NAME}: it is not a checkpoint.")
-    try:
-        config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-        model_type, references = config.get("model_type"), config.get("auto_map")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{folder / CONFIG_NAME} is not the config of a model: {error}.") from error
-    if model_type not in FAMILIES:
+    config = read_json(path)
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(
             f"{folder} holds a model of the type {model_type!r}, whose code modeling-sumagg does not know: it knows "
             f"{', '.join(sorted(FAMILIES))}. Import the module that registers another one and call "
             "`modeling_sumagg.hub.update_folder`."
         )
+    references = read_auto_map(config, path)
     if not references:
         raise ValueError(f"The {CONFIG_NAME} in {folder} has no `auto_map`: the folder carries no code to update.")
-    elsewhere = {_module(value).partition("--")[0] for value in references.values() if "--" in _module(value)}
-    if elsewhere:
-        raise ValueError(f"The code of {folder} is not in it but in {', '.join(sorted(elsewhere))}: update that.")
-    return FAMILIES[model_type], config
+    repository, separator, _ = str(references.get("AutoConfig")).partition("--")
+    if separator:
+        raise ValueError(f"The code of {folder} is not in it but in {repository}: update that.")
+    return FAMILIES[model_type], path.read_text(encoding="utf-8")
