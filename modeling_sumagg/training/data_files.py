@@ -121,7 +121,20 @@ def _open_parquet(path: str) -> pq.ParquetFile:
 
 def read_text(path: str) -> Iterator[Row]:
     """The whole file is one document."""
-    yield "line 1", {"text": Path(path).read_text(encoding="utf-8-sig")}
+    yield "line 1", {"text": read_document(path)}
+
+
+def read_document(path: str) -> str:
+    """
+    The text of a file, whatever its name.
+
+    Raises:
+        `ValueError`: the file is not UTF-8; the message names the line.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise _not_utf8(path, error) from error
 
 
 READERS: dict[str, Callable[[str], Iterator[Row]]] = {
@@ -153,17 +166,14 @@ def read_rows(path: str) -> Iterator[Row]:
     try:
         yield from reader(path)
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}, line {_undecodable_line(path)}: {error}. Save the file as UTF-8.") from error
+        raise _not_utf8(path, error) from error
 
 
-def _undecodable_line(path: str) -> int:
+def _not_utf8(path: str, error: UnicodeDecodeError) -> ValueError:
+    """The error with the line in which the file is no UTF-8, which `error` does not know."""
     with open(path, "rb") as file:
-        for line, text in enumerate(file, 1):
-            try:
-                text.decode()
-            except UnicodeDecodeError:
-                return line
-    return line
+        line = next(line for line, text in enumerate(file, 1) if "\ufffd" in text.decode(errors="replace"))
+    return ValueError(f"{path}, line {line}: {error}. Save the file as UTF-8.")
 
 
 def as_text(value: Any) -> str:
@@ -238,6 +248,18 @@ def check_image(file: str | io.BytesIO) -> None:
         raise ValueError(f"is no image that can be read: {error}") from error
     if image.mode in DEEP_MODES:
         raise ValueError(f"has more than 8 bits a channel (mode {image.mode}): save it with 8, or it becomes white")
+
+
+def open_image(path: str | Path) -> PILImage.Image:
+    """
+    Raises:
+        `ValueError`: as [`check_image`]; the message names the file.
+    """
+    try:
+        check_image(str(path))
+    except ValueError as error:
+        raise ValueError(f"{path} {error}.") from error
+    return PILImage.open(path)
 
 
 def is_missing(value: Any) -> bool:
@@ -335,11 +357,8 @@ def read_image_folder(path: str) -> Iterator[dict[str, str]]:
         if not images:
             raise ValueError(f"{folder} has no images. {example}.")
         for file in images:
-            try:
-                check_image(str(file))
-                yield {"image": as_text(str(file)), "label": as_text(folder.name)}
-            except ValueError as error:
-                raise ValueError(f"{file} {error}.") from error
+            open_image(file)
+            yield {"image": as_text(str(file)), "label": as_text(folder.name)}
     if not folders:
         raise ValueError(f"{path} has no folders. {example}.")
     if others:

@@ -27,6 +27,7 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
+from ..publishing.cards import printable
 from .data_files import (
     PLACE,
     as_label,
@@ -144,14 +145,6 @@ class LabelledDataArguments(DataArguments):
     label_column_name: str = field(default="label", metadata={"help": "Column with what is to be predicted."})
 
 
-def printable(text: str) -> str:
-    """The text on one line, with escapes for what a terminal would obey or could not show."""
-    return "".join(
-        character if character.isprintable() else character.encode("unicode_escape").decode()
-        for character in " ".join(str(text).split())
-    )
-
-
 @contextlib.contextmanager
 def user_errors() -> Iterator[None]:
     """
@@ -169,7 +162,7 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except KeyboardInterrupt as interrupt:
-        print(f"\ninterrupted: {interrupt or 'nothing was trained.'}", file=sys.stderr)
+        print(f"\ninterrupted{': ' if interrupt.args else '.'}{interrupt}", file=sys.stderr)
         sys.exit(130)
 
 
@@ -189,7 +182,7 @@ def parse_arguments(types: Sequence[type], documentation: str, **defaults) -> tu
 
     Raises:
         `ValueError`: an option has a value that it cannot have.
-        `OSError`: `--output_dir` cannot be written to.
+        `OSError`: the output folder cannot be written to.
     """
     defaults = SHARED_DEFAULTS | defaults
     options = {"usage": "%(prog)s [options]", "allow_abbrev": False}
@@ -225,9 +218,12 @@ def check_output_folder(folder: Path, resumed: bool = False) -> None:
     Make the folder that a run writes to, and say so where it replaces the model of an earlier run.
 
     Raises:
-        `OSError`: the folder cannot be made or written to, as where it is a file.
-        `ValueError`: it holds checkpoints of an earlier run that is not resumed.
+        `OSError`: the folder cannot be made or written to.
+        `ValueError`: it is a file, or it holds checkpoints of an earlier run that is not resumed.
     """
+    files = [path for path in (folder, *folder.parents) if path.exists() and not path.is_dir()]
+    if files:
+        raise ValueError(f"--output_dir {folder}: {files[0]} is a file. Name a folder.")
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder):
         pass
@@ -396,8 +392,8 @@ def _complete(split: Dataset, source: str, needed: dict[str, str], drop: bool) -
         incomplete |= set(missing)
         if drop:
             continue
-        where = f"{places[missing[0]]}: {column!r} is empty there"
-        where += f" and in {len(missing) - 1:,} other rows" if len(missing) > 1 else ""
+        where = f"{places[missing[0]]}: {column!r} is empty"
+        where += f", the first of {len(missing):,} such rows" if len(missing) > 1 else ""
         if name != "text":
             raise ValueError(f"{where}. Fill it, or leave such rows out with --drop_incomplete_rows.")
         print(f"warning: {printable(where)}; --drop_incomplete_rows leaves out rows without a text.")
@@ -446,7 +442,7 @@ def _hold_out(split: Dataset, source: str, share: float, seed: int) -> tuple[Dat
             "Give a --validation_file."
         )
     rest = sorted(set(range(len(split))).difference(held_out))
-    name = f"{share:.3g} of {source}, drawn at random{', of each class alike' if has_classes else ''}"
+    name = f"{share:.3g} of the rows of {source}, drawn at random{' in each class' if has_classes else ''}"
     return split.select(rest), split.select(held_out), name
 
 
