@@ -82,7 +82,7 @@ def read_json(path: str) -> Iterator[Row]:
             rows: Iterable[tuple[str, Any]] = ((f"entry {index}", row) for index, row in entries)
         else:
             lines = ((line, text) for line, text in enumerate(file, 1) if text.strip())
-            rows = ((f"line {line}", _parse_json(text, path, line)) for line, text in lines)
+            rows = ((f"line {line}", _parse_json(text.strip(), path, line)) for line, text in lines)
         for place, row in rows:
             if not isinstance(row, dict):
                 raise ValueError(f"{path}, {place}: must be a JSON object such as {{...}}, got {str(row)[:40]}.")

@@ -301,8 +301,9 @@ def load_splits(
             check_columns(names[name], columns.values(), split.column_names or list(next(iter(split))))
             renamed = {old: new for new, old in columns.items() if old != new}
             split = split.select_columns(list(columns.values())).rename_columns(renamed)
-            for number in numbers:
-                split = split.cast_column(number, Value("float64"))
+            types = {"text": "string"} | dict.fromkeys(numbers, "float64")
+            for column in types.keys() & columns.keys():
+                split = split.cast_column(column, Value(types[column]))
             splits[name] = split
     if paths or arguments.dataset_name is not None:
         needed = {name: columns[name] for name in columns if name not in optional}
@@ -325,7 +326,6 @@ def load_splits(
             split = split.select(sorted(random.Random(seed).sample(range(len(split)), limit)))
         if "image" in columns and paths:
             split = split.cast_column("image", Image())
-        # Not the object that the parts of one split share.
         split.info.description = names[name]
         splits[name] = split
     ordered = {name: splits[name] for name in SPLITS if name in splits}
@@ -336,6 +336,11 @@ def _load_named(arguments: DataArguments, streaming: bool) -> dict[str, Any]:
     """The data set of the Hub; of a local folder without what an earlier run made of files of the same names."""
     is_local = Path(arguments.dataset_name).exists()
     if is_local:
+        if set("[]*?") & set(arguments.dataset_name):
+            raise ValueError(
+                f"--dataset_name {arguments.dataset_name}: `datasets` takes []*? in the name of a folder for a pattern. "
+                "Rename the folder, or name its files with --train_file."
+            )
         disable_caching()
     try:
         return load_dataset(
@@ -359,8 +364,11 @@ def _load_file(path: str, streaming: bool, columns: dict[str, str] | None = None
             for row in read_image_folder(path):
                 yield {**{name: row[column] for name, column in wanted.items()}, PLACE: row["image"]}
     else:
-        if columns is None:
-            columns = {name: name for name in next(read_rows(path))[1]}
+        if columns is None or streaming:
+            # Of a stream the first row has to have the columns.
+            found = [*next(read_rows(path), ("", {}))[1]]
+            columns = columns or {name: name for name in found}
+            check_columns(path, columns.values(), found)
         features = features_of(path, columns, numbers)
         features[PLACE] = Value("string")
 
@@ -426,9 +434,9 @@ def _hold_out(split: Dataset, source: str, share: float, seed: int) -> tuple[Dat
     """A random share of the rows, of each class alike; a class keeps at least one row to train on."""
     draw = random.Random(seed)
     has_classes = "label" in split.column_names and split.features["label"] != Value("float64")
-    classes: dict[Any, list[int]] = {}
+    classes: dict[str | None, list[int]] = {}
     for row, label in enumerate(split["label"] if has_classes else [None] * len(split)):
-        classes.setdefault(label, []).append(row)
+        classes.setdefault(as_label(label), []).append(row)
     number = max(1, round(share * len(split)))
     counts = {label: min(int(share * len(rows)), len(rows) - 1) for label, rows in classes.items()}
     # Where shares are no whole numbers, the classes that miss most of theirs come first.
