@@ -116,6 +116,10 @@ class SumAggMultimodalConfig(NamedFields, PreTrainedConfig):
                     f"`image_size` must be a multiple of `patch_size` = {self.patch_size}, or two (height, width), got "
                     f"{self.image_size}."
                 )
+        if not math.isfinite(self.position_bias):
+            raise ValueError(f"`position_bias` must be finite, got {self.position_bias}.")
+        if not 0 <= self.initializer_range < math.inf:
+            raise ValueError(f"`initializer_range` must be finite and at least 0, got {self.initializer_range}.")
         if not 0 <= self.classifier_dropout < 1:
             raise ValueError(f"`classifier_dropout` must be in [0, 1), got {self.classifier_dropout}.")
 

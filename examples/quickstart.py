@@ -8,7 +8,6 @@ Without arguments it needs no network: the text is the source code of Python's s
 
 import math
 import os
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +26,6 @@ from transformers import (
     GPT2Tokenizer,
     HfArgumentParser,
     TextStreamer,
-    Trainer,
     TrainingArguments,
     default_data_collator,
     set_seed,
@@ -35,9 +33,10 @@ from transformers import (
 
 from modeling_sumagg import SumAggConfig
 from modeling_sumagg.hub import decode_state_size, save_model_card
-from modeling_sumagg.training import decay_parameter_names
+from modeling_sumagg.training.data_files import read_document
 from modeling_sumagg.training.embedded_data import standard_library_sources
 from modeling_sumagg.training.plots import plot_training
+from modeling_sumagg.training.scripts import DecayTrainer, check_output_folder, run, user_errors
 
 
 @dataclass
@@ -62,18 +61,13 @@ class QuickstartArguments:
             raise ValueError("Give both --train_files and --held_out_files, or neither.")
 
 
-class DecayTrainer(Trainer):
-    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
-        return decay_parameter_names(model)
-
-
 def load_texts(arguments: QuickstartArguments) -> dict[str, list[str]]:
     """The training texts and the held-out ones, a file each."""
     if arguments.train_files is None:
         sources = standard_library_sources()
         return {"train": sources["train"]["text"][:], "held-out": sources["test"]["text"][:]}
     files = {"train": arguments.train_files, "held-out": arguments.held_out_files}
-    return {split: [Path(path).read_text(encoding="utf-8") for path in paths] for split, paths in files.items()}
+    return {split: [read_document(path) for path in paths] for split, paths in files.items()}
 
 
 def cut_into_blocks(texts: list[str], tokenizer: GPT2Tokenizer, length: int) -> np.ndarray:
@@ -88,11 +82,12 @@ def main() -> None:
     parser = HfArgumentParser(
         QuickstartArguments, description=__doc__.partition("\n\n")[0], usage="%(prog)s [options]", allow_abbrev=False
     )
-    try:
+    with user_errors():
         (arguments,) = parser.parse_args_into_dataclasses()
         duration = (
             "about 3 minutes on two cores" if arguments.train_files is None else "the progress bar shows how long"
         )
+        check_output_folder(Path(arguments.output_dir))
         print(
             f"Learns a vocabulary, trains a language model for {arguments.steps:,} steps, lets it write and saves it to "
             f"{arguments.output_dir} ({duration})."
@@ -102,8 +97,6 @@ def main() -> None:
             texts["train"], arguments.vocab_size, length=len(texts["train"])
         )
         blocks = {split: cut_into_blocks(texts[split], tokenizer, arguments.context_length) for split in texts}
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
     set_seed(arguments.seed)
     datasets = {split: Dataset.from_dict({"input_ids": rows, "labels": rows}) for split, rows in blocks.items()}
 
@@ -153,10 +146,12 @@ def main() -> None:
     # `Trainer` turned it off.
     model.config.use_cache = True
     trainer.save_model()
+    # Paths of this machine are in it, and nothing reads it.
+    (Path(arguments.output_dir) / "training_args.bin").unlink()
 
     model = AutoModelForCausalLM.from_pretrained(arguments.output_dir)
     tokenizer = AutoTokenizer.from_pretrained(arguments.output_dir)
-    print(f"\nReloaded from {arguments.output_dir}. The model writes:\n")
+    print(f"\nReloaded from {arguments.output_dir}. The model writes, token by token drawn at random:\n")
     inputs = tokenizer(arguments.prompt, return_tensors="pt")
     set_seed(arguments.seed)
     start = time.perf_counter()
@@ -186,19 +181,23 @@ def main() -> None:
     print(f"Training {training_speed:,.0f} tokens/s, decoding {decoding_speed:,.0f} tokens/s.")
 
     folder = Path(arguments.output_dir)
+    source = "Python's standard library" if arguments.train_files is None else "text files"
     baselines = {"unigram frequencies": unigram}
     plot_training(trainer.state.log_history, folder / "training.png", baselines=baselines, loss_unit="nats a token")
     print(f"\nThe check of {folder}, where this package is not installed:")
     save_model_card(
         trainer.accelerator.unwrap_model(trainer.model),
         folder,
-        dataset_name="Python's standard library" if arguments.train_files is None else "text files",
+        dataset_name=f"{source}, {len(texts['train']):,} files",
+        evaluated_on=f"{len(texts['held-out']):,} other files",
+        num_examples=len(blocks["held-out"]),
         metrics={"perplexity": math.exp(cross_entropy)},
         baselines={name: {"perplexity": math.exp(nats)} for name, nats in baselines.items()},
         hyperparameters={
             name: getattr(arguments, name) for name in ("learning_rate", "batch_size", "context_length", "seed")
         },
         steps=arguments.steps,
+        prompt=arguments.prompt,
         sample=tokenizer.decode(generated, skip_special_tokens=True),
     )
     print(
@@ -208,4 +207,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -13,10 +13,9 @@ Without arguments: a small summation model on the sources of Python's standard l
 
 import copy
 import itertools
-import math
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 
@@ -32,15 +31,12 @@ from transformers import (
     DataCollatorForSeq2Seq,
     DataCollatorWithFlattening,
     EvalPrediction,
-    HfArgumentParser,
     PreTrainedTokenizerBase,
-    TrainingArguments,
     default_data_collator,
-    set_seed,
 )
 
 from modeling_sumagg.training.embedded_data import standard_library_sources
-from modeling_sumagg.training.plots import plot_training
+from modeling_sumagg.training.runs import report, train_and_evaluate
 from modeling_sumagg.training.scripts import (
     DataArguments,
     DecayTrainer,
@@ -51,7 +47,9 @@ from modeling_sumagg.training.scripts import (
     load_splits,
     load_tokenizer,
     model_max_length,
-    save_checked,
+    parse_arguments,
+    run,
+    source_of,
     user_errors,
 )
 
@@ -107,60 +105,53 @@ def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def perplexity(outputs: EvalPrediction) -> dict[str, float]:
-    """Of what [`token_losses`] returns: exact whatever the padding of the batches."""
+    """Of the losses that [`token_losses`] returns: exact whatever the padding of the batches."""
     losses = outputs.predictions[outputs.label_ids[:, 1:] != -100]
-    return {"perplexity": math.exp(np.mean(losses, dtype=np.float64))}
+    return {"perplexity": float(np.exp(np.mean(losses, dtype=np.float64)))}
 
 
 def unigram_perplexity(training_rows, held_out_rows, vocab_size: int) -> float:
-    """The best that a model can do that looks at no context: the frequencies of the training tokens, add-one smoothed."""
+    """The best of all models without a context: the frequencies of the training tokens, add-one smoothed."""
     counts = np.ones(vocab_size)
     for row in training_rows:
         counts += np.bincount(row["input_ids"], minlength=vocab_size)
     losses = -np.log(counts / counts.sum())
-    return math.exp(np.mean(np.concatenate([losses[row["input_ids"][1:]] for row in held_out_rows])))
+    return float(np.exp(np.mean(np.concatenate([losses[row["input_ids"][1:]] for row in held_out_rows]))))
+
+
+def beginning(texts: Iterable[str]) -> str:
+    """The first words of the first text that has some, for the card's call of `generate`."""
+    line = next(line for text in texts for line in (text or "").splitlines() if line.strip())
+    return line.strip()[:40].rpartition(" ")[0] or line.strip()[:40]
 
 
 def main() -> None:
-    parser = HfArgumentParser(
-        (TextModelArguments, TextArguments, TrainingArguments),
-        description=__doc__.partition("\n\n")[0],
-        usage="%(prog)s [options]",
-        allow_abbrev=False,
-    )
-    parser.set_defaults(
-        output_dir="runs/clm",
-        num_train_epochs=0.5,
-        per_device_train_batch_size=4,
-        per_device_eval_batch_size=4,
-        learning_rate=2e-3,
-        lr_scheduler_type="cosine",
-        warmup_steps=0.1,
-        weight_decay=0.1,
-        eval_strategy="steps",
-        eval_steps=0.34,
-        logging_steps=0.05,
-        save_strategy="no",
-        report_to="none",
-        dataloader_pin_memory=torch.accelerator.is_available(),
-        # PEFT hides the names of the labels.
-        label_names=["labels"],
-    )
     with user_errors():
-        model_arguments, data_arguments, training_arguments = parser.parse_args_into_dataclasses()
-        source = data_arguments.dataset_name or data_arguments.train_file
-        folder = Path(training_arguments.output_dir)
-        duration = "the progress bar shows how long" if source else "about 3 minutes on two cores"
-        source = source or "Python's standard library"
-        print(f"Trains a language model on {source} and saves it to {folder} ({duration}).")
+        data_arguments, model_arguments, training_arguments = parse_arguments(
+            (TextArguments, TextModelArguments),
+            __doc__,
+            output_dir="runs/clm",
+            num_train_epochs=0.5,
+            per_device_train_batch_size=4,
+            per_device_eval_batch_size=4,
+            learning_rate=2e-3,
+            weight_decay=0.1,
+            eval_strategy="steps",
+            eval_steps=0.34,
+            logging_steps=0.05,
+        )
+        is_own = data_arguments.dataset_name or data_arguments.train_file
+        source = source_of(data_arguments, "Python's standard library")
+        duration = "the progress bar shows how long" if is_own else "about 3 minutes on two cores"
+        print(f"Trains a language model on {source} and saves it to {training_arguments.output_dir} ({duration}).")
         if data_arguments.streaming and training_arguments.max_steps <= 0:
             raise ValueError("A stream has no end that is known: --streaming needs --max_steps.")
-        set_seed(training_arguments.seed)
         splits = load_splits(
             data_arguments,
             standard_library_sources,
             {"text": data_arguments.text_column_name},
             seed=training_arguments.seed,
+            embedded_name=source,
             streaming=data_arguments.streaming,
             held_out_rows=data_arguments.held_out_rows,
         )
@@ -203,47 +194,26 @@ def main() -> None:
         compute_metrics=perplexity,
         preprocess_logits_for_metrics=token_losses,
     )
-    baselines = {}
-    if model_arguments.lora_rank:
-        baselines["before training"] = trainer.evaluate()["eval_perplexity"]
-    resume = training_arguments.resume_from_checkpoint
-    training = trainer.train(resume_from_checkpoint=True if resume == "last" else resume)
-    # `Trainer` turned it off.
-    config.use_cache = True
-    trainer.save_model()
-    trainer.save_state()
-    metrics = trainer.evaluate()
-    for split, values in (("train", training.metrics), ("eval", metrics)):
-        trainer.save_metrics(split, values)
+    held_out = {"validation": validation}
+    results = train_and_evaluate(trainer, held_out, ["perplexity"])
     if not trainer.is_world_process_zero():
         return
 
     # Of a stream, count as many sequences as the model was trained on.
     seen = training_arguments.max_steps * training_arguments.train_batch_size * training_arguments.world_size
     seen = seen * training_arguments.gradient_accumulation_steps if data_arguments.streaming else None
-    baselines["unigram frequencies"] = unigram_perplexity(itertools.islice(train, seen), validation, config.vocab_size)
-    save_checked(
+    unigram = unigram_perplexity(itertools.islice(train, seen), validation, config.vocab_size)
+    results["unigram frequencies"] = {"validation": {"perplexity": unigram}}
+    report(
         trainer,
         AutoModelForCausalLM,
-        dataset_name=source,
-        metrics={"perplexity": metrics["eval_perplexity"]},
-        baselines={name: {"perplexity": value} for name, value in baselines.items()},
-    )
-    plot_training(
-        trainer.state.log_history,
-        folder / "training.png",
-        metric="perplexity",
-        baselines=baselines,
-        model_name=type(model).__name__,
+        results,
+        held_out,
+        base_model=model_arguments.model_name_or_path,
         loss_unit="nats a token",
-        logarithmic=True,
+        prompt=beginning(row["text"] for row in splits["validation"]),
     )
-
-    print(f"\nPerplexity on held-out text: {metrics['eval_perplexity']:.4g}")
-    for name, value in baselines.items():
-        print(f"  {name}: {value:.4g}{' (the model is no better)' if metrics['eval_perplexity'] >= value else ''}")
-    print(f"Saved to {folder}; training.png shows loss and perplexity by step.")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -10,11 +10,10 @@ signature shows. It needs no network.
     python run_multimodal_regression.py --train_file flats.csv --numeric_column_names rooms --label_column_name price \
         --model_name_or_path runs/houses --lora_rank 8 --output_dir runs/flats
 
-An empty cell in a numeric column, and an empty text, are "not given".
+An empty cell in a numeric column, and an empty text, are "not given". Numbers and labels of any size keep their digits.
 """
 
 import copy
-import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +31,6 @@ from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
     EvalPrediction,
-    HfArgumentParser,
     PreTrainedConfig,
     Trainer,
     TrainingArguments,
@@ -43,7 +41,8 @@ from modeling_sumagg import DataCollatorForMultimodalRegression
 from modeling_sumagg.training import feature_statistics
 from modeling_sumagg.training.baselines import ConcatenationRegression
 from modeling_sumagg.training.embedded_data import SIGNATURE_COLUMNS, standard_library_functions
-from modeling_sumagg.training.plots import plot_predictions, plot_training
+from modeling_sumagg.training.plots import plot_predictions
+from modeling_sumagg.training.runs import MODEL, report, train_and_evaluate
 from modeling_sumagg.training.scripts import (
     DecayTrainer,
     LabelledDataArguments,
@@ -54,7 +53,9 @@ from modeling_sumagg.training.scripts import (
     load_splits,
     load_tokenizer,
     model_max_length,
-    save_checked,
+    parse_arguments,
+    run,
+    source_of,
     user_errors,
 )
 
@@ -78,22 +79,8 @@ class RowArguments(LabelledDataArguments):
             raise ValueError("Name the columns with the numbers to predict from: --numeric_column_names.")
 
 
-def to_number(value: str | float | None) -> float:
-    """A cell as a number; NaN if it is empty."""
-    return float("nan") if value is None or value == "" else float(value)
-
-
-def to_numbers(row: dict, index: int, columns: list[str]) -> dict:
-    """`text`, empty where it is missing, `numeric_features` and `labels`."""
-    label = to_number(row["label"])
-    if math.isnan(label):
-        raise ValueError(f"Row {index} has no label: {row}.")
-    text = "" if row["text"] is None else str(row["text"])
-    return {"text": text, "numeric_features": [to_number(row[column]) for column in columns], "labels": label}
-
-
 def ridge_predictions(splits: DatasetDict, config: PreTrainedConfig) -> dict[str, np.ndarray]:
-    """What a ridge regression on the standardised numbers predicts; a number that is not given is the mean."""
+    """The predictions of a ridge regression on the standardised numbers; a number that is not given is the mean."""
     x = {}
     for name, rows in splits.items():
         numbers = np.array(rows["numeric_features"], dtype=float)
@@ -111,46 +98,45 @@ def scores(outputs: EvalPrediction) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = HfArgumentParser(
-        (TextModelArguments, RowArguments, TrainingArguments),
-        description=__doc__.partition("\n\n")[0],
-        usage="%(prog)s [options]",
-        allow_abbrev=False,
-    )
-    parser.set_defaults(
-        output_dir="runs/multimodal-regression",
-        num_train_epochs=1,
-        learning_rate=1e-3,
-        lr_scheduler_type="cosine",
-        warmup_steps=0.1,
-        weight_decay=0.01,
-        per_device_train_batch_size=32,
-        per_device_eval_batch_size=256,
-        eval_strategy="steps",
-        eval_steps=0.2,
-        logging_steps=0.05,
-        save_strategy="no",
-        report_to="none",
-        dataloader_pin_memory=torch.accelerator.is_available(),
-        # PEFT hides the names of the inputs and of the labels.
-        label_names=["labels"],
-        remove_unused_columns=False,
-    )
     with user_errors():
-        model_arguments, data_arguments, training_arguments = parser.parse_args_into_dataclasses()
-        source = data_arguments.dataset_name or data_arguments.train_file
-        label_name = data_arguments.label_column_name if source else "ln(lines of the function)"
+        data_arguments, model_arguments, training_arguments = parse_arguments(
+            (RowArguments, TextModelArguments),
+            __doc__,
+            output_dir="runs/multimodal-regression",
+            num_train_epochs=1,
+            learning_rate=1e-3,
+            weight_decay=0.01,
+            per_device_train_batch_size=32,
+            per_device_eval_batch_size=256,
+            eval_strategy="steps",
+            eval_steps=0.2,
+            logging_steps=0.05,
+            remove_unused_columns=False,
+        )
+        is_own = data_arguments.dataset_name or data_arguments.train_file
+        source = source_of(data_arguments, "Python's standard library")
+        label_name = data_arguments.label_column_name if is_own else "ln(lines of the function)"
         folder = Path(training_arguments.output_dir)
-        duration = "the progress bars show how long" if source else "about a minute on two cores"
-        source = source or "Python's standard library"
+        duration = "the progress bars show how long" if is_own else "about a minute on two cores"
         print(f"Trains a regression of {label_name} on {source} and saves it to {folder} ({duration}).")
-        set_seed(training_arguments.seed)
         numeric = data_arguments.numeric_column_names
         columns = {"text": data_arguments.text_column_name, "label": data_arguments.label_column_name}
-        columns |= {column: column for column in numeric}
-        splits = load_splits(data_arguments, standard_library_functions, columns, seed=training_arguments.seed)
+        splits = load_splits(
+            data_arguments,
+            standard_library_functions,
+            columns | {column: column for column in numeric},
+            seed=training_arguments.seed,
+            embedded_name=source,
+            numbers=["label", *numeric],
+            optional=["text", *numeric],
+        )
         splits = splits.map(
-            to_numbers, with_indices=True, fn_kwargs={"columns": numeric}, remove_columns=[*numeric, "label"]
+            lambda row: {
+                "text": row["text"] or "",
+                "numeric_features": [row[column] for column in numeric],
+                "labels": row["label"],
+            },
+            remove_columns=[*numeric, "label"],
         )
         tokenizer = load_tokenizer(model_arguments, splits["train"]["text"])
         facts = {"num_numeric_features": len(numeric), **feature_statistics(splits["train"])}
@@ -166,6 +152,7 @@ def main() -> None:
     print(f"{type(model).__name__}, {model.num_parameters():,} parameters; {splits.num_rows} rows; numbers: {numeric}")
     if model_arguments.lora_rank:
         model = add_adapters(model, model_arguments, modules_to_save=["numeric_branch", "score"])
+    exact = torch.float32 if training_arguments.device.type == "mps" else torch.float64
 
     def make_trainer(model: nn.Module, arguments: TrainingArguments) -> Trainer:
         return DecayTrainer(
@@ -174,30 +161,13 @@ def main() -> None:
             train_dataset=splits["train"],
             eval_dataset=splits["validation"],
             processing_class=tokenizer,
-            data_collator=DataCollatorForMultimodalRegression(tokenizer),
+            data_collator=DataCollatorForMultimodalRegression(tokenizer, dtype=exact),
             compute_metrics=scores,
         )
 
-    def predictions_of(trainer: Trainer) -> dict[str, np.ndarray]:
-        return {split: trainer.predict(splits[split]).predictions.reshape(-1) for split in held_out}
-
-    held_out = [split for split in ("validation", "test") if split in splits]
     trainer = make_trainer(model, training_arguments)
-    predictions = {}
-    if model_arguments.lora_rank:
-        trainer.evaluate()
-        predictions["before training"] = predictions_of(trainer)
-    resume = training_arguments.resume_from_checkpoint
-    metrics = {"train": trainer.train(resume_from_checkpoint=True if resume == "last" else resume).metrics}
-    trainer.save_model()
-    trainer.save_state()
-    for split in held_out:
-        prefix = "eval" if split == "validation" else split
-        metrics[prefix] = trainer.evaluate(splits[split], metric_key_prefix=prefix)
-    for prefix, values in metrics.items():
-        trainer.save_metrics(prefix, values)
-    name = type(model).__name__
-    predictions = {name: predictions_of(trainer), **predictions}
+    held_out = {name: split for name, split in splits.items() if name != "train"}
+    results = train_and_evaluate(trainer, held_out, ["r2", "rmse"])
 
     # The same data, steps and random numbers; only the first model is kept.
     baseline_arguments = copy.copy(training_arguments)
@@ -206,50 +176,37 @@ def main() -> None:
     print("\nThe baseline of the paper, attention and concatenation, trains on the same:")
     baseline_trainer = make_trainer(ConcatenationRegression(config), baseline_arguments)
     baseline_trainer.train()
-    predictions["attention and concatenation"] = predictions_of(baseline_trainer)
+    last = [*held_out][-1]
+    predictions = {}
+    for name, each in ((MODEL, trainer), ("attention and concatenation", baseline_trainer)):
+        by_split = {split: each.predict(rows).predictions.reshape(-1) for split, rows in held_out.items()}
+        predictions[name] = by_split
     if not trainer.is_world_process_zero():
         return
 
     predictions["ridge on the numbers"] = ridge_predictions(splits, config)
-    labels = {split: np.array(splits[split]["labels"]) for split in held_out}
-    results = {
-        key: {split: scores(EvalPrediction(values[split], labels[split])) for split in held_out}
-        for key, values in predictions.items()
-    }
-    last = held_out[-1]
-    baselines = {key: by_split for key, by_split in results.items() if key != name}
-    plot_training(
-        trainer.state.log_history,
-        folder / "training.png",
-        metric="r2",
-        baselines={key: by_split["validation"]["r2"] for key, by_split in baselines.items()},
-        model_name=name,
-        loss_unit="squared standard deviations",
-    )
+    labels = {split: np.array(rows["labels"]) for split, rows in held_out.items()}
+    for name, by_split in predictions.items():
+        if name != MODEL:
+            results[name] = {s: scores(EvalPrediction(by_split[s], labels[s])) for s in held_out}
     plot_predictions(
-        {key: values[last] for key, values in predictions.items()},
+        {name: by_split[last] for name, by_split in predictions.items()},
         labels[last],
         label_name,
         folder / "predictions.png",
     )
-    save_checked(
+    report(
         trainer,
         AutoModelForSequenceClassification,
-        dataset_name=f"{source}, {last} split",
-        metrics=results[name][last],
-        baselines={key: by_split[last] for key, by_split in baselines.items()},
+        results,
+        held_out,
+        base_model=model_arguments.model_name_or_path,
+        loss_unit="squared standard deviations",
+        pictures=f", predictions.png the {last} split",
         units={"rmse": label_name},
+        numeric_features=numeric,
     )
-
-    print(f"\nOn the {last} split ({len(labels[last])} rows), RMSE in the unit of {label_name}:")
-    print(f"  {'R²':>7}  {'RMSE':>9}")
-    for key, by_split in results.items():
-        print(f"  {by_split[last]['r2']:7.4f}  {by_split[last]['rmse']:9.4g}  {key}")
-    better = [key for key, by_split in baselines.items() if by_split[last]["r2"] >= results[name][last]["r2"]]
-    if better:
-        print(f"{name} is no better than: {', '.join(better)}.")
-    print(f"Saved to {folder}; training.png shows loss and R² by step, predictions.png the {last} split.")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -2,7 +2,8 @@
 with simple baselines.
 
 Without arguments: which package of Python's standard library a piece of code is from, which needs no network. The model
-has no limit of length.
+is the published classifier, a mean over projected embeddings without any layer: words alone tell most there. It has no
+limit of length. `--preset sumagg-pure-small` and `--config_overrides` give models with layers.
 
     python run_text_classification.py
     python run_text_classification.py --train_file a.csv --validation_file b.csv
@@ -14,13 +15,11 @@ has no limit of length.
 import copy
 import os
 from dataclasses import dataclass, field
-from pathlib import Path
 
 
 # Threads that wait for each other sleep, and leave the processor to others: read when torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-import torch
 from datasets import DatasetDict
 from peft import TaskType
 from sklearn.dummy import DummyClassifier
@@ -32,15 +31,12 @@ from transformers import (
     AutoModelForSequenceClassification,
     DataCollatorWithPadding,
     EvalPrediction,
-    HfArgumentParser,
     PreTrainedTokenizerBase,
-    TrainingArguments,
-    set_seed,
 )
 
 from modeling_sumagg.families import FAMILIES
 from modeling_sumagg.training.embedded_data import standard_library_packages
-from modeling_sumagg.training.plots import plot_training
+from modeling_sumagg.training.runs import Results, report, train_and_evaluate
 from modeling_sumagg.training.scripts import (
     DecayTrainer,
     LabelledDataArguments,
@@ -52,7 +48,9 @@ from modeling_sumagg.training.scripts import (
     load_splits,
     load_tokenizer,
     model_max_length,
-    save_checked,
+    parse_arguments,
+    run,
+    source_of,
     user_errors,
 )
 
@@ -77,80 +75,76 @@ class DocumentArguments(LabelledDataArguments):
     max_length: int = field(default=1024, metadata={"help": "Tokens of a document to train on; the rest is cut off."})
 
 
-def to_tokens(texts: list, tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, list[list[int]]]:
-    """`input_ids`. A document ends with the end-of-text token, so that an empty one has a token too."""
-    documents = tokenizer([as_text(text) for text in texts], add_special_tokens=False)["input_ids"]
-    # The tokenizer's own truncation would be saved with it.
-    return {"input_ids": [[*document[: max_length - 1], tokenizer.eos_token_id] for document in documents]}
-
-
-def as_text(value: str | float | None) -> str:
-    return "" if value is None else str(value)
+def end_texts(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let the tokenizer end each text with its end-of-text token, if an empty one has no token otherwise."""
+    if not tokenizer("")["input_ids"]:
+        tokenizer.add_eos_token = True
 
 
 def accuracy(outputs: EvalPrediction) -> dict[str, float]:
     return {"accuracy": accuracy_score(outputs.label_ids, outputs.predictions.argmax(axis=1))}
 
 
-def baseline_accuracies(splits: DatasetDict) -> dict[str, dict[str, float]]:
+def baseline_results(splits: DatasetDict) -> Results:
     """Accuracy on each held-out split of the most frequent class, and of logistic regression on TF-IDF."""
     tfidf = TfidfVectorizer(token_pattern=r"\b\w+\b")
     classifiers = {
         "most frequent class": DummyClassifier(strategy="most_frequent"),
         "TF-IDF and logistic regression": make_pipeline(tfidf, LogisticRegression(max_iter=1000)),
     }
-    x = {name: [as_text(text) for text in split["text"]] for name, split in splits.items()}
+    x = {name: [text or "" for text in split["text"]] for name, split in splits.items()}
     y = {name: split["labels"][:] for name, split in splits.items()}
-    accuracies = {}
+    results: Results = {}
     for name, classifier in classifiers.items():
         classifier.fit(x["train"], y["train"])
-        accuracies[name] = {split: classifier.score(x[split], y[split]) for split in splits if split != "train"}
-    return accuracies
+        results[name] = {s: {"accuracy": classifier.score(x[s], y[s])} for s in splits if s != "train"}
+    return results
 
 
 def main() -> None:
-    parser = HfArgumentParser(
-        (TextModelArguments, DocumentArguments, TrainingArguments),
-        description=__doc__.partition("\n\n")[0],
-        usage="%(prog)s [options]",
-        allow_abbrev=False,
-    )
-    parser.set_defaults(
-        output_dir="runs/text-classification",
-        num_train_epochs=15,
-        per_device_train_batch_size=16,
-        per_device_eval_batch_size=32,
-        learning_rate=5e-3,
-        lr_scheduler_type="cosine",
-        warmup_steps=0.1,
-        weight_decay=0.1,
-        train_sampling_strategy="group_by_length",
-        eval_strategy="epoch",
-        logging_strategy="epoch",
-        save_strategy="no",
-        report_to="none",
-        dataloader_pin_memory=torch.accelerator.is_available(),
-        # PEFT hides the names of the labels.
-        label_names=["labels"],
-    )
     with user_errors():
-        model_arguments, data_arguments, training_arguments = parser.parse_args_into_dataclasses()
-        source = data_arguments.dataset_name or data_arguments.train_file
-        folder = Path(training_arguments.output_dir)
-        duration = "the progress bar shows how long" if source else "about 2 minutes on two cores"
-        source = source or "Python's standard library"
-        print(f"Trains a classifier of documents on {source} and saves it to {folder} ({duration}).")
-        set_seed(training_arguments.seed)
+        data_arguments, model_arguments, training_arguments = parse_arguments(
+            (DocumentArguments, TextModelArguments),
+            __doc__,
+            output_dir="runs/text-classification",
+            num_train_epochs=15,
+            per_device_train_batch_size=16,
+            per_device_eval_batch_size=32,
+            learning_rate=5e-3,
+            weight_decay=0.1,
+            train_sampling_strategy="group_by_length",
+            eval_strategy="epoch",
+            logging_strategy="epoch",
+        )
+        is_own = data_arguments.dataset_name or data_arguments.train_file
+        source = source_of(data_arguments, "Python's standard library")
+        duration = "the progress bar shows how long" if is_own else "about 2 minutes on two cores"
+        print(
+            f"Trains a classifier of documents on {source} and saves it to {training_arguments.output_dir} ({duration})."
+        )
         columns = {"text": data_arguments.text_column_name, "label": data_arguments.label_column_name}
-        splits = load_splits(data_arguments, standard_library_packages, columns, seed=training_arguments.seed)
+        splits = load_splits(
+            data_arguments, standard_library_packages, columns, seed=training_arguments.seed, embedded_name=source
+        )
         splits, names = encode_labels(splits)
-        tokenizer = load_tokenizer(model_arguments, map(as_text, splits["train"]["text"]))
+        tokenizer = load_tokenizer(model_arguments, (text or "" for text in splits["train"]["text"]))
+        end_texts(tokenizer)
         labels = {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
         config = load_config(model_arguments, SMALL_CLASSIFIER, tokenizer, **labels)
         model = load_model(AutoModelForSequenceClassification, model_arguments, config)
-        max_length = min(data_arguments.max_length, model_max_length(config))
+        tokenizer.model_max_length = model_max_length(config)
+        max_length = min(data_arguments.max_length, tokenizer.model_max_length)
+        # Truncation would be saved with the tokenizer; models with absolute positions are padded on the right in training.
+        encoder = copy.deepcopy(tokenizer)
+        encoder.padding_side = "right"
         documents = splits.map(
-            lambda batch: to_tokens(batch["text"], tokenizer, max_length), batched=True, remove_columns=["text"]
+            lambda batch: {
+                "input_ids": encoder([text or "" for text in batch["text"]], truncation=True, max_length=max_length)[
+                    "input_ids"
+                ]
+            },
+            batched=True,
+            remove_columns=["text"],
         )
 
     print(
@@ -162,65 +156,27 @@ def main() -> None:
             # Which words there are tells most about a document.
             options["target_modules"] = [*FAMILIES[config.model_type].lora_target_modules, "embed_tokens"]
         model = add_adapters(model, model_arguments, **options)
-    # Models with absolute positions are trained with padding on the right.
-    padding = copy.deepcopy(tokenizer)
-    padding.padding_side = "right"
-    tokenizer.model_max_length = model_max_length(config)
     trainer = DecayTrainer(
         model=model,
         args=training_arguments,
         train_dataset=documents["train"],
         eval_dataset=documents["validation"],
         processing_class=tokenizer,
-        data_collator=DataCollatorWithPadding(padding),
+        data_collator=DataCollatorWithPadding(encoder),
         compute_metrics=accuracy,
     )
-    held_out = [split for split in documents if split != "train"]
-    baselines = {}
-    if model_arguments.lora_rank:
-        trainer.evaluate()
-        baselines["before training"] = {
-            split: trainer.predict(documents[split]).metrics["test_accuracy"] for split in held_out
-        }
-    resume = training_arguments.resume_from_checkpoint
-    metrics = {"train": trainer.train(resume_from_checkpoint=True if resume == "last" else resume).metrics}
-    trainer.save_model()
-    trainer.save_state()
-    accuracies = {}
-    for split in held_out:
-        prefix = "eval" if split == "validation" else split
-        metrics[prefix] = trainer.evaluate(documents[split], metric_key_prefix=prefix)
-        accuracies[split] = metrics[prefix][f"{prefix}_accuracy"]
-    for prefix, values in metrics.items():
-        trainer.save_metrics(prefix, values)
-    if not trainer.is_world_process_zero():
-        return
-
-    baselines |= baseline_accuracies(splits)
-    save_checked(
-        trainer,
-        AutoModelForSequenceClassification,
-        hyperparameters={"max_length": max_length},
-        dataset_name=f"{source}, {held_out[-1]} split",
-        metrics={"accuracy": accuracies[held_out[-1]]},
-        baselines={name: {"accuracy": by_split[held_out[-1]]} for name, by_split in baselines.items()},
-    )
-    plot_training(
-        trainer.state.log_history,
-        folder / "training.png",
-        metric="accuracy",
-        baselines={name: by_split["validation"] for name, by_split in baselines.items()},
-        model_name=type(model).__name__,
-    )
-
-    print(f"\nAccuracy {''.join(f'{split:>12}' for split in held_out)}")
-    for name, by_split in {"this model": accuracies, **baselines}.items():
-        print(f"         {''.join(f'{by_split[split]:12.2%}' for split in held_out)}  {name}")
-    better = [name for name, by_split in baselines.items() if by_split[held_out[-1]] >= accuracies[held_out[-1]]]
-    if better:
-        print(f"The model is no better than: {', '.join(better)}.")
-    print(f"Saved to {folder}; training.png shows loss and accuracy by step.")
+    held_out = {name: split for name, split in documents.items() if name != "train"}
+    results = train_and_evaluate(trainer, held_out, ["accuracy"])
+    if trainer.is_world_process_zero():
+        report(
+            trainer,
+            AutoModelForSequenceClassification,
+            results | baseline_results(splits),
+            held_out,
+            base_model=model_arguments.model_name_or_path,
+            hyperparameters={"max_length": max_length},
+        )
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

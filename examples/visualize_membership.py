@@ -33,7 +33,6 @@ from transformers import (
     BaseImageProcessor,
     DefaultDataCollator,
     PreTrainedModel,
-    Trainer,
     TrainingArguments,
     set_seed,
 )
@@ -44,13 +43,9 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from modeling_sumagg import ToSTConfig, ToSTForImageClassification
 from modeling_sumagg.hub import save_model_card
 from modeling_sumagg.modeling_tost import tost_image_processor
-from modeling_sumagg.training import decay_parameter_names
+from modeling_sumagg.training.data_files import open_image
 from modeling_sumagg.training.embedded_data import photo_crops, sample_photos
-
-
-class DecayTrainer(Trainer):
-    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
-        return decay_parameter_names(model)
+from modeling_sumagg.training.scripts import DecayTrainer, check_output_folder, run, user_errors
 
 
 def train_on_photo_crops(output_dir: Path) -> None:
@@ -99,11 +94,15 @@ def train_on_photo_crops(output_dir: Path) -> None:
     trainer.train()
     accuracy = trainer.evaluate(crops["test"].with_transform(preprocess))["eval_accuracy"]
     trainer.save_model()
+    # Paths of this machine are in it, and nothing reads it.
+    (output_dir / "training_args.bin").unlink()
     most_frequent = np.bincount(crops["train"]["label"]).argmax()
     save_model_card(
         trainer.model,
         output_dir,
-        dataset_name="crops of scikit-learn's two sample photos, by the cell of the photo that they are from",
+        dataset_name=f"{len(crops['train']):,} crops of scikit-learn's two sample photos, by the cell that they are from",
+        evaluated_on="other crops of the two photos",
+        num_examples=len(crops["test"]),
         metrics={"accuracy": accuracy},
         baselines={
             "most frequent cell": {"accuracy": float(np.mean(np.array(crops["test"]["label"]) == most_frequent))}
@@ -196,12 +195,12 @@ def main() -> None:
     task = "Trains a small ToST (about two minutes on two cores) and draws" if arguments.model is None else "Draws"
     print(f"{task} its memberships over {arguments.image or 'a photo'} as {arguments.output_path}.")
     checkpoint = arguments.model or arguments.output_path.parent
-    try:
-        image = sample_photos()["china"] if arguments.image is None else Image.open(arguments.image).convert("RGB")
+    with user_errors():
+        if arguments.model is None:
+            check_output_folder(checkpoint)
+        image = sample_photos()["china"] if arguments.image is None else open_image(arguments.image).convert("RGB")
         if arguments.model is not None and AutoConfig.from_pretrained(checkpoint).model_type != ToSTConfig.model_type:
             raise ValueError(f"{checkpoint} is no ToST for images: no other model has memberships of patches.")
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
     if arguments.model is None:
         train_on_photo_crops(checkpoint)
     model = AutoModelForImageClassification.from_pretrained(checkpoint)
@@ -217,4 +216,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

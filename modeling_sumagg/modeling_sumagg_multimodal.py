@@ -20,6 +20,11 @@ from .decoder.checks import is_concrete, labels_of_rows, look_up, loss_of_classe
 from .decoder.positions import PositionModulation, modulate
 
 
+def exact_dtype(device: torch.device) -> torch.dtype:
+    """The dtype to standardise in: float32 does not tell times in seconds apart, and Apple's devices have no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def sum_given(terms: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
     """Sum over the terms given, `[B, N, d]` with `given` `[B, N]` to `[B, d]`, accumulated in float32."""
     dtype = torch.promote_types(terms.dtype, torch.float32)
@@ -111,8 +116,7 @@ class SumAggNumericBranch(nn.Module):
         # Before any weight, since the gradient of NaN times a weight is NaN.
         features = numeric_features.masked_fill(~given, 0)
         if self.mean is not None:
-            # In float32 whatever the model's dtype, which may not tell 2024 from 2025.
-            features = features.to(torch.promote_types(features.dtype, torch.float32))
+            features = features.to(exact_dtype(features.device))
             features = (features - features.new_tensor(self.mean)) / features.new_tensor(self.std)
         hidden_states = self.feature_dense2(self.feature_dense1(features[..., None]))
         summed = self.dense2(self.dense1(sum_given(hidden_states, given)).relu()).relu()
@@ -217,9 +221,10 @@ class SumAggForMultimodalRegression(SumAggMultimodalPreTrainedModel):
             input_ids (`torch.LongTensor` of shape `[B, T]`, *optional*): token ids.
             attention_mask (`torch.Tensor` of shape `[B, T]`, *optional*): 1 for real tokens, 0 for padding, which may
                 stand anywhere. A row of zeros has no text. Without a mask every token is real, whatever its id.
-            numeric_features (`torch.FloatTensor` of shape `[B, F]`, *optional*): the numbers, in their own units where
-                the config has `numeric_mean` and `numeric_std`, and otherwise standardised by the caller. NaN: this
-                feature is not given. A row of NaN has no numbers.
+            numeric_features (`torch.Tensor` of shape `[B, F]`, floating, *optional*): the numbers. Where the config has
+                `numeric_mean` and `numeric_std` they are in their own units: pass float64, which does not round large
+                ones. Otherwise the caller standardises them. NaN: this feature is not given. A row of NaN has no
+                numbers.
             pixel_values (`torch.FloatTensor` of shape `[B, channels, height, width]`, *optional*): the images, as an
                 image processor makes them. A patch with a NaN in it is not given; an image of NaN is no image.
             inputs_embeds (`torch.FloatTensor` of shape `[B, T, d]`, *optional*): embeddings, before modulation,
@@ -229,15 +234,15 @@ class SumAggForMultimodalRegression(SumAggMultimodalPreTrainedModel):
                 several labels.
 
         Returns:
-            [`~transformers.modeling_outputs.SequenceClassifierOutput`]: `logits` `[B, num_labels]`, at least float32:
-                the predictions, in the labels' own units where the config has `label_mean` and `label_std`. `loss` is
-                then the mean squared error in units of the labels' variance.
+            [`~transformers.modeling_outputs.SequenceClassifierOutput`]: `logits` `[B, num_labels]`, the predictions, at
+                least float32. Where the config has `label_mean` and `label_std` they are float64 (on Apple's devices
+                float32) in the labels' own units, and `loss` is the mean squared error in units of the labels' variance.
 
         Raises:
             `TypeError`: `numeric_features` of an integer dtype.
             `ValueError`: no modality is given, or one that this model does not have; both `input_ids` and
-                `inputs_embeds`; an id outside the vocabulary; more tokens than positions; an infinite number; a wrong
-                shape or a class that does not exist.
+                `inputs_embeds`; an id outside the vocabulary; more tokens than positions; an infinite number; a label
+                that is NaN; a wrong shape or a class that does not exist.
         """
         if input_ids is not None and inputs_embeds is not None:
             raise ValueError("Pass one of `input_ids` and `inputs_embeds`, not both.")
@@ -280,15 +285,19 @@ class SumAggForMultimodalRegression(SumAggMultimodalPreTrainedModel):
             hidden_states = dense(hidden_states).relu()
         scores = self.score(self.dropout(hidden_states))
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-        mean, std = self.config.label_mean, self.config.label_std
-        logits = scores if mean is None else scores * scores.new_tensor(std) + scores.new_tensor(mean)
+        logits = scores
+        if self.config.label_mean is not None:
+            exact = scores.to(exact_dtype(scores.device))
+            mean, std = exact.new_tensor(self.config.label_mean), exact.new_tensor(self.config.label_std)
+            logits = exact * std + mean
         loss = None
         if labels is not None:
             targets = labels_of_rows(labels, scores, self.config)
-            if mean is not None:
-                # From the labels as they were given: large ones may be equal in the dtype of the scores.
-                labels = labels.to(scores.device, torch.promote_types(labels.dtype, scores.dtype))
-                targets = ((labels - labels.new_tensor(mean)) / labels.new_tensor(std)).to(scores)
+            if is_concrete(targets) and targets.isnan().any():
+                raise ValueError("`labels` must be numbers, got NaN: leave out rows without a label.")
+            if self.config.label_mean is not None:
+                # Of the labels as they were given: large ones may be equal in the dtype of the scores.
+                targets = ((labels.to(mean) - mean) / std).to(scores)
             arguments = {"pooled_logits": scores, "config": self.config, **kwargs}
             loss = loss_of_classes(self.loss_function, targets, self.num_labels, **arguments)
         return SequenceClassifierOutput(loss=loss, logits=logits)

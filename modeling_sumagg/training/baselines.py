@@ -77,8 +77,11 @@ class ConcatenationRegression(nn.Module):
         numeric_features: torch.Tensor,
         labels: torch.Tensor,
     ) -> dict[str, torch.Tensor]:
-        mean, std = (labels.new_tensor(values) for values in (self.config.numeric_mean, self.config.numeric_std))
-        numbers = ((numeric_features - mean) / std).nan_to_num(nan=0.0)
-        scores = self.head(torch.cat((self.text(input_ids, attention_mask), numbers), dim=1))[:, 0]
-        mean, std = self.config.label_mean[0], self.config.label_std[0]
-        return {"loss": F.mse_loss(scores, (labels - mean) / std), "logits": scores * std + mean}
+        text = self.text(input_ids, attention_mask)
+        statistics = (self.config.numeric_mean, self.config.numeric_std, self.config.label_mean, self.config.label_std)
+        # In the dtype of the labels, by default float64: nothing is rounded before it is standardised.
+        feature_mean, feature_std, mean, std = (labels.new_tensor(values) for values in statistics)
+        numbers = ((numeric_features.to(labels) - feature_mean) / feature_std).nan_to_num(nan=0.0)
+        scores = self.head(torch.cat((text, numbers.to(text)), dim=1))[:, 0]
+        targets = ((labels - mean) / std).to(scores)
+        return {"loss": F.mse_loss(scores, targets), "logits": scores.to(labels) * std + mean}

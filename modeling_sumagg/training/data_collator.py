@@ -1,4 +1,4 @@
-"""Batches of rows: of those in which any modality may be missing, and of speech with what is said."""
+"""Collators: rows in which any modality may be missing, and speech with its transcripts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,43 +6,57 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase, ProcessorMixin, default_data_collator
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 
 @dataclass
 class DataCollatorForMultimodalRegression:
     """
-    Collate rows for [`SumAggForMultimodalRegression`]. What a row lacks becomes what the model takes for "not given".
+    Collate rows for [`SumAggForMultimodalRegression`]. A modality that a row lacks becomes the model's "not given".
 
     A row may have `input_ids` (and `attention_mask`), `numeric_features` (`F` numbers), `pixel_values` (an array
     `[channels, height, width]`) and `label` or `labels`. A modality that is `None` or absent becomes an all-zero mask,
-    NaN numbers or a NaN image; `None` among the numbers becomes NaN. A modality that no row of the batch has is left out.
+    NaN numbers or a NaN image; `None` among the numbers becomes NaN, and so does a missing label, which the model refuses.
+    What no row of the batch has is left out.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`, *optional*): pads the texts; needed where rows have `input_ids`.
         pad_to_multiple_of (`int`, *optional*): pad the texts to a multiple of this length.
+        dtype (`torch.dtype`, defaults to `torch.float64`): of numbers and of labels that are not whole. The model
+            standardises them before it rounds them; Apple's devices need `torch.float32`.
 
     Returns:
-        `dict[str, torch.Tensor]`: `input_ids` and `attention_mask` `[B, T]` int64, `numeric_features` `[B, F]` float32,
-        `pixel_values` `[B, channels, height, width]` float32, and `labels`.
+        `dict[str, torch.Tensor]`: `input_ids` and `attention_mask` `[B, T]` int64, `numeric_features` `[B, F]` of `dtype`,
+        `pixel_values` `[B, channels, height, width]` float32, and `labels` `[B]` or `[B, num_labels]`: int64 where all
+        are whole numbers by their type, otherwise of `dtype`.
 
     Raises:
-        `ValueError`: rows have `input_ids` and there is no tokenizer, or rows have numbers or images of several shapes.
+        `ValueError`: rows have `input_ids` and there is no tokenizer, or rows have numbers, images or labels of several
+            shapes.
     """
 
     tokenizer: PreTrainedTokenizerBase | None = None
     pad_to_multiple_of: int | None = None
+    dtype: torch.dtype = torch.float64
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         batch = {}
         if any(row.get("input_ids") is not None for row in features):
             batch.update(self._pad_texts(features))
-        for name in ("numeric_features", "pixel_values"):
+        for name, dtype in (("numeric_features", self.dtype), ("pixel_values", torch.float32)):
             rows = [row.get(name) for row in features]
             if any(row is not None for row in rows):
-                batch[name] = _stack(name, rows)
-        labels = [{key: row[key] for key in ("label", "labels") if key in row} for row in features]
-        return {**batch, **default_data_collator(labels)}
+                batch[name] = _stack(name, rows).to(dtype)
+        labels = [row.get("label") if row.get("labels") is None else row["labels"] for row in features]
+        if any(label is not None for label in labels):
+            batch["labels"] = self._stack_labels(labels)
+        return batch
+
+    def _stack_labels(self, labels: list[Any]) -> torch.Tensor:
+        whole = all(label is not None and np.asarray(label).dtype.kind in "biu" for label in labels)
+        if whole:
+            return torch.from_numpy(_stack_arrays("labels", [np.asarray(label, dtype=np.int64) for label in labels]))
+        return _stack("labels", labels).to(self.dtype)
 
     def _pad_texts(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         if self.tokenizer is None:
@@ -81,10 +95,14 @@ class DataCollatorForCTC:
 
 
 def _stack(name: str, rows: Sequence[Any]) -> torch.Tensor:
-    """The rows as one float32 tensor, NaN for a row that is `None`."""
-    arrays = [None if row is None else np.asarray(row, dtype=np.float32) for row in rows]
-    shapes = {array.shape for array in arrays if array is not None}
+    """The rows as one float64 tensor, NaN for a row that is `None`."""
+    arrays = [None if row is None else np.asarray(row, dtype=np.float64) for row in rows]
+    missing = np.full(next(array.shape for array in arrays if array is not None), np.nan)
+    return torch.from_numpy(_stack_arrays(name, [missing if array is None else array for array in arrays]))
+
+
+def _stack_arrays(name: str, arrays: list[np.ndarray]) -> np.ndarray:
+    shapes = {array.shape for array in arrays}
     if len(shapes) > 1:
         raise ValueError(f"`{name}` must have the same shape in every row, got {sorted(shapes)}.")
-    missing = np.full(shapes.pop(), np.nan, dtype=np.float32)
-    return torch.from_numpy(np.stack([missing if array is None else array for array in arrays]))
+    return np.stack(arrays)

@@ -30,20 +30,30 @@ def decay_parameter_names(model: nn.Module) -> list[str]:
 
 def feature_statistics(rows: Any) -> dict[str, list[float]]:
     """
-    What a [`SumAggMultimodalConfig`] standardises by, of training data.
+    The means and deviations of training data, by which a [`SumAggMultimodalConfig`] standardises.
 
     Args:
         rows (`datasets.Dataset`, or a mapping of columns): with `numeric_features`, N numbers a row, NaN where one is not
             given, and `labels`, one or several a row.
 
     Returns:
-        `dict[str, list[float]]`: `numeric_mean`, `numeric_std`, `label_mean` and `label_std`; 1 for the deviation of a
-        constant.
+        `dict[str, list[float]]`: `numeric_mean`, `numeric_std`, `label_mean` and `label_std`. The deviation of a feature
+        that is constant up to rounding is 1.
+
+    Raises:
+        `ValueError`: no row gives a feature or a label.
     """
     values: dict[str, list[float]] = {}
     for name, column in (("numeric", "numeric_features"), ("label", "labels")):
         numbers = np.array(rows[column], dtype=float)
         numbers = numbers.reshape(len(numbers), -1)
-        mean, std = np.nanmean(numbers, axis=0), np.nanstd(numbers, axis=0)
-        values |= {f"{name}_mean": mean.tolist(), f"{name}_std": np.where(std > 0, std, 1).tolist()}
+        absent = np.flatnonzero(np.isnan(numbers).all(axis=0)).tolist()
+        if absent:
+            raise ValueError(f"No row gives entry {absent[0]} of `{column}`: leave it out.")
+        lowest = np.nanmin(numbers, axis=0)
+        # Sums from the lowest value: the sum of a constant is exactly zero, and large numbers lose no digits.
+        above = numbers - lowest
+        mean, std = lowest + np.nanmean(above, axis=0), np.nanstd(above, axis=0)
+        rounding = np.finfo(float).eps * np.nanmax(np.abs(numbers), axis=0)
+        values |= {f"{name}_mean": mean.tolist(), f"{name}_std": np.where(std > rounding, std, 1).tolist()}
     return values

@@ -6,7 +6,7 @@ It needs what the example scripts need: `pip install 'modeling-sumagg[examples]'
 
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,12 +22,32 @@ except ImportError as error:
     raise ImportError(f"The plots need {error.name}: run `pip install 'modeling-sumagg[examples]'`.") from error
 
 
-# What a metric is called on an axis, and its unit.
+class Metric(NamedTuple):
+    """
+    How a metric is shown.
+
+    Attributes:
+        title (`str`): its name.
+        unit (`str`): its unit on an axis.
+        is_share (`bool`): shown in percent.
+        is_better_lower (`bool`): smaller values are better.
+        logarithmic (`bool`): its axis is logarithmic.
+    """
+
+    title: str
+    unit: str = ""
+    is_share: bool = False
+    is_better_lower: bool = False
+    logarithmic: bool = False
+
+
 METRICS = {
-    "accuracy": ("Accuracy", "share of right answers"),
-    "perplexity": ("Perplexity", "per token"),
-    "wer": ("Word error rate", "edits a word"),
-    "r2": ("R²", "1: perfect, 0: the mean"),
+    "accuracy": Metric("Accuracy", "share of right answers", is_share=True),
+    "perplexity": Metric("Perplexity", "per token", is_better_lower=True, logarithmic=True),
+    "wer": Metric("Word errors", "edits a word", is_share=True, is_better_lower=True),
+    "cer": Metric("Character errors", "edits a character", is_share=True, is_better_lower=True),
+    "r2": Metric("R²", "1: perfect, 0: the mean"),
+    "rmse": Metric("RMSE", is_better_lower=True),
 }
 # Of a name at the end of a line, as a share of the height of the axes.
 NAME_HEIGHT = 0.055
@@ -70,7 +90,7 @@ def plot_training(
         if logarithmic:
             panels[1].set_yscale("log")
         _draw(panels[1], log_history, [(f"eval_{metric}", model_name, "C0", "-")], baselines or {}, steps)
-        name, unit = METRICS.get(metric, (metric, ""))
+        name, unit, *_ = METRICS.get(metric, Metric(metric))
         panels[1].set(title=f"{name} on the validation split", ylabel=f"{name} ({unit})" if unit else name)
     figure.savefig(path, dpi=120)
 
@@ -208,4 +228,4 @@ def _name_ends(axes: Axes, ends: list[tuple[float, str, str]]) -> None:
         )
 
 
-__all__ = ["label_logarithmic", "plot_training"]
+__all__ = ["METRICS", "Metric", "label_logarithmic", "plot_alignment", "plot_predictions", "plot_training"]

@@ -1,61 +1,73 @@
 """
-What training scripts have in common: arguments for `HfArgumentParser`, and what is read before the training, with
-errors for whoever typed the command line.
+The beginning of a training script: its arguments, its config and model, and its data. The errors are for whoever typed the
+command line. [`~modeling_sumagg.training.runs`] is its end.
 
 It needs what the example scripts need: `pip install 'modeling-sumagg[examples]'`.
 """
 
 import contextlib
-import copy
-import difflib
-import json
+import io
+import math
+import random
+import re
 import sys
-import warnings
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
+import torch
 from torch import nn
 from transformers import (
-    CONFIG_MAPPING,
-    AutoConfig,
-    AutoTokenizer,
-    GPT2Tokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
+    HfArgumentParser,
     Trainer,
+    TrainingArguments,
+    set_seed,
 )
-from transformers.integrations import unset_hf_deepspeed_config
-from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
+from transformers.trainer_utils import get_last_checkpoint
 
-from ..configuration import TextConfig, preset_path
-from ..families import FAMILIES
-from ..publishing.cards import save_model_card
+from ..publishing.cards import printable
+from .data_files import (
+    PLACE,
+    as_label,
+    check_columns,
+    check_image,
+    convert_rows,
+    features_of,
+    is_missing,
+    name_of,
+    read_image_folder,
+    read_rows,
+    to_dataset,
+)
 from .defaults import decay_parameter_names
+from .model_arguments import (
+    ModelArguments,
+    TextModelArguments,
+    add_adapters,
+    load_config,
+    load_model,
+    load_tokenizer,
+    model_max_length,
+)
 
 
 try:
-    from datasets import DatasetDict, IterableDatasetDict, load_dataset  # type: ignore[import-untyped]
+    from datasets import (  # type: ignore[import-untyped]
+        Dataset,
+        DatasetDict,
+        Features,
+        Image,
+        IterableDataset,
+        IterableDatasetDict,
+        Value,
+        disable_caching,
+        load_dataset,
+    )
     from datasets.exceptions import DatasetGenerationError  # type: ignore[import-untyped]
-    from peft import LoraConfig, PeftModel, get_peft_model
 except ImportError as error:
     raise ImportError(f"The scripts need {error.name}: run `pip install 'modeling-sumagg[examples]'`.") from error
-
-
-LOADERS: dict[str, tuple[str, dict[str, Any]]] = {
-    ".csv": ("csv", {"keep_default_na": False}),
-    ".json": ("json", {}),
-    ".jsonl": ("json", {}),
-    ".parquet": ("parquet", {}),
-    ".txt": ("text", {"sample_by": "document"}),
-}
-
-
-# What a card says of how a model was trained.
-HYPERPARAMETERS = ("learning_rate", "lr_scheduler_type", "weight_decay", "per_device_train_batch_size", "seed")
 
 
 class DecayTrainer(Trainer):
@@ -65,47 +77,16 @@ class DecayTrainer(Trainer):
         return decay_parameter_names(model)
 
 
-@dataclass
-class ModelArguments:
-    """The model to train: a checkpoint, a preset or a script's small one, whole or by adapters."""
-
-    model_name_or_path: str | None = field(
-        default=None, metadata={"help": "A checkpoint to start from: a folder or a Hub id."}
-    )
-    preset: str | None = field(
-        default=None, metadata={"help": "A named architecture to train from scratch, such as sumagg-hybrid-small."}
-    )
-    config_overrides: str = field(
-        default="{}",
-        metadata={"help": 'Config values to replace, as JSON: \'{"hidden_size": 384, "num_hidden_layers": 8}\'.'},
-    )
-    dtype: str = field(default="float32", metadata={"help": "dtype of the weights, such as bfloat16."})
-    attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flex_attention, ..."})
-    lora_rank: int = field(default=0, metadata={"help": "Train LoRA adapters of this rank; 0: the whole model."})
-    lora_alpha: int = field(default=16, metadata={"help": "The update of a weight is scaled by alpha / rank."})
-    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before the adapters."})
-    target_modules: list[str] | None = field(
-        default=None, metadata={"help": "Names of the layers to adapt; by default those that mix tokens."}
-    )
-
-    def __post_init__(self):
-        if self.model_name_or_path is not None and self.preset is not None:
-            raise ValueError("Give --model_name_or_path or --preset, not both.")
-        if self.lora_rank and self.model_name_or_path is None:
-            raise ValueError("--lora_rank adapts a trained model: name it with --model_name_or_path.")
-
-
-@dataclass
-class TextModelArguments(ModelArguments):
-    """The same with the tokenizer."""
-
-    tokenizer_name: str | None = field(
-        default=None,
-        metadata={
-            "help": "A tokenizer: a folder or a Hub id. By default the checkpoint's, or one learned from the data."
-        },
-    )
-    vocab_size: int = field(default=4096, metadata={"help": "Tokens of a tokenizer learned from the data."})
+SPLITS = ("train", "validation", "test")
+# Of every script that trains, unless it says otherwise. PEFT hides the names of the labels from `Trainer`.
+SHARED_DEFAULTS = {
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "dataloader_pin_memory": torch.accelerator.is_available(),
+    "label_names": ["labels"],
+}
 
 
 @dataclass
@@ -125,7 +106,20 @@ class DataArguments:
         default=None, metadata={"help": "The same for the held-out data.", "aliases": ["--validation_dir"]}
     )
     held_out_share: float = field(
-        default=0.1, metadata={"help": "Share of the training rows split off where there is no held-out split."}
+        default=0.1,
+        metadata={
+            "help": "Share of the training rows that is held out where there is no held-out split: drawn at random, of "
+            "each class alike. Of a single text file it is the end."
+        },
+    )
+    drop_incomplete_rows: bool = field(
+        default=False, metadata={"help": "Leave out rows without a label or a text, and say how many."}
+    )
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "Train on so many rows, drawn at random; for a short run."}
+    )
+    max_eval_samples: int | None = field(
+        default=None, metadata={"help": "Evaluate on so many rows of each held-out split, drawn at random."}
     )
 
     def __post_init__(self):
@@ -134,6 +128,11 @@ class DataArguments:
         for split in ("validation", "test"):
             if getattr(self, f"{split}_file", None) is not None and self.train_file is None:
                 raise ValueError(f"--{split}_file needs a --train_file.")
+        if not 0 < self.held_out_share < 1:
+            raise ValueError(f"--held_out_share must be between 0 and 1, got {self.held_out_share}.")
+        for name in ("max_train_samples", "max_eval_samples"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}.")
 
 
 @dataclass
@@ -155,165 +154,123 @@ def user_errors() -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
+        sys.exit(f"error: {printable(str(error))}")
 
 
-def load_config(
-    arguments: ModelArguments,
-    defaults: dict[str, Any],
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    **values,
-) -> PreTrainedConfig:
+def run(main: Callable[[], None]) -> None:
+    """Run a script. Ctrl-C ends it with one line instead of a traceback, and with the exit status that shells expect."""
+    try:
+        main()
+    except KeyboardInterrupt as interrupt:
+        print(f"\ninterrupted{': ' if interrupt.args else '.'}{interrupt}", file=sys.stderr)
+        sys.exit(130)
+
+
+def parse_arguments(types: Sequence[type], documentation: str, **defaults) -> tuple[Any, ...]:
     """
-    The config of the checkpoint, of the preset, or of `defaults`, with `values` and then the overrides in it.
+    The arguments on the command line of a script that trains, after which its random numbers are seeded.
+
+    `--help` explains the script's own options, and only names those of `TrainingArguments`.
 
     Args:
-        arguments (`ModelArguments`): names the checkpoint or the preset, and the overrides: a JSON object of fields,
-            for a new model also a `model_type` of transformers.
-        defaults (`dict[str, Any]`): `model_type` and other fields; what another family lacks is left out.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): gives a new model its vocabulary and its special tokens.
+        types (`Sequence[type]`): the dataclasses of the script's own options.
+        documentation (`str`): its first paragraph says what the script does.
+        defaults: of the script for options of `TrainingArguments`, beside `SHARED_DEFAULTS`.
+
+    Returns:
+        `tuple`: an instance of each of `types`, and the `TrainingArguments`.
 
     Raises:
-        `ValueError`: the overrides are not a JSON object, have a field that the config lacks (the message names the
-            nearest that it has), or a value that it does not take.
-        `OSError`: there is no such checkpoint.
+        `ValueError`: an option has a value that it cannot have.
+        `OSError`: the output folder cannot be written to.
     """
-    checkpoint = arguments.model_name_or_path
-    try:
-        overrides = json.loads(arguments.config_overrides)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"--config_overrides {arguments.config_overrides!r} is not JSON: {error}.") from error
-    if not isinstance(overrides, dict):
-        raise ValueError(f'--config_overrides must be a JSON object such as {{"hidden_size": 64}}, got {overrides!r}.')
-    if arguments.preset is not None:
-        defaults, _ = PreTrainedConfig.get_config_dict(preset_path(arguments.preset))
-    defaults = dict(defaults)
-    if checkpoint is not None and checkpoint in TextConfig.preset_names and not Path(checkpoint).exists():
-        raise ValueError(f"{checkpoint} is a preset, an architecture without weights: give it as --preset.")
-    if checkpoint is not None:
-        config_class = type(AutoConfig.from_pretrained(checkpoint))
-    else:
-        model_type = defaults.pop("model_type")
-        model_type = overrides.pop("model_type", model_type)
-        if model_type not in CONFIG_MAPPING:
-            raise ValueError(f"There is no model type {model_type!r}.{_nearest(model_type, CONFIG_MAPPING)}")
-        config_class = CONFIG_MAPPING[model_type]
-    known = {*config_class.__dataclass_fields__, *config_class.attribute_map, "num_labels"}
-    for name in overrides:
-        if name not in known:
-            raise ValueError(f"{config_class.__name__} has no field {name!r}.{_nearest(name, known)}")
-    try:
-        if checkpoint is not None:
-            return AutoConfig.from_pretrained(checkpoint, **{**values, **overrides})
-        fields = {name: value for name, value in defaults.items() if name in known}
-        if tokenizer is not None:
-            fields |= {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-            fields["vocab_size"] = len(tokenizer)
-        return config_class(**{**fields, **values, **overrides})
-    except StrictDataclassError as error:
-        raise ValueError(str(error)) from error
+    defaults = SHARED_DEFAULTS | defaults
+    options = {"usage": "%(prog)s [options]", "allow_abbrev": False}
+    if {"-h", "--help"}.intersection(sys.argv[1:]):
+        given = ", ".join(f"--{name} {value}" for name, value in defaults.items() if name not in ("label_names",))
+        others = ", ".join(f"--{each.name}" for each in fields(TrainingArguments) if each.name not in defaults)
+        epilog = (
+            f"Every option of transformers' TrainingArguments is taken too. This script sets {given}. The others are "
+            f"{others}. They are explained at https://huggingface.co/docs/transformers/main_classes/trainer."
+        )
+        HfArgumentParser(types, description=documentation.partition("\n\n")[0], epilog=epilog, **options).print_help()
+        sys.exit()
+    parser = HfArgumentParser((*types, TrainingArguments), **options)
+    parser.set_defaults(**defaults)
+    *own, training_arguments = parser.parse_args_into_dataclasses()
+    resume = training_arguments.resume_from_checkpoint
+    folder = Path(training_arguments.output_dir)
+    check_output_folder(folder, resumed=resume is not None)
+    if resume == "last":
+        training_arguments.resume_from_checkpoint = resume = get_last_checkpoint(str(folder))
+        if resume is None:
+            raise ValueError(f"--resume_from_checkpoint last: {folder} holds no checkpoint. Leave the option out.")
+    elif resume is not None and not Path(resume, "trainer_state.json").is_file():
+        raise ValueError(
+            f"--resume_from_checkpoint: {resume} is no checkpoint of `Trainer`, such as runs/clm/checkpoint-100."
+        )
+    set_seed(training_arguments.seed)
+    return (*own, training_arguments)
 
 
-def _nearest(name: str, known: Any) -> str:
-    matches = difflib.get_close_matches(name, sorted(known), n=1)
-    return f" Did you mean {matches[0]!r}?" if matches else ""
-
-
-def load_tokenizer(arguments: TextModelArguments, texts: Iterable[str]) -> PreTrainedTokenizerBase:
-    """The tokenizer that the arguments name, or the checkpoint's, or a byte-level BPE learned from `texts`."""
-    name = arguments.tokenizer_name or arguments.model_name_or_path
-    if name is not None:
-        return AutoTokenizer.from_pretrained(name, padding_side="left")
-    tokenizer = GPT2Tokenizer(pad_token="<|endoftext|>", padding_side="left")
-    return tokenizer.train_new_from_iterator(texts, arguments.vocab_size)
-
-
-def load_model(auto_class: Any, arguments: ModelArguments, config: PreTrainedConfig) -> PreTrainedModel:
-    """The checkpoint's weights in a model of `auto_class`, with a new head for other classes, or a new model."""
-    options = {"dtype": arguments.dtype, "attn_implementation": arguments.attn_implementation}
-    if arguments.model_name_or_path is None:
-        return auto_class.from_config(config, **options)
-    return auto_class.from_pretrained(
-        arguments.model_name_or_path, config=config, ignore_mismatched_sizes=True, **options
-    )
-
-
-def add_adapters(model: PreTrainedModel, arguments: ModelArguments, **options) -> PeftModel:
-    """The model with LoRA adapters of the arguments, and with `options` of a script for `LoraConfig`."""
-    config = LoraConfig(
-        r=arguments.lora_rank,
-        lora_alpha=arguments.lora_alpha,
-        lora_dropout=arguments.lora_dropout,
-        **{"target_modules": arguments.target_modules, **options},
-    )
-    # What PEFT warns of, now and when it saves: a name of transformers' that it still uses, that adapted embeddings are
-    # saved, as they should be, and tied ones in a model that ties none.
-    for message in (".*gradient_checkpointing", "Setting `save_embedding_layers`", "Model with `tie_word_embeddings"):
-        warnings.filterwarnings("ignore", message)
-    adapted = get_peft_model(model, config)
-    trained, total = adapted.get_nb_trainable_parameters()
-    print(f"LoRA trains {trained:,} of {total:,} parameters.")
-    return adapted
-
-
-def save_checked(trainer: Trainer, auto_class: Any, hyperparameters: dict[str, Any] | None = None, **card) -> None:
+def check_output_folder(folder: Path, resumed: bool = False) -> None:
     """
-    Write the card of what `trainer` has trained and saved, and check that it loads where this package is not installed.
+    Make the folder that a run writes to, and say so where it replaces the model of an earlier run.
 
-    Of adapters also save, in the folder `merged`, the model that they make, which any Auto class loads. A baseline of
-    another library gets no card.
-
-    Args:
-        trainer (`Trainer`): after training; its `output_dir` is the folder.
-        auto_class: the Auto class of the model, which reads it again where it was trained in pieces.
-        hyperparameters (`dict`, *optional*): for the card, beside those of `trainer.args`.
-        card: the other arguments of [`~modeling_sumagg.hub.save_model_card`].
+    Raises:
+        `OSError`: the folder cannot be made or written to.
+        `ValueError`: it is a file, or it holds checkpoints of an earlier run that is not resumed.
     """
-    folder = Path(trainer.args.output_dir)
-    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        # One process alone cannot run the pieces.
-        unset_hf_deepspeed_config()
-        model = auto_class.from_pretrained(folder)
-    saved = {folder: model}
-    if isinstance(model, PeftModel):
-        merged = folder / "merged"
-        saved[merged] = copy.deepcopy(model).merge_and_unload()
-        saved[merged].save_pretrained(merged)
-        trainer.processing_class.save_pretrained(merged)
-    if model.config.model_type not in FAMILIES:
-        return
-    values = {name: getattr(trainer.args, name) for name in HYPERPARAMETERS} | (hyperparameters or {})
-    for place, each in saved.items():
-        print(f"\nThe check of {place}, where this package is not installed:")
-        save_model_card(each, place, hyperparameters=values, steps=trainer.state.global_step, **card)
+    files = [path for path in (folder, *folder.parents) if path.exists() and not path.is_dir()]
+    if files:
+        raise ValueError(f"--output_dir {folder}: {files[0]} is a file. Name a folder.")
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
+    checkpoint = get_last_checkpoint(str(folder))
+    if checkpoint is not None and not resumed:
+        raise ValueError(
+            f"{folder} holds {Path(checkpoint).name} of an earlier run: resume it with --resume_from_checkpoint last, delete "
+            "it, or choose another --output_dir."
+        )
+    if any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+        print(f"{printable(str(folder))} holds the model of an earlier run, which this run will replace.")
 
 
-def model_max_length(config: PreTrainedConfig) -> int:
-    """What a tokenizer calls so: the most tokens that the model takes, or the number that stands for no limit."""
-    endless = getattr(config, "position_embedding_type", None) in ("sinusoidal", "none")
-    if endless and not getattr(config, "use_membership_bias", False):
-        return VERY_LARGE_INTEGER
-    return getattr(config, "max_position_embeddings", VERY_LARGE_INTEGER)
+def source_of(arguments: DataArguments, embedded_name: str) -> str:
+    """What to call the data: the data set of the Hub, the name of the file or folder, or the embedded data's name."""
+    if arguments.dataset_name is not None:
+        name = arguments.dataset_name if not Path(arguments.dataset_name).exists() else name_of(arguments.dataset_name)
+        return printable(f"{name} ({arguments.dataset_config_name})" if arguments.dataset_config_name else name)
+    return embedded_name if arguments.train_file is None else printable(name_of(arguments.train_file))
 
 
 def load_splits(
     arguments: DataArguments,
-    embedded: Callable[[], DatasetDict],
+    embedded: Callable[[], DatasetDict] | None,
     columns: dict[str, str],
     *,
     seed: int,
+    embedded_name: str = "the embedded data",
+    numbers: Sequence[str] = (),
+    optional: Sequence[str] = (),
     streaming: bool = False,
     held_out_rows: int = 100,
 ) -> DatasetDict | IterableDatasetDict:
     """
-    The splits of the Hub's data set, of the files, or of the embedded data, with the columns renamed.
+    The splits of the Hub's data set, of the files, or of the embedded data, with the columns renamed. The `description`
+    of each says in words what it is.
 
     Args:
         arguments (`DataArguments`): where the data is.
         embedded (`Callable`): makes the embedded data, for which there is neither a name nor a file.
         columns (`dict[str, str]`): for each column to return, its name in the data.
         seed (`int`): seed of the split, where the data has no `validation`.
+        embedded_name (`str`): what to call the embedded data.
+        numbers (`Sequence[str]`): the columns to return that hold numbers. Of the others `text` and `label` hold text,
+            and those of a file the names of files.
+        optional (`Sequence[str]`): the columns to return that may be empty. A row without one of the others is refused or
+            dropped (`--drop_incomplete_rows`); of empty texts there is a warning.
         streaming (`bool`, defaults to `False`): read the data while training.
         held_out_rows (`int`, defaults to 100): of a stream, the number of rows that become `validation`.
 
@@ -321,49 +278,201 @@ def load_splits(
         `DatasetDict` or, if they are streamed, `IterableDatasetDict`: `train`, `validation`, and `test` if there is one.
 
     Raises:
-        `ValueError`: an ending without a loader, a broken file, a missing column, or too few rows to hold some out.
+        `ValueError`: an ending without a reader, a file that cannot be read, a missing column, a value of the wrong kind,
+            rows that lack something, or too few rows to hold some out.
         `OSError`: a file or a data set that is not there.
     """
-    files = {split: getattr(arguments, f"{split}_file", None) for split in ("train", "validation", "test")}
+    files = {split: getattr(arguments, f"{split}_file", None) for split in SPLITS}
     paths = {split: path for split, path in files.items() if path is not None}
-    if arguments.dataset_name is not None:
-        splits = load_dataset(arguments.dataset_name, arguments.dataset_config_name, streaming=streaming)
-    elif not paths:
-        splits = embedded()
-        if streaming:
-            splits = {name: split.to_iterable_dataset() for name, split in splits.items()}
-    elif Path(paths["train"]).is_dir():
-        patterns = {split: f"{path}/**" for split, path in paths.items()}
-        splits = load_dataset("imagefolder", data_files=patterns, streaming=streaming)
-    else:
+    source = source_of(arguments, embedded_name)
+    if paths:
         # One at a time: they may differ in columns that are not used.
-        splits = {split: _load_file(path, streaming) for split, path in paths.items()}
-    source = arguments.dataset_name or arguments.train_file
-    if "train" not in splits:
-        raise ValueError(f"{source} has no train split, only {sorted(splits)}.")
-    splits = {name: splits[name] for name in ("train", "validation", "test") if name in splits}
+        splits = {name: _load_file(path, streaming, columns, numbers) for name, path in paths.items()}
+        names = {name: printable(name_of(path)) for name, path in paths.items()}
+    else:
+        given = embedded() if arguments.dataset_name is None else _load_named(arguments, streaming)
+        if "train" not in given:
+            raise ValueError(f"{source} has no train split, only {sorted(given)}.")
+        splits = {name: given[name] for name in SPLITS if name in given}
+        names = {name: f"{source}, {name} split" for name in splits}
+        for name, split in splits.items():
+            if streaming and isinstance(split, Dataset):
+                split = split.to_iterable_dataset()
+            check_columns(names[name], columns.values(), split.column_names or list(next(iter(split))))
+            renamed = {old: new for new, old in columns.items() if old != new}
+            split = split.select_columns(list(columns.values())).rename_columns(renamed)
+            types = {"text": "string"} | dict.fromkeys(numbers, "float64")
+            for column in types.keys() & columns.keys():
+                split = split.cast_column(column, Value(types[column]))
+            splits[name] = split
+    if paths or arguments.dataset_name is not None:
+        needed = {name: columns[name] for name in columns if name not in optional}
+        for name, split in splits.items():
+            check = _complete_stream if streaming else _complete
+            place = paths.get(name, names[name])
+            splits[name] = check(split, place, needed, arguments.drop_incomplete_rows)
+    if "validation" not in splits:
+        parts = _hold_out_of_stream(splits["train"], source, held_out_rows) if streaming else None
+        if parts is None and Path(paths.get("train", "")).suffix.lower() == ".txt":
+            parts = _hold_out_end(splits["train"], source, arguments.held_out_share)
+        if parts is None:
+            parts = _hold_out(splits["train"], source, arguments.held_out_share, seed)
+        splits["train"], splits["validation"], names["validation"] = parts
     for name, split in splits.items():
-        found = split.column_names or list(next(iter(split)))
-        for given in columns.values():
-            if given not in found:
-                raise ValueError(
-                    f"The {name} split of {source} has no column {given!r}. Its columns are {found}: choose with the "
-                    "options that end in _column_name or _column_names."
-                )
-        renamed = {old: new for new, old in columns.items() if old != new}
-        splits[name] = split.select_columns(list(columns.values())).rename_columns(renamed)
-    if "validation" not in splits and streaming:
-        splits["validation"] = splits["train"].take(held_out_rows)
-        splits["train"] = splits["train"].skip(held_out_rows)
-    elif "validation" not in splits:
-        if len(splits["train"]) < 2:
-            raise ValueError(
-                f"{source} has {len(splits['train'])} rows: too few to hold some out. Give a --validation_file."
-            )
-        parts = splits["train"].train_test_split(arguments.held_out_share, seed=seed)
-        splits |= {"train": parts["train"], "validation": parts["test"]}
-    ordered = {name: splits[name] for name in ("train", "validation", "test") if name in splits}
+        limit = arguments.max_train_samples if name == "train" else arguments.max_eval_samples
+        if limit is not None and streaming:
+            split = split.take(limit)
+        elif limit is not None and limit < len(split):
+            split = split.select(sorted(random.Random(seed).sample(range(len(split)), limit)))
+        if "image" in columns and paths:
+            split = split.cast_column("image", Image())
+        split.info.description = names[name]
+        splits[name] = split
+    ordered = {name: splits[name] for name in SPLITS if name in splits}
     return (IterableDatasetDict if streaming else DatasetDict)(ordered)
+
+
+def _load_named(arguments: DataArguments, streaming: bool) -> dict[str, Any]:
+    """The data set of the Hub; of a local folder without what an earlier run made of files of the same names."""
+    is_local = Path(arguments.dataset_name).exists()
+    if is_local:
+        if set("[]*?") & set(arguments.dataset_name):
+            raise ValueError(
+                f"--dataset_name {arguments.dataset_name}: `datasets` takes []*? in the name of a folder for a pattern. "
+                "Rename the folder, or name its files with --train_file."
+            )
+        disable_caching()
+    try:
+        return load_dataset(
+            arguments.dataset_name,
+            arguments.dataset_config_name,
+            streaming=streaming,
+            download_mode="force_redownload" if is_local else None,
+        )
+    except DatasetGenerationError as error:
+        raise ValueError(f"{arguments.dataset_name} cannot be read: {error.__cause__}") from error
+
+
+def _load_file(path: str, streaming: bool, columns: dict[str, str] | None = None, numbers: Sequence[str] = ()) -> Any:
+    """Some columns of a file (by default all) or the images of a folder, with the place of each row."""
+    if Path(path).is_dir():
+        wanted = columns or {"image": "image", "label": "label"}
+        check_columns(path, wanted.values(), ["image", "label"])
+        features = Features(dict.fromkeys([*wanted, PLACE], Value("string")))
+
+        def rows() -> Iterator[dict[str, Any]]:
+            for row in read_image_folder(path):
+                yield {**{name: row[column] for name, column in wanted.items()}, PLACE: row["image"]}
+    else:
+        if columns is None or streaming:
+            # Of a stream the first row has to have the columns.
+            found = [*next(read_rows(path), ("", {}))[1]]
+            columns = columns or {name: name for name in found}
+            check_columns(path, columns.values(), found)
+        features = features_of(path, columns, numbers)
+        features[PLACE] = Value("string")
+
+        def rows() -> Iterator[dict[str, Any]]:
+            for place, row in convert_rows(read_rows(path), path, columns, numbers):
+                yield {**row, PLACE: f"{path}, {place}"}
+
+    return IterableDataset.from_generator(rows, features=features) if streaming else to_dataset(rows(), features)
+
+
+def _complete(split: Dataset, source: str, needed: dict[str, str], drop: bool) -> Dataset:
+    """The rows that have all columns that are needed; if others are not dropped, an error, or a warning for empty texts."""
+    places = (
+        split[PLACE] if PLACE in split.column_names else [f"{source}, row {row}" for row in range(1, len(split) + 1)]
+    )
+    incomplete = set()
+    for name, column in needed.items():
+        if name == "image" and isinstance(split.features[name], Image):
+            for place, image in zip(places, split.cast_column(name, Image(decode=False))[name], strict=True):
+                try:
+                    check_image(image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"]))
+                except ValueError as error:
+                    raise ValueError(f"{place}: {column!r} {error}.") from error
+            continue
+        is_class = hasattr(split.features[name], "names")
+        missing = [row for row, value in enumerate(split[name]) if is_missing(value) or (is_class and value < 0)]
+        if not missing:
+            continue
+        incomplete |= set(missing)
+        if drop:
+            continue
+        where = f"{places[missing[0]]}: {column!r} is empty"
+        where += f", the first of {len(missing):,} such rows" if len(missing) > 1 else ""
+        if name != "text":
+            raise ValueError(f"{where}. Fill it, or leave such rows out with --drop_incomplete_rows.")
+        print(f"warning: {printable(where)}; --drop_incomplete_rows leaves out rows without a text.")
+    if incomplete:
+        if drop:
+            first = printable(places[min(incomplete)])
+            print(f"{len(incomplete):,} of {len(split):,} rows are incomplete and left out; the first: {first}.")
+            split = split.select([row for row in range(len(split)) if row not in incomplete])
+        if not len(split):
+            raise ValueError(f"{source} has no complete row.")
+    return split.remove_columns(PLACE) if PLACE in split.column_names else split
+
+
+def _complete_stream(split: IterableDataset, source: str, needed: dict[str, str], drop: bool) -> IterableDataset:
+    """The same of a stream, whose rows are looked at when they are read; empty texts stay without a warning."""
+    required = {name: column for name, column in needed.items() if drop or name != "text"}
+
+    def is_complete(row: dict[str, Any]) -> bool:
+        missing = [column for name, column in required.items() if is_missing(row[name])]
+        if missing and not drop:
+            place = row.get(PLACE, source)
+            raise ValueError(f"{place}: {missing[0]!r} is empty. Leave such rows out with --drop_incomplete_rows.")
+        return not missing
+
+    split = split.filter(is_complete)
+    return split.remove_columns(PLACE) if PLACE in (split.column_names or ()) else split
+
+
+def _hold_out(split: Dataset, source: str, share: float, seed: int) -> tuple[Dataset, Dataset, str]:
+    """A random share of the rows, of each class alike; a class keeps at least one row to train on."""
+    draw = random.Random(seed)
+    has_classes = "label" in split.column_names and split.features["label"] != Value("float64")
+    classes: dict[str | None, list[int]] = {}
+    for row, label in enumerate(split["label"] if has_classes else [None] * len(split)):
+        classes.setdefault(as_label(label), []).append(row)
+    number = max(1, round(share * len(split)))
+    counts = {label: min(int(share * len(rows)), len(rows) - 1) for label, rows in classes.items()}
+    # Where shares are no whole numbers, the classes that miss most of theirs come first.
+    for label in sorted(classes, key=lambda label: counts[label] - share * len(classes[label])):
+        if sum(counts.values()) < number and counts[label] < len(classes[label]) - 1:
+            counts[label] += 1
+    held_out = sorted(row for label, rows in classes.items() for row in draw.sample(rows, counts[label]))
+    if not held_out:
+        raise ValueError(
+            f"{source} has {len(split)} rows{f' in {len(classes)} classes' if has_classes else ''}: too few to hold some out. "
+            "Give a --validation_file."
+        )
+    rest = sorted(set(range(len(split))).difference(held_out))
+    name = f"{share:.3g} of the rows of {source}, drawn at random{' in each class' if has_classes else ''}"
+    return split.select(rest), split.select(held_out), name
+
+
+def _hold_out_end(split: Dataset, source: str, share: float) -> tuple[Dataset, Dataset, str]:
+    """The last lines of a single document."""
+    text = split["text"][0]
+    end = text.rfind("\n", 0, math.ceil((1 - share) * len(text))) + 1 or int((1 - share) * len(text))
+    parts = [Dataset.from_dict({"text": [part]}) for part in (text[:end], text[end:])]
+    return *parts, f"the last {len(text) - end:,} of the {len(text):,} characters of {source}"
+
+
+def _hold_out_of_stream(
+    split: IterableDataset, source: str, rows: int
+) -> tuple[IterableDataset, IterableDataset, str]:
+    """The first rows of a stream."""
+    rest = split.skip(rows)
+    if rows < 1 or next(iter(rest), None) is None:
+        raise ValueError(
+            f"--held_out_rows {rows} of {source} leave no row to hold out or none to train on: give another number, or a "
+            "--validation_file."
+        )
+    return rest, split.take(rows), f"the first {rows:,} rows of {source}"
 
 
 def encode_labels(splits: DatasetDict) -> tuple[DatasetDict, list[str]]:
@@ -375,27 +484,27 @@ def encode_labels(splits: DatasetDict) -> tuple[DatasetDict, list[str]]:
 
     Returns:
         `tuple[DatasetDict, list[str]]`: the splits with the index of the class, `labels`, in its place; and the names
-        of the classes: those of the data set, or every value of the column, in order.
+        of the classes: those of the data set, or every value of the column in any split, in order. Numbers are in the
+        order of their values, unless one is written like a code, as 01 is.
 
     Raises:
         `ValueError`: a row without a label, or fewer than two classes.
     """
     feature = splits["train"].features["label"]
     columns = {name: split["label"][:] for name, split in splits.items()}
+    names = getattr(feature, "names", None)
+    if names is None:
+        columns = {name: [as_label(label) for label in labels] for name, labels in columns.items()}
+        found = set().union(*columns.values()) - {None}
+        numbers = all(re.fullmatch(r"-?(0|[1-9]\d*)(\.\d+)?", name) for name in found)
+        names = sorted(found, key=lambda name: (float(name), name) if numbers else (0, name))
+        indices: dict[Any, int] = {name: index for index, name in enumerate(names)}
+    else:
+        indices = {index: index for index in range(len(names))}
     for name, labels in columns.items():
-        missing = [
-            row for row, label in enumerate(labels) if label in (None, "") or (hasattr(feature, "names") and label < 0)
-        ]
+        missing = [row for row, label in enumerate(labels, 1) if label not in indices]
         if missing:
             raise ValueError(f"Row {missing[0]} of the {name} split has no label.")
-    if hasattr(feature, "names"):
-        names = feature.names
-        indices = {index: index for index in range(len(names))}
-    else:
-        values = set().union(*columns.values())
-        numbers = all(isinstance(value, (bool, int, float)) for value in values)
-        names = [str(value) for value in (sorted(values) if numbers else sorted(values, key=str))]
-        indices = {value: names.index(str(value)) for value in values}
     if len(names) < 2:
         raise ValueError(f"A classifier needs at least two classes, the data has {names}.")
     encoded = {
@@ -405,31 +514,23 @@ def encode_labels(splits: DatasetDict) -> tuple[DatasetDict, list[str]]:
     return DatasetDict(encoded), names
 
 
-def _load_file(path: str, streaming: bool):
-    if Path(path).suffix not in LOADERS:
-        if not Path(path).exists():
-            raise FileNotFoundError(f"There is no file or folder {path!r}.")
-        raise ValueError(f"A data file ends with one of {sorted(LOADERS)}, or is a folder of images, got {path!r}.")
-    loader, options = LOADERS[Path(path).suffix]
-    try:
-        return load_dataset(loader, data_files=path, split="train", streaming=streaming, **options)
-    except DatasetGenerationError as error:
-        raise ValueError(f"{path} cannot be read: {error.__cause__}") from error
-
-
 __all__ = [
-    "add_adapters",
     "DataArguments",
     "DecayTrainer",
     "LabelledDataArguments",
     "ModelArguments",
     "TextModelArguments",
+    "add_adapters",
+    "check_output_folder",
     "encode_labels",
     "load_config",
     "load_model",
     "load_splits",
     "load_tokenizer",
     "model_max_length",
-    "save_checked",
+    "parse_arguments",
+    "printable",
+    "run",
+    "source_of",
     "user_errors",
 ]

@@ -1,0 +1,5 @@
+import pytest
+
+
+for requirement in ("datasets", "matplotlib", "peft", "sklearn"):
+    pytest.importorskip(requirement)
