@@ -1,35 +1,47 @@
-"""A decode state as tensors with names, to be saved and loaded again."""
+"""A decode state as named tensors, and the state of a stream as a file that only its own model takes back."""
 
+import functools
+import hashlib
 import json
 import os
+import reprlib
+from collections.abc import Iterable
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
+import safetensors.torch
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
-from transformers import DynamicCache, PreTrainedConfig
+from safetensors import SafetensorError, safe_open
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin
 
-from ..decoder.cache import adopt_cache
-from ..decoder.frames_cache import FramesLayer, adopt_cache_of_frames
+from ..decoder.cache import SlidingWindowLayer, append_columns
+from ..decoder.frames_cache import FramesLayer
 from ..decoder.recurrence import RecurrentLayer
+from ..whole_files import write_whole
+
+
+# Of the state of an operator, the tensors that hold counts, or sums of weights, squares or memberships.
+NEVER_NEGATIVE = {"causal_mean": (1,), "causal_token_statistics": (0, 1, 2), "stack_frames": (1,)}
 
 
 def cache_to_tensors(cache: DynamicCache) -> dict[str, torch.Tensor]:
     """
-    What a dynamic cache holds, by names that a safetensors file can have; [`cache_from_tensors`] is the inverse.
+    The content of a dynamic cache under names that a safetensors file can have; [`cache_from_tensors`] is the inverse.
 
     Args:
-        cache (`transformers.DynamicCache`): a cache that a forward pass has filled. What was recorded for `crop` is
-            left out.
+        cache (`transformers.DynamicCache`): a cache that a forward pass has filled. The record for `crop` is left out.
 
     Returns:
-        `dict[str, torch.Tensor]`: `length` (0-d, int64: the tokens seen, padding included; of speech the frames, and
-        `length_of_blocks` the tokens), and for every layer `i` `layers.{i}.{operator}.{j}` (the tensors of the state of a
-        recurrence, sliding attention's columns among them), or `layers.{i}.keys` and `.values` of full attention.
+        `dict[str, torch.Tensor]`: `length` (0-d, int64: the number of tokens seen, padding included; in a speech model
+        the number of frames, and `length_of_blocks` the number of tokens), and for every layer `i`
+        `layers.{i}.{operator}.{j}` (the tensors of a recurrent state, sliding attention's columns among them), or
+        `layers.{i}.keys` and `.values` of full attention.
 
     Raises:
         `TypeError`: the cache is static.
-        `ValueError`: the cache is empty, or a forward pass waits for its `crop`.
+        `ValueError`: the cache is empty, or it holds recorded tokens.
     """
     if not isinstance(cache, DynamicCache):
         raise TypeError(f"Only a `DynamicCache` can be saved, got a {type(cache).__name__}.")
@@ -51,69 +63,271 @@ def cache_to_tensors(cache: DynamicCache) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def cache_from_tensors(tensors: dict[str, torch.Tensor], config: PreTrainedConfig) -> DynamicCache:
+def cache_from_tensors(tensors: dict[str, torch.Tensor], model: PreTrainedModel) -> DynamicCache:
     """
-    The cache of which [`cache_to_tensors`] gave the tensors.
+    The cache from which [`cache_to_tensors`] made the tensors, on the devices of the model.
+
+    The model reads one token first. Its state after that token has the operators, shapes and dtypes that every state of
+    this model has.
 
     Args:
-        tensors (`dict[str, torch.Tensor]`): the tensors, on the device of the model.
-        config (`PreTrainedConfig`): the config of the model that filled the cache.
+        tensors (`dict[str, torch.Tensor]`): the tensors, on any device.
+        model (`PreTrainedModel`): the model that filled the cache.
 
     Raises:
-        `ValueError`: the names are not those of a cache of such a model.
+        `ValueError`: a tensor is missing or unknown, has another shape or dtype than in a state of this model, has
+            entries that are not finite, or has negative entries where they cannot be.
     """
-    cache = DynamicCache(config=config)
-    has_frames = "length_of_blocks" in tensors
-    (adopt_cache_of_frames if has_frames else adopt_cache)(cache, config)
-    left = dict(tensors)
-    try:
-        length = int(left.pop("length"))
-        length_of_blocks = int(left.pop("length_of_blocks")) if has_frames else length
-        for i, layer in enumerate(cache.layers):
-            own = [name for name in left if name.startswith(f"layers.{i}.")]
-            if isinstance(layer, RecurrentLayer):
-                states: dict[str, list[torch.Tensor]] = {}
-                for name in sorted(own, key=lambda name: int(name.rpartition(".")[2])):
-                    states.setdefault(name.split(".")[2], []).append(left.pop(name))
-                if not states:
-                    raise KeyError(f"layers.{i}")
-                layer.lazy_initialization(next(iter(states.values()))[0])
-                layer.states = {name: tuple(state) for name, state in states.items()}
-                layer.cumulative_length = length if i == 0 else length_of_blocks
-            else:
-                keys, values = left.pop(f"layers.{i}.keys"), left.pop(f"layers.{i}.values")
-                layer.lazy_initialization(keys, values)
-                layer.keys, layer.values = keys, values
-    except (KeyError, ValueError, IndexError) as error:
-        raise ValueError(f"Not the tensors of a cache of this model: {error} is missing.") from None
-    if left:
-        raise ValueError(f"Not the tensors of a cache of this model, which has no {sorted(left)}.")
+    cache = _cache_after_one_token(model)
+    expected = cache_to_tensors(cache)
+    # Sliding attention also holds which of its columns are real, unless all are.
+    optional = {
+        f"layers.{i}.{append_columns.__name__}.2": layer.keys.new_empty(1, 0, dtype=torch.bool)
+        for i, layer in enumerate(cache.layers)
+        if isinstance(layer, SlidingWindowLayer)
+    }
+    known = {**expected, **optional}
+    missing, unknown = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - known.keys())
+    if missing or unknown:
+        raise ValueError(f"Not the tensors of a state of this model: missing {missing}, unknown {unknown}.")
+    length, *blocks = [_length(name, tensors[name]) for name in expected if not name.startswith("layers.")]
+    batch_sizes = {tensor.shape[:1] for name, tensor in tensors.items() if name.startswith("layers.")}
+    if len(batch_sizes) != 1 or sum(map(sum, batch_sizes)) < 1:
+        raise ValueError(f"All tensors must have one batch size, at least 1, got {sorted(map(list, batch_sizes))}.")
+    for i, layer in enumerate(cache.layers):
+        length = blocks[0] if i == 1 and blocks else length
+        held: dict[str, list[torch.Tensor]] = {}
+        for name in [name for name in known if name.startswith(f"layers.{i}.") and name in tensors]:
+            _check(name, tensors[name], known[name], _num_columns(layer, length, known[name]))
+            held.setdefault(name.split(".")[2], []).append(tensors[name].to(known[name].device))
+        if isinstance(layer, RecurrentLayer):
+            layer.states = {operator: tuple(state) for operator, state in held.items()}
+            layer.cumulative_length = length
+            (layer.batch_size,) = next(iter(batch_sizes))
+        else:
+            (layer.keys,), (layer.values,) = held["keys"], held["values"]
     return cache
 
 
-def write_stream(
-    path: Path, cache: DynamicCache | None, tensors: dict[str, torch.Tensor], counts: dict[str, int]
-) -> None:
-    """Write the state of a stream as safetensors, whole or not at all: its cache, other tensors, and what it counts."""
-    held = {} if cache is None else {f"cache.{name}": tensor for name, tensor in cache_to_tensors(cache).items()}
-    temporary = path.with_name(path.name + ".tmp")
-    save_file({**held, **tensors}, temporary, metadata={"counts": json.dumps(counts)})
-    os.replace(temporary, path)
+@torch.no_grad()
+def _cache_after_one_token(model: PreTrainedModel) -> DynamicCache:
+    config, cache = model.config, DynamicCache(config=model.config)
+    if model.main_input_name == "input_features":
+        inputs = torch.zeros(1, config.subsampling_factor, config.num_mel_bins, device=model.device)
+    else:
+        inputs = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    model(inputs, past_key_values=cache, use_cache=True)
+    return cache
 
 
-def read_stream(
-    path: Path, config: PreTrainedConfig, device: torch.device
-) -> tuple[DynamicCache | None, dict[str, torch.Tensor], dict[str, int]]:
+def _length(name: str, tensor: torch.Tensor) -> int:
+    # A model of frames may not have completed its first token.
+    least = 1 if name == "length" else 0
+    if tensor.dtype != torch.int64 or tensor.shape != () or tensor.item() < least:
+        raise ValueError(f"`{name}` must be one int64 number of at least {least}, got {tensor}.")
+    return int(tensor)
+
+
+def _num_columns(layer: CacheLayerMixin, length: int, like: torch.Tensor) -> dict[int, int]:
+    """The one dimension of an attention layer's tensor that depends on the number of tokens seen, and its size."""
+    if isinstance(layer, SlidingWindowLayer):
+        return {2 if like.dim() == 4 else 1: min(length, layer.sliding_window - 1)}
+    return {} if isinstance(layer, RecurrentLayer) else {2: length}
+
+
+def _check(name: str, tensor: torch.Tensor, like: torch.Tensor, num_columns: dict[int, int]) -> None:
     """
-    What [`write_stream`] wrote.
+    Raises:
+        ValueError: the tensor cannot stand where the state after one token has the tensor `like`, `[1, ...]`.
+    """
+    shape = [num_columns.get(dimension, size) for dimension, size in enumerate(like.shape)]
+    if tensor.dtype != like.dtype or [*tensor.shape[1:]] != shape[1:]:
+        raise ValueError(
+            f"`{name}` must be of {like.dtype} with the shape {['B', *shape[1:]]}, got {tensor.dtype} and "
+            f"{[*tensor.shape]}."
+        )
+    if not tensor.isfinite().all():
+        raise ValueError(f"`{name}` must be finite, got NaN or infinity.")
+    operator, index = name.split(".")[2:] if name.count(".") == 3 else ("", "0")
+    if int(index) in NEVER_NEGATIVE.get(operator, ()) and (tensor < 0).any():
+        raise ValueError(f"`{name}` must not be negative, got {tensor.min().item()}.")
+
+
+def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
+    """
+    What tells a model from every other, as JSON can hold it: its type, the fields that its config class adds to those of
+    all configs, and the SHA-256 of its weights.
 
     Raises:
-        `ValueError`: the file holds something else, or the cache of another model.
+        `ValueError`: a weight is not in memory, because it is offloaded.
     """
-    with safe_open(path, framework="pt", device=str(device)) as file:
-        if "counts" not in (file.metadata() or {}):
-            raise ValueError(f"{path} holds no state that this script saved.")
-        counts = json.loads(file.metadata()["counts"])
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
-    cache = {name.removeprefix("cache."): tensors.pop(name) for name in list(tensors) if name.startswith("cache.")}
-    return (cache_from_tensors(cache, config) if cache else None), tensors, counts
+    config = model.config
+    own = {field.name for field in fields(config)} - {field.name for field in fields(PreTrainedConfig)}
+    values = {name: value for name, value in config.to_dict().items() if name in own}
+    weights = model.state_dict()
+    for name, weight in weights.items():
+        if isinstance(weight, torch.Tensor) and weight.device.type == "meta":
+            raise ValueError(f"The weight {name} is offloaded. Load the whole model into memory to save its state.")
+    return {
+        "model_type": config.model_type,
+        "config": json.loads(json.dumps(values)),
+        # Without their names, which compiling a model changes.
+        "weights": _digest(weight for weight in weights.values() if isinstance(weight, torch.Tensor)),
+    }
+
+
+def _digest(tensors: Iterable[torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
+        for part in _parts(tensor.detach()):
+            digest.update(part.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _parts(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The plain tensors that a quantized weight is made of; of a plain tensor, itself."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor]
+    return [part for name in tensor.__tensor_flatten__()[0] for part in _parts(getattr(tensor, name))]
+
+
+class SavedStream:
+    """
+    A stream of text or speech whose state is a file.
+
+    A subclass sets `model` and `cache`, and implements `own_state` and `restore`.
+    """
+
+    model: PreTrainedModel
+    cache: DynamicCache | None
+
+    def own_state(self) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
+        """The tensors of the state beside the cache, with always the same dtypes, and its counts."""
+        raise NotImplementedError
+
+    def restore(self, cache: DynamicCache | None, tensors: dict[str, torch.Tensor], counts: dict[str, int]) -> None:
+        """
+        Take a state over.
+
+        Args:
+            cache: of this model.
+            tensors, counts: named as in `own_state`, of the same dtypes, finite, the counts not negative.
+
+        Raises:
+            `ValueError`: they contradict each other. The stream is unchanged.
+        """
+        raise NotImplementedError
+
+    @functools.cached_property
+    def fingerprint(self) -> dict[str, Any]:
+        """That of the model, computed once: the weights of a stream do not change."""
+        return fingerprint(self.model)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """
+        Write the state as safetensors, whole or not at all. The file names the model, and carries a checksum.
+
+        Raises:
+            `ValueError`: `path` is a folder, a device or a pipe.
+            `OSError`: the file cannot be written.
+        """
+        tensors, counts = self.own_state()
+        if self.cache is not None:
+            tensors |= {f"cache.{name}": tensor for name, tensor in cache_to_tensors(self.cache).items()}
+        about = {"model": self.fingerprint, "counts": counts, "checksum": _checksum(tensors, counts)}
+        write_whole(path, safetensors.torch.save(tensors, metadata={"stream": json.dumps(about)}))
+
+    def load(self, path: str | os.PathLike) -> None:
+        """
+        Continue from the state that `save` wrote.
+
+        Raises:
+            `FileNotFoundError`: there is no such file.
+            `ValueError`: the file holds no state of a stream, was damaged, or is of another model. The stream is unchanged.
+        """
+        path = Path(path)
+        if not path.exists():
+            raise FileNotFoundError(f"There is no state {str(path)!r}.")
+        try:
+            about, tensors = _read(path)
+            _check_same_model(about["model"], self.fingerprint)
+            if about["checksum"] != _checksum(tensors, about["counts"]):
+                raise ValueError("it was changed or damaged: its content does not have the checksum that it names")
+            cached = {name: tensor for name, tensor in tensors.items() if name.startswith("cache.")}
+            own = {name: tensor for name, tensor in tensors.items() if name not in cached}
+            self._check_own(own, about["counts"])
+            cache = None
+            if cached:
+                names = {name.removeprefix("cache."): tensor for name, tensor in cached.items()}
+                cache = cache_from_tensors(names, self.model)
+                if cache.batch_size != 1:
+                    raise ValueError(f"it has {cache.batch_size} rows, and a stream has one")
+            self.restore(cache, own, about["counts"])
+        except ValueError as error:
+            raise ValueError(f"{path} holds no state of this stream: {error}") from None
+
+    def _check_own(self, tensors: dict[str, torch.Tensor], counts: dict[str, int]) -> None:
+        own_tensors, own_counts = self.own_state()
+        for names, own_names in ((tensors.keys(), own_tensors.keys()), (counts.keys(), own_counts.keys())):
+            if names != own_names:
+                raise ValueError(f"it has {sorted(names)}, and this stream {sorted(own_names)}")
+        for name, tensor in tensors.items():
+            like = own_tensors[name]
+            if tensor.dtype != like.dtype or tensor.dim() != like.dim() or not tensor.isfinite().all():
+                raise ValueError(f"`{name}` must be of {like.dim()} dimensions, finite and of {like.dtype}")
+        for name, count in counts.items():
+            if type(count) is not int or count < 0:
+                raise ValueError(f"`{name}` must be a whole number of at least 0, got {count!r}")
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """What the file says about its state, and the tensors."""
+    if not path.is_file():
+        raise ValueError("it is no file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"it is no safetensors file ({error})") from None
+    try:
+        about = json.loads(metadata.get("stream", ""))
+    except (ValueError, RecursionError):
+        about = None
+    known = {"model": dict, "counts": dict, "checksum": str}
+    if not isinstance(about, dict) or any(not isinstance(about.get(name), kind) for name, kind in known.items()):
+        raise ValueError("it was not written by `save` of a stream of this version")
+    return about, tensors
+
+
+def _checksum(tensors: dict[str, torch.Tensor], counts: dict[str, int]) -> str:
+    names = sorted(tensors)
+    text = json.dumps([names, counts], sort_keys=True)
+    return hashlib.sha256(f"{text} {_digest(tensors[name] for name in names)}".encode()).hexdigest()
+
+
+def _check_same_model(there: dict[str, Any], here: dict[str, Any]) -> None:
+    """
+    Raises:
+        ValueError: the fingerprint of a file is not that of the model.
+    """
+    if there.get("model_type") != here["model_type"]:
+        raise ValueError(
+            f"it is of a model of type {there.get('model_type')!r}, and this one is {here['model_type']!r}"
+        )
+    config, own = there.get("config"), here["config"]
+    # Another version of the config class may have more fields, or fewer.
+    shared = sorted(config.keys() & own.keys()) if isinstance(config, dict) else []
+    differing = [
+        f"`{name}` {reprlib.repr(config[name])}, not {reprlib.repr(own[name])}"
+        for name in shared
+        if config[name] != own[name]
+    ]
+    if differing or not shared:
+        raise ValueError(f"it is of a model of another config: {'; '.join(differing[:3])}")
+    if there.get("weights") != here["weights"]:
+        raise ValueError("it is of a model of the same config with other weights: load the checkpoint that wrote it")
+
+
+__all__ = ["SavedStream", "cache_from_tensors", "cache_to_tensors", "fingerprint"]

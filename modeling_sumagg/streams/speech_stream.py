@@ -3,35 +3,39 @@
 It needs `pip install 'modeling-sumagg[speech]'`.
 """
 
-from pathlib import Path
-
 import numpy as np
 import torch
-from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, ProcessorMixin
+from transformers import DynamicCache, PreTrainedModel, ProcessorMixin
 
 from .audio import FeatureStream
-from .saved_states import cache_to_tensors, read_stream, write_stream
+from .saved_states import SavedStream, cache_to_tensors
 
 
-def check_constant_state(config: PreTrainedConfig) -> None:
+# The most symbols of a word. Noise, and languages without spaces, may have no end of a word for hours.
+WORD_SYMBOLS = 100
+
+
+def check_constant_state(model: PreTrainedModel) -> None:
     """
     Raises:
-        ValueError: the model does not stream, or its state grows with what it hears.
+        ValueError: the model does not stream, or its state grows with the audio.
     """
+    if getattr(model, "can_stream", False):
+        return
     remedy = "`examples/run_speech_recognition_ctc.py` trains one that streams, runs/speech-recognition."
-    if config.model_type != "sumagg_speech" or not config.is_causal:
-        kind = (
-            "bidirectional model" if config.model_type == "sumagg_speech" else f"model of type {config.model_type!r}"
-        )
-        raise ValueError(f"A {kind} needs the whole recording at once and does not stream. {remedy}")
+    config = model.config
+    if not getattr(model, "input_modalities", ()) == ("audio",):
+        raise ValueError(f"A model of type {config.model_type!r} cannot hear a stream of audio. {remedy}")
     growing = [i for i, layer_type in enumerate(config.layer_types) if layer_type == "full_attention"]
-    if growing:
+    if config.is_causal and growing:
         raise ValueError(
-            f"Layers {growing} of the model attend to all that was heard (`layer_types`): its state grows. {remedy}"
+            f"Layers {growing} of the model attend to the whole audio (`layer_types`): its state grows. {remedy}"
         )
+    kind = "bidirectional model" if not config.is_causal else type(model).__name__
+    raise ValueError(f"A {kind} needs the whole recording at once and cannot hear a stream. {remedy}")
 
 
-class SpeechStream:
+class SpeechStream(SavedStream):
     """
     The state of speech that arrives in pieces, in constant memory, and the words in it: each once, and never taken back.
 
@@ -40,15 +44,18 @@ class SpeechStream:
         processor (`ProcessorMixin`): its feature extractor, without normalisation by the utterance, and its tokenizer.
 
     Attributes:
-        cache: the model's state; `None` before the first frame.
-        features: what makes frames of samples; it keeps those that wait for the rest of their frame.
-        last_symbol: the most likely symbol of the last output: the same one again is not a new one.
-        word: the symbols of the word that has no end yet.
-        num_samples: how many samples have come, at the sampling rate of the source.
+        cache (`DynamicCache | None`): the model's state; `None` before the first frame.
+        features (`FeatureStream`): makes frames of samples; it keeps the samples of the frame that is not complete.
+        last_symbol (`int`): the most likely symbol of the last output: the same one again is not a new one.
+        word (`list[int]`): the symbols of the word that has no end yet, at most `WORD_SYMBOLS`.
+        num_samples (`int`): the number of samples heard.
+
+    Raises:
+        `ValueError`: as [`check_constant_state`] and [`FeatureStream`].
     """
 
     def __init__(self, model: PreTrainedModel, processor: ProcessorMixin):
-        check_constant_state(model.config)
+        check_constant_state(model)
         self.model, self.tokenizer = model.eval(), processor.tokenizer
         self.features = FeatureStream(processor.feature_extractor)
         self.cache: DynamicCache | None = None
@@ -59,23 +66,26 @@ class SpeechStream:
     @torch.no_grad()
     def feed(self, samples: np.ndarray) -> list[str]:
         """
-        Hear on.
+        Hear the next piece of the audio.
 
         Args:
-            samples: float32 `[samples]` at the model's sampling rate, from -1 to 1, any number of them.
+            samples (`np.ndarray`): float32 `[samples]` at the model's sampling rate, from -1 to 1, any number of them.
 
         Returns:
-            list[str]: the words that end in these samples.
+            `list[str]`: the words that end in these samples. A word of more than `WORD_SYMBOLS` symbols is returned in
+            pieces of so many.
 
         Raises:
-            ValueError: the samples are not finite numbers of one channel.
+            `ValueError`: the samples are not finite numbers of one channel. The stream is unchanged.
         """
         frames = self.features.feed(samples)
+        self.num_samples += len(samples)
         if not len(frames):
             return []
         if self.cache is None:
             self.cache = DynamicCache(config=self.model.config)
-        inputs = torch.from_numpy(frames)[None].to(self.model.device, self.model.dtype)
+        # In float32 whatever the model's dtype: it rounds them after it has standardised them.
+        inputs = torch.from_numpy(frames)[None].to(self.model.device)
         logits = self.model(inputs, past_key_values=self.cache, use_cache=True).logits
         words = []
         for symbol in logits[0].argmax(dim=-1).tolist():
@@ -83,6 +93,7 @@ class SpeechStream:
                 if symbol == self.tokenizer.word_delimiter_token_id:
                     words += self.finish()
                 else:
+                    words += self.finish() if len(self.word) == WORD_SYMBOLS else []
                     self.word.append(symbol)
             self.last_symbol = symbol
         return words
@@ -92,24 +103,35 @@ class SpeechStream:
         word, self.word = self.tokenizer.decode(self.word, group_tokens=False), []
         return [word] if word else []
 
-    def _own_tensors(self) -> dict[str, torch.Tensor]:
-        return {
+    def own_state(self) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
+        # The blank is in no word. With it, the state has the same size whatever is being said.
+        word = [*self.word, *[self.tokenizer.pad_token_id] * (WORD_SYMBOLS - len(self.word))]
+        tensors = {
             "pending": torch.from_numpy(self.features.pending.copy()),
             "last_symbol": torch.tensor(self.last_symbol),
-            "word": torch.tensor(self.word, dtype=torch.int64),
+            "word": torch.tensor(word, dtype=torch.int64),
         }
+        return tensors, {"num_samples": self.num_samples}
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """All that is kept of what was heard."""
-        return {**({} if self.cache is None else cache_to_tensors(self.cache)), **self._own_tensors()}
+        """Every tensor of the state."""
+        return {**({} if self.cache is None else cache_to_tensors(self.cache)), **self.own_state()[0]}
 
-    def save(self, path: Path) -> None:
-        """Write the state as safetensors, whole or not at all."""
-        write_stream(path, self.cache, self._own_tensors(), {"num_samples": self.num_samples})
+    def restore(self, cache: DynamicCache | None, tensors: dict[str, torch.Tensor], counts: dict[str, int]) -> None:
+        pending, last_symbol, word = (tensors[name] for name in ("pending", "last_symbol", "word"))
+        frames, hop = 0 if cache is None else int(cache.get_seq_length()), self.features.hop
+        if len(pending) >= self.features.length or frames * hop + len(pending) != counts["num_samples"]:
+            raise ValueError(
+                f"its decode state has {frames} frames and {len(pending)} samples are pending, but it counts "
+                f"{counts['num_samples']} samples"
+            )
+        symbols, vocab_size = [last_symbol.item(), *word.tolist()], self.model.config.vocab_size
+        if len(word) != WORD_SYMBOLS or not all(0 <= symbol < vocab_size for symbol in symbols):
+            raise ValueError(f"`word` must be {WORD_SYMBOLS} symbols, and each symbol below {vocab_size}")
+        self.cache, self.num_samples = cache, counts["num_samples"]
+        self.features.pending = pending.numpy()
+        self.last_symbol = last_symbol.item()
+        self.word = [symbol for symbol in word.tolist() if symbol != self.tokenizer.pad_token_id]
 
-    def load(self, path: Path) -> None:
-        """Go on from what `save` wrote."""
-        self.cache, tensors, counts = read_stream(path, self.model.config, self.model.device)
-        self.num_samples = counts["num_samples"]
-        self.features.pending = tensors["pending"].cpu().numpy()
-        self.last_symbol, self.word = tensors["last_symbol"].item(), tensors["word"].tolist()
+
+__all__ = ["WORD_SYMBOLS", "SpeechStream", "check_constant_state"]
