@@ -32,7 +32,7 @@ PARTS = {
     "publishing": ["configuration", "decoder", "families", "registration"],
     # A plugin for an engine: nobody imports it, and it knows the models.
     "serving": ["decoder", "families", "ops.summation"],
-    "streams": ["decoder"],
+    "streams": ["compatibility", "decoder"],
     "training": ["configuration", "families", "publishing"],
     "hub": ["publishing"],
     "convert_original_checkpoint": ["publishing"],
