@@ -37,8 +37,8 @@ WRITTEN_BY_A_MODEL = r"<!-- the model wrote what follows ([^>]+) -->\n"
 OWN_MIXER = (EXAMPLES / "own_mixer" / "gated_sum.py").read_text(encoding="utf-8")
 BLOCK = re.compile(rf"^(?:{WRITTEN_BY_A_MODEL})?```(bash|python|text)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 NUMBER = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?(?:e-?\d+)?")
-# Commands that make an environment, or run the tests: CI runs them.
-NOT_RUN = ("python3 -m venv", "source .venv", "pip install")
+# Commands that make an environment or run the tests, which CI runs, and an upload.
+NOT_RUN = ("python3 -m venv", "source .venv", "pip install", "hf upload")
 # Seeds, machines and versions of Python, whose sources the models read, move what is measured.
 TOLERANCE = 0.15
 # Where a page trains for minutes: few steps, and little data where it gives none.
@@ -166,6 +166,8 @@ def run_for_a_short_time(step: Step) -> str:
         assert python == "python"
         if script == "-m":
             script, *arguments = arguments
+            # The package itself stays as it was imported.
+            script = f"{script}.__main__" if script == "modeling_sumagg" else script
             patch.setattr(sys, "argv", [script, *arguments])
             patch.delitem(sys.modules, script, raising=False)
             runpy.run_module(script, run_name="__main__")
