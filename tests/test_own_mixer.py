@@ -153,7 +153,8 @@ def close(actual, expected, tolerance=2e-5):
 
 def test_its_page_shows_the_whole_module():
     page = (SOURCE.parent / "README.md").read_text(encoding="utf-8")
-    assert page.count("```python\n" + SOURCE.read_text(encoding="utf-8") + "```\n") == 1
+    module = SOURCE.read_text(encoding="utf-8")
+    assert page.count(f"```python\n{module}```\n") == 1
 
 
 def test_its_config_has_no_limit_of_length_and_a_table_of_positions_has_one(gated_sum):
