@@ -1,4 +1,4 @@
-"""A mixer of one's own, as the README shows it, in every mode, against a loop over tokens in float64."""
+"""The mixer of `examples/own_mixer`, in every mode, against a loop over tokens in float64."""
 
 import copy
 import importlib
@@ -27,8 +27,12 @@ PROMPTS = [(5, 9, 2, 30, 7, 7), (3, 4, 11)]
 NEW_TOKENS = 10
 COMMON = {"vocab_size": 32, "hidden_size": 16, "num_attention_heads": 4, "intermediate_size": 24}
 KINDS = {
-    "pure": {"num_hidden_layers": 2, "position_embedding_type": "none"},
-    "hybrid": {"layer_types": ["gated_sum", "full_attention", "gated_sum"], "max_position_embeddings": 128},
+    "pure": {"num_hidden_layers": 2},
+    "hybrid": {
+        "layer_types": ["gated_sum", "full_attention", "gated_sum"],
+        "position_embedding_type": "learned",
+        "max_position_embeddings": 128,
+    },
     "sliding": {
         "layer_types": ["gated_sum", "sliding_attention"],
         "sliding_window": 4,
@@ -147,11 +151,17 @@ def close(actual, expected, tolerance=2e-5):
     torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=tolerance)
 
 
-def test_the_readme_shows_it():
-    section = (
-        (ROOT / "README.md").read_text(encoding="utf-8").partition("\n## Your own mixer\n")[2].partition("\n## ")[0]
-    )
-    assert section.count("```python\n" + SOURCE.read_text(encoding="utf-8") + "```\n") == 1
+def test_its_page_shows_the_whole_module():
+    page = (SOURCE.parent / "README.md").read_text(encoding="utf-8")
+    module = SOURCE.read_text(encoding="utf-8")
+    assert page.count(f"```python\n{module}```\n") == 1
+
+
+def test_its_config_has_no_limit_of_length_and_a_table_of_positions_has_one(gated_sum):
+    config = gated_sum.GatedSumConfig()
+    assert config.position_embedding_type == "none" and not hasattr(config, "max_position_embeddings")
+    config = gated_sum.GatedSumConfig(position_embedding_type="learned", max_position_embeddings=8)
+    assert config.max_position_embeddings == 8
 
 
 @pytest.mark.parametrize("length", [1, 2, 7, 64, 300])

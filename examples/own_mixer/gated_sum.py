@@ -1,4 +1,4 @@
-"""A language model with a mixer of its own: a sum with a decay `a`, learned for each head, and a gate on its output.
+"""A language model with its own mixer: a sum with one learned decay `a` for each head, and a gate on the output.
 
 s_t = a s_{t-1} + (1 - a) z_t  with  z_t = W h_t,  output W_o (silu(W_g h_t) * s_t)
 """
@@ -23,10 +23,12 @@ from modeling_sumagg.decoder import (
 class GatedSumConfig(TextConfig):
     model_type = "gated_sum"
     recurrent_layer_types = ("gated_sum",)
+    # No table of positions, and so no limit of length.
+    position_embedding_type: str = "none"
 
 
 def decayed_sum(z, *, initial_state, attention_mask, document_ids, decay_logit):
-    """The sums of `z` `[B, T, K, p]`, of the same shape, with a decay `sigmoid(decay_logit)` `[K]`, and the last one."""
+    """`z` `[B, T, K, p]` to the decayed sums after each token, of the same shape, and the last sum `[B, K, p]`."""
     dtype = torch.promote_types(z.dtype, torch.float32)
     decays = decay_logit.to(dtype).sigmoid()[:, None].expand(*z.shape[:3], 1)
     sums = (1 - decays) * z
@@ -36,7 +38,7 @@ def decayed_sum(z, *, initial_state, attention_mask, document_ids, decay_logit):
     if document_ids is not None:
         begins = document_ids.diff(dim=1, prepend=document_ids[:, :1]) != 0
         decays = decays.masked_fill(begins[:, :, None, None], 0)
-    # Each pass doubles how many tokens a sum is over; no decay is ever divided by.
+    # Each pass doubles the number of tokens in every sum. It never divides by a decay.
     reach = 1
     while reach < z.shape[1]:
         sums = sums + decays * F.pad(sums[:, :-reach], (0, 0, 0, 0, reach, 0))
@@ -44,7 +46,7 @@ def decayed_sum(z, *, initial_state, attention_mask, document_ids, decay_logit):
         reach *= 2
     if initial_state is not None:
         sums = sums + decays * initial_state[:, None]
-    # A copy: a slice would keep the sums of all tokens in memory as long as the state.
+    # A copy, because a slice would keep the sums of all tokens in memory.
     return sums.to(z.dtype), sums[:, -1].clone()
 
 
