@@ -288,7 +288,7 @@ class SumAggPooler(nn.Module):
         scale = None
         if self.pooling == "mean":
             count = attention_mask.sum(dim=1, keepdim=True).clamp(min=1)
-            scale = count.float().reciprocal().expand(hidden_states.shape[:2])
+            scale = count.to(torch.promote_types(hidden_states.dtype, torch.float32)).reciprocal()
         terms = self.proj(hidden_states).relu()
         return bidirectional_sum(terms, attention_mask=attention_mask, scale=scale)[:, 0]
 

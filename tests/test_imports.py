@@ -33,7 +33,7 @@ PARTS = {
     # A plugin for an engine: nobody imports it, and it knows the models.
     "serving": ["decoder", "families", "ops.summation"],
     "streams": ["compatibility", "decoder"],
-    "training": ["configuration", "families", "publishing"],
+    "training": ["configuration", "decoder", "families", "publishing", "streams"],
     "hub": ["publishing"],
     "convert_original_checkpoint": ["publishing"],
     "moved_modules": [],
