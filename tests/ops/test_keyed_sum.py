@@ -220,8 +220,9 @@ def test_a_value_that_is_not_finite_stays_in_its_document(name, bad):
         damaged[0, 10] = bad if name != "log_decay" else torch.nan
     y, state = causal_keyed_sum(**{**arguments, name: damaged})
     assert not y[0, 10].isfinite().all()
-    assert torch.equal(y[0, 30:], expected[0, 30:]) and torch.equal(y[1], expected[1])
-    assert torch.equal(state, expected_state)
+    torch.testing.assert_close(y[0, 30:], expected[0, 30:])
+    torch.testing.assert_close(y[1], expected[1])
+    torch.testing.assert_close(state, expected_state)
     # In the last document it reaches the state, but for a query, which only reads.
     arguments["document_ids"] = torch.zeros_like(arguments["document_ids"])
     arguments["document_ids"][:, 5:] = 1
@@ -244,7 +245,7 @@ def test_padding_may_hold_anything():
 
 
 def test_gradients_in_a_batch_and_forward_mode():
-    arguments = sample(40)
+    arguments = sample(34, batch=1, heads=1, groups=1, size=2, width=2)
 
     def of_values(values):
         return causal_keyed_sum(**{**arguments, "values": values})[0]
@@ -258,6 +259,7 @@ def test_gradients_in_a_batch_and_forward_mode():
     torch.testing.assert_close(forward, (rows * tangent).sum(tuple(range(4, 8))))
 
 
+@pytest.mark.slow
 def test_one_compiled_graph_serves_every_length():
     compiled = torch.compile(causal_keyed_sum, fullgraph=True, dynamic=True, backend="aot_eager")
     for length in (2, 40, 97):

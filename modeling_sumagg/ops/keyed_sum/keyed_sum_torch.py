@@ -65,7 +65,7 @@ def _forward(values, keys, queries, log_decay, state, starts):
         v, k, q, decay = _chunks(*block, chunk=min(CHUNK, block[0].shape[1]))
         states = _walk(_increments(v, k, decay), decay.log_through, state)
         outputs.append(_tokens(_read(v, k, q, decay, states[:, :, :, :-1]), block[0].shape[1]))
-        state = states[:, :, :, -1].flatten(1, 2)
+        state = states[:, :, :, -1].reshape(state.shape)
     return torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0], state, before
 
 
@@ -118,7 +118,7 @@ def _vjp(grad_y, grad_state, values, keys, queries, log_decay, state, starts, st
         states = _walk(_increments(v, k, decay), decay.log_through, before)[:, :, :, :-1]
         reads = (decay.into[..., None] * q).mT @ dy
         grad_states = _walk(reads.flip(3), decay.log_through.flip(3), grad_state).flip(3)
-        grad_after, grad_state = grad_states[:, :, :, 1:], grad_states[:, :, :, 0].flatten(1, 2)
+        grad_after, grad_state = grad_states[:, :, :, 1:], grad_states[:, :, :, 0].reshape(grad_state.shape)
         # 2. Within a chunk.
         scores = q @ k.mT
         grad_weighted = (dy @ v.mT) * decay.within
