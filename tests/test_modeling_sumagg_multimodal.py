@@ -238,7 +238,7 @@ def test_bfloat16_keeps_the_units():
     years = torch.tensor([[2018.0, 2019.0, 2020.0], [2019.0, 2021.0, 2024.0]])
     expected = reference(numeric_features=years).logits - 1e5
     outputs = reference.to(torch.bfloat16)(numeric_features=years, labels=torch.tensor([1e5, 1e5]))
-    assert outputs.logits.dtype == outputs.loss.dtype == torch.float32
+    assert (outputs.logits.dtype, outputs.loss.dtype) == (torch.float64, torch.float32)
     assert_close(outputs.logits - 1e5, expected, rtol=0.05)
 
 
@@ -288,6 +288,33 @@ def test_labels_are_standardised_before_they_are_rounded():
     loss = model(numeric_features=features, labels=labels).loss
     assert loss.dtype == torch.float32
     assert_close(loss, (scores - torch.tensor([0.0, 2.0])).square().mean())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_seconds_since_1970_stay_apart(dtype):
+    """In, out and in the loss, as in a model of float64; float32 tells only every 128th second apart."""
+    seconds = 1_700_000_000 + torch.arange(60, dtype=torch.float64)
+    statistics = {"numeric_mean": [seconds.mean().item()] * 3, "numeric_std": [17.3] * 3}
+    statistics |= {"label_mean": statistics["numeric_mean"][:1], "label_std": [17.3]}
+    model = build(SumAggForMultimodalRegression, config(**statistics))
+    features = seconds[:, None].expand(-1, 3)
+    exact = model.double()(numeric_features=features, labels=seconds)
+    assert exact.logits.unique().numel() == 60
+    rounded = model.to(dtype)(numeric_features=features, labels=seconds)
+    whole = model(numeric_features=features, labels=seconds.long())
+    assert rounded.logits.dtype == torch.float64 and torch.equal(whole.loss, rounded.loss)
+    # Bits of the weights and of the deviations, not of the seconds.
+    precision = {torch.float32: 1e-5, torch.bfloat16: 0.05}[dtype]
+    assert (rounded.logits - exact.logits).abs().max() < precision * 17.3 * 3
+    assert_close(rounded.loss.double(), exact.loss, rtol=3 * precision)
+    if dtype == torch.float32:
+        assert rounded.logits.unique().numel() == 60
+
+
+def test_a_label_that_is_nan_is_refused():
+    model = SumAggForMultimodalRegression(config())
+    with pytest.raises(ValueError, match="`labels` must be numbers, got NaN: leave out rows without a label"):
+        model(numeric_features=torch.zeros(2, 3), labels=torch.tensor([1.0, NAN]))
 
 
 def test_an_empty_batch():
@@ -416,6 +443,9 @@ def test_modality_that_the_model_lacks(kwargs, message):
         ({"numeric_mean": [0.0] * 2, "numeric_std": [1.0] * 2}, "`num_numeric_features` = 3 entries"),
         ({"numeric_mean": [0.0] * 3, "numeric_std": [1.0, 0.0, 1.0]}, "above 0"),
         ({"numeric_mean": [0.0, NAN, 0.0], "numeric_std": [1.0] * 3}, "finite"),
+        ({"position_bias": float("inf")}, "`position_bias` must be finite, got inf"),
+        ({"initializer_range": float("inf")}, "`initializer_range` must be finite and at least 0, got inf"),
+        ({"initializer_range": -1.0}, "`initializer_range` must be finite and at least 0, got -1.0"),
         (
             {"label_mean": [0.0] * 2, "label_std": [1.0] * 2, "num_labels": 2}
             | {"problem_type": "single_label_classification"},
@@ -449,11 +479,40 @@ def test_collator():
     assert batch["numeric_features"].nan_to_num(nan=-9).tolist() == [[1, -9, 3], [-9] * 3, [-9] * 3]
     assert batch["pixel_values"].isnan().all(dim=(1, 2, 3)).tolist() == [True, False, True]
     assert torch.equal(batch["pixel_values"][1], torch.tensor(image, dtype=torch.float32))
+    assert batch["pixel_values"].dtype == torch.float32
     assert batch["labels"].tolist() == [1.5, 2.0, 3.0]
 
     model = build(SumAggForMultimodalRegression, config())
     alone = torch.cat([model(**collate([row])).logits for row in rows])
     assert_close(model(**batch).logits, alone)
+
+
+def test_collator_keeps_the_digits_of_numbers_and_labels():
+    rows = [{"numeric_features": [1_700_000_001.0, 0.1], "label": 3}, {"numeric_features": [1.0, None], "label": 2.7}]
+    batch = DataCollatorForMultimodalRegression()(rows)
+    assert batch["numeric_features"].nan_to_num(-9).tolist() == [[1_700_000_001.0, 0.1], [1.0, -9.0]]
+    assert batch["labels"].tolist() == [3.0, 2.7]
+    rounded = DataCollatorForMultimodalRegression(dtype=torch.float32)(rows)
+    assert rounded["numeric_features"].dtype == rounded["labels"].dtype == torch.float32
+    assert rounded["labels"].tolist() == np.float32([3.0, 2.7]).tolist()
+
+
+@pytest.mark.parametrize(
+    ("labels", "dtype"),
+    [([3, 2**40], torch.int64), ([[0, 1], [1, 1]], torch.int64), ([[0.5, 1], [1, 1]], torch.float64)]
+    + [([np.int32(3), torch.tensor(4)], torch.int64), ([True, False], torch.int64)],
+)
+def test_collator_stacks_labels_of_every_type(labels, dtype):
+    for name in ("label", "labels"):
+        batch = DataCollatorForMultimodalRegression()([{"numeric_features": [1.0], name: label} for label in labels])
+        assert torch.equal(batch["labels"], torch.tensor(np.array(labels).tolist(), dtype=dtype))
+        assert batch["labels"].dtype == dtype
+
+
+@pytest.mark.parametrize("first", [{}, {"label": None}, {"labels": None}])
+def test_a_row_without_a_label_takes_no_other_label_away(first):
+    batch = DataCollatorForMultimodalRegression()([{**first, "input_ids": None}, {"label": 2.7}])
+    assert batch["labels"].isnan().tolist() == [True, False] and batch["labels"][1] == 2.7
 
 
 def test_collator_leaves_out_what_no_row_has():

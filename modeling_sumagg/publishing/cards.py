@@ -17,6 +17,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
 from ..families import FAMILIES
+from .files import printable
 from .folder_checks import check_folder
 
 
@@ -81,14 +82,6 @@ def decode_state_size(model: PreTrainedModel) -> tuple[int, int] | None:
 
 class Markdown(str):
     """Text that stands in a card as it is; all other text is escaped."""
-
-
-def printable(text: Any) -> str:
-    """The text on one line, with escapes for characters that a terminal would obey or could not show."""
-    return "".join(
-        character if character.isprintable() else character.encode("unicode_escape").decode()
-        for character in " ".join(str(text).split())
-    )
 
 
 def create_model_card(

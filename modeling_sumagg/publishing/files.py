@@ -41,6 +41,14 @@ RUN_FILES = (
 )
 
 
+def printable(text: Any) -> str:
+    """The text on one line, with escapes for characters that a terminal would obey or could not show."""
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode()
+        for character in " ".join(str(text).split())
+    )
+
+
 def read_header(path: Path) -> tuple[str, str] | None:
     """The version of modeling-sumagg that wrote a file and the module that it holds; `None`: it wrote no such file."""
     # A pipe would be waited for.

@@ -11,7 +11,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from .files import code_files, read_auto_map, read_json
+from .files import code_files, printable, read_auto_map, read_json
 
 
 # What the metadata of a card must have: the names in its YAML, and what they are.
@@ -57,7 +57,7 @@ def check_card(path: Path) -> list[str]:
         raise ValueError(f"`library_name` in {path} must be {library!r}, got {data.library_name!r}.")
     results = ", ".join(f"{result.metric_type} {result.metric_value}" for result in data.eval_results)
     line = f"card: {data.pipeline_tag}, license {data.license}, {results} on {data.eval_results[0].dataset_name}"
-    return [_printable(line)]
+    return [printable(line)]
 
 
 def check_files(folder: str | os.PathLike) -> None:
@@ -143,7 +143,7 @@ def check_folder(folder: str | os.PathLike) -> None:
         process = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True, errors="replace")
         whole = process.returncode == 0 and finished.exists()
     if not whole:
-        raise ValueError(_printable(_why_it_ended(process)))
+        raise ValueError(printable(_why_it_ended(process)))
     for line in check_card(folder / "README.md"):
         print(line)
     excluded = [exclude for pattern, exclude in NOT_UPLOADED.items() if any(folder.glob(pattern))]
@@ -165,7 +165,3 @@ def _why_it_ended(process: subprocess.CompletedProcess) -> str:
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split()).rstrip(".")
 
-
-def _printable(text: str) -> str:
-    """The text with a space for each character that would command the terminal."""
-    return "".join(character if character.isprintable() else " " for character in text)

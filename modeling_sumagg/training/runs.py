@@ -19,7 +19,8 @@ from transformers.integrations import unset_hf_deepspeed_config
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..families import FAMILIES
-from ..publishing.cards import decode_state_size, hardware_of, printable, save_model_card
+from ..publishing.cards import decode_state_size, hardware_of, save_model_card
+from ..publishing.files import printable
 from .plots import METRICS, Metric, plot_training
 
 
@@ -239,7 +240,8 @@ def _save_checked(trainer: Trainer, auto_class: Any, hyperparameters: dict[str, 
         merged = folder / "merged"
         saved[merged] = copy.deepcopy(model).merge_and_unload()
         saved[merged].save_pretrained(merged)
-        trainer.processing_class.save_pretrained(merged)
+        if trainer.processing_class is not None:
+            trainer.processing_class.save_pretrained(merged)
     if model.config.model_type not in FAMILIES:
         return
     values = {name: getattr(arguments, name) for name in HYPERPARAMETERS}

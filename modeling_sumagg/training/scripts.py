@@ -27,7 +27,7 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from ..publishing.cards import printable
+from ..publishing.files import check_output_dir, printable
 from .data_files import (
     PLACE,
     as_label,
@@ -90,7 +90,36 @@ SHARED_DEFAULTS = {
 
 
 @dataclass
-class DataArguments:
+class SampleArguments:
+    """How much of the data a short run reads."""
+
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "Train on so many rows, drawn at random; for a short run."}
+    )
+    max_eval_samples: int | None = field(
+        default=None, metadata={"help": "Evaluate on so many rows of each held-out split, drawn at random."}
+    )
+
+    def __post_init__(self):
+        for name in ("max_train_samples", "max_eval_samples"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}.")
+
+    def limit(self, splits: dict[str, Any], seed: int) -> dict[str, Any]:
+        """The splits, `train` and the others, with at most so many rows, in their order; of a stream the first ones."""
+        limited = {}
+        for name, split in splits.items():
+            limit = self.max_train_samples if name == "train" else self.max_eval_samples
+            if limit is not None and not hasattr(split, "__len__"):
+                split = split.take(limit)
+            elif limit is not None and limit < len(split):
+                split = split.select(sorted(random.Random(seed).sample(range(len(split)), limit)))
+            limited[name] = split
+        return limited
+
+
+@dataclass
+class DataArguments(SampleArguments):
     """Where the data is. A script adds the names of the columns that it reads."""
 
     dataset_name: str | None = field(default=None, metadata={"help": "A data set of the Hub, or a local folder."})
@@ -115,14 +144,9 @@ class DataArguments:
     drop_incomplete_rows: bool = field(
         default=False, metadata={"help": "Leave out rows without a label or a text, and say how many."}
     )
-    max_train_samples: int | None = field(
-        default=None, metadata={"help": "Train on so many rows, drawn at random; for a short run."}
-    )
-    max_eval_samples: int | None = field(
-        default=None, metadata={"help": "Evaluate on so many rows of each held-out split, drawn at random."}
-    )
 
     def __post_init__(self):
+        super().__post_init__()
         if self.dataset_name is not None and self.train_file is not None:
             raise ValueError("Give --dataset_name or --train_file, not both.")
         for split in ("validation", "test"):
@@ -130,9 +154,6 @@ class DataArguments:
                 raise ValueError(f"--{split}_file needs a --train_file.")
         if not 0 < self.held_out_share < 1:
             raise ValueError(f"--held_out_share must be between 0 and 1, got {self.held_out_share}.")
-        for name in ("max_train_samples", "max_eval_samples"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}.")
 
 
 @dataclass
@@ -219,11 +240,10 @@ def check_output_folder(folder: Path, resumed: bool = False) -> None:
 
     Raises:
         `OSError`: the folder cannot be made or written to.
-        `ValueError`: it is a file, or it holds checkpoints of an earlier run that is not resumed.
+        `ValueError`: it is a file, it holds files that no training run wrote, or checkpoints of an earlier run that is not
+            resumed.
     """
-    files = [path for path in (folder, *folder.parents) if path.exists() and not path.is_dir()]
-    if files:
-        raise ValueError(f"--output_dir {folder}: {files[0]} is a file. Name a folder.")
+    is_earlier = check_output_dir(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder):
         pass
@@ -233,7 +253,7 @@ def check_output_folder(folder: Path, resumed: bool = False) -> None:
             f"{folder} holds {Path(checkpoint).name} of an earlier run: resume it with --resume_from_checkpoint last, delete "
             "it, or choose another --output_dir."
         )
-    if any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+    if is_earlier and not resumed:
         print(f"{printable(str(folder))} holds the model of an earlier run, which this run will replace.")
 
 
@@ -275,7 +295,8 @@ def load_splits(
         held_out_rows (`int`, defaults to 100): of a stream, the number of rows that become `validation`.
 
     Returns:
-        `DatasetDict` or, if they are streamed, `IterableDatasetDict`: `train`, `validation`, and `test` if there is one.
+        `DatasetDict` or, if they are streamed, `IterableDatasetDict`: `train`, `validation`, `test` if there is one, and
+            the other splits of the embedded data.
 
     Raises:
         `ValueError`: an ending without a reader, a file that cannot be read, a missing column, a value of the wrong kind,
@@ -293,8 +314,9 @@ def load_splits(
         given = embedded() if arguments.dataset_name is None else _load_named(arguments, streaming)
         if "train" not in given:
             raise ValueError(f"{source} has no train split, only {sorted(given)}.")
-        splits = {name: given[name] for name in SPLITS if name in given}
-        names = {name: f"{source}, {name} split" for name in splits}
+        # A data set of the Hub may have others that are not meant for this.
+        splits = {name: split for name, split in given.items() if name in SPLITS or arguments.dataset_name is None}
+        names = {name: f"{source}, {name.replace('_', ' ')} split" for name in splits}
         for name, split in splits.items():
             if streaming and isinstance(split, Dataset):
                 split = split.to_iterable_dataset()
@@ -319,17 +341,11 @@ def load_splits(
             parts = _hold_out(splits["train"], source, arguments.held_out_share, seed)
         splits["train"], splits["validation"], names["validation"] = parts
     for name, split in splits.items():
-        limit = arguments.max_train_samples if name == "train" else arguments.max_eval_samples
-        if limit is not None and streaming:
-            split = split.take(limit)
-        elif limit is not None and limit < len(split):
-            split = split.select(sorted(random.Random(seed).sample(range(len(split)), limit)))
         if "image" in columns and paths:
-            split = split.cast_column("image", Image())
+            splits[name] = split = split.cast_column("image", Image())
         split.info.description = names[name]
-        splits[name] = split
-    ordered = {name: splits[name] for name in SPLITS if name in splits}
-    return (IterableDatasetDict if streaming else DatasetDict)(ordered)
+    ordered = {name: splits[name] for name in dict.fromkeys([*SPLITS, *splits]) if name in splits}
+    return (IterableDatasetDict if streaming else DatasetDict)(arguments.limit(ordered, seed))
 
 
 def _load_named(arguments: DataArguments, streaming: bool) -> dict[str, Any]:
@@ -519,6 +535,7 @@ __all__ = [
     "DecayTrainer",
     "LabelledDataArguments",
     "ModelArguments",
+    "SampleArguments",
     "TextModelArguments",
     "add_adapters",
     "check_output_folder",

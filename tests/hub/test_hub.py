@@ -133,7 +133,7 @@ def test_the_card_names_context_length_units_and_a_sample_and_generates(config, 
         f"| context length | {length} |",
         "| | perplexity (per character) | accuracy (fraction) |",
         "## Sample\n\n~~~text\nTo be, or not\n\nto be\n~~~\n",
-        'model.generate(**tokenizer("Once upon a time", return_tensors="pt"), max_new_tokens=50)\n',
+        'tokenizer("<the beginning of a text>", return_tensors="pt")\ntokens = model.generate(**inputs, max_new_tokens=50)\n',
         "skip_special_tokens=True",
     ):
         assert text in card.text, text
@@ -295,14 +295,14 @@ def test_an_adapter_gets_a_card_of_ours_and_is_loaded_on_its_base(tmp_path, capf
     card = ModelCard.load(folder / "README.md")
     assert (card.data.library_name, card.data.base_model, card.data.pipeline_tag) == (
         "peft",
-        str(base),
+        "base",
         "text-classification",
     )
     assert {"lora", "sumagg"} <= set(card.data.tags) and "custom_code" not in card.data.tags
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     for text in (
-        f"An adapter (LORA) of the model `{base}`",
-        f'base = AutoModelForSequenceClassification.from_pretrained(\n    "{base}"',
+        "An adapter (LORA) of the model `base`",
+        'base = AutoModelForSequenceClassification.from_pretrained(\n    "base"',
         "num_labels=3",
         'model = PeftModel.from_pretrained(base, "user/adapter")',
         f"of which the adapter trains {trained:,} |",
