@@ -65,6 +65,10 @@ class Markdown(Directive):
 
 
 def wrap_docstring(app, what, name, obj, options, lines):
+    if what == "data":
+        # A constant has the docstring of its type.
+        lines.clear()
+        return
     text = docstring_as_markdown(lines)
     lines[:] = [".. markdown::", "", *textwrap.indent(text, "   ").splitlines(), ""]
 
