@@ -4,7 +4,7 @@ import { Tokenizer } from "./tokenizers.min.mjs";
 
 // Threads would need headers that a plain file server does not send.
 ort.env.wasm.numThreads = 1;
-ort.env.wasm.wasmPaths = new URL("./", import.meta.url).href;
+ort.env.wasm.wasmPaths = { wasm: new URL("ort-wasm-simd-threaded.wasm", import.meta.url).href };
 
 const ARRAYS = { float32: Float32Array, float64: Float64Array, int64: BigInt64Array, bool: Uint8Array };
 const TYPES = { float32: "F32", float64: "F64", int64: "I64", bool: "BOOL" };
@@ -95,7 +95,7 @@ function choose() {
 // The text that a token adds. Few tokens are kept: those since the last whole character, and those shown before them.
 function textOf(token) {
   tail.push(token);
-  const options = { skip_special_tokens: false };
+  const options = { skip_special_tokens: true };
   const before = tokenizer.decode(tail.slice(0, shown), options);
   const whole = tokenizer.decode(tail, options);
   if (whole.endsWith("\ufffd") && tail.length < shown + 8) return "";
@@ -109,11 +109,14 @@ const channel = new MessageChannel();
 const nextTask = () => new Promise((resolve) => ((channel.port1.onmessage = resolve), channel.port2.postMessage(0)));
 
 async function write() {
-  let [text, tokens, sent, since] = ["", [], performance.now(), 0];
+  let [text, tokens, sent, speed] = ["", [], performance.now(), null];
   const send = () => {
     const now = performance.now();
-    postMessage({ type: "text", text, tokens, length: length(), speed: since ? (1000 * since) / (now - sent) : null });
-    [text, tokens, sent, since] = ["", [], now, 0];
+    const current = (1000 * tokens.length) / (now - sent);
+    // The average of about the last second.
+    if (tokens.length) speed = speed === null ? current : speed + (current - speed) * Math.min(1, (now - sent) / 1000);
+    postMessage({ type: "text", text, tokens, length: length(), speed });
+    [text, tokens, sent] = ["", [], now];
   };
   send();
   let reason = "Paused.";
@@ -123,7 +126,6 @@ async function write() {
       await read([token]);
       tokens.push(token);
       text += textOf(token);
-      since++;
       if (performance.now() - sent > MILLISECONDS_BETWEEN_MESSAGES) {
         send();
         await nextTask();
