@@ -35,11 +35,11 @@ from transformers import (
     default_data_collator,
 )
 
+from modeling_sumagg.training.chunk_trainer import ChunkTrainer
 from modeling_sumagg.training.embedded_data import standard_library_sources
 from modeling_sumagg.training.runs import report, train_and_evaluate
 from modeling_sumagg.training.scripts import (
     DataArguments,
-    DecayTrainer,
     TextModelArguments,
     add_adapters,
     load_config,
@@ -71,6 +71,13 @@ class TextArguments(DataArguments):
     streaming: bool = field(default=False, metadata={"help": "Read the data while training; needs --max_steps."})
     held_out_rows: int = field(default=100, metadata={"help": "Rows held out from a stream without such a split."})
     block_size: int = field(default=256, metadata={"help": "The longest sequence to train on, in tokens."})
+    chunk_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Read sequences in chunks of so many tokens, in the memory of one and with the same gradients: for a "
+            "--block_size of up to millions."
+        },
+    )
     packing: Literal["blocks", "flattened", "padded"] = field(
         default="blocks",
         metadata={
@@ -82,15 +89,23 @@ class TextArguments(DataArguments):
 
 
 def to_sequences(
-    texts: list[str | None], tokenizer: PreTrainedTokenizerBase, packing: str, block_size: int
+    texts: list[str | None],
+    tokenizer: PreTrainedTokenizerBase,
+    packing: str,
+    block_size: int,
+    keep_short: bool = False,
 ) -> dict[str, list[list[int]]]:
-    """`input_ids` and `labels` of at most `block_size` tokens, from texts of which each ends with the end-of-text token."""
+    """
+    `input_ids` and `labels` of at most `block_size` tokens, from texts of which each ends with the end-of-text token.
+    With `keep_short`, tokens that are too few for one block are a shorter one.
+    """
     documents = tokenizer([text or "" for text in texts], add_special_tokens=False)["input_ids"]
     documents = [[*document, tokenizer.eos_token_id] for document in documents]
     if packing == "blocks":
         documents = [list(itertools.chain(*documents))]
         # The last block, which is not whole, is dropped.
-        documents[0] = documents[0][: len(documents[0]) // block_size * block_size]
+        whole = len(documents[0]) // block_size * block_size
+        documents[0] = documents[0][: len(documents[0]) if keep_short and not whole else whole]
     sequences = [
         document[start : start + block_size] for document in documents for start in range(0, len(document), block_size)
     ]
@@ -158,9 +173,13 @@ def main() -> None:
         tokenizer = load_tokenizer(model_arguments, (row["text"] or "" for row in splits["train"]))
         config = load_config(model_arguments, SMALL_MODEL, tokenizer)
         model = load_model(AutoModelForCausalLM, model_arguments, config)
+        packing, block_size = data_arguments.packing, data_arguments.block_size
+        in_chunks = data_arguments.chunk_length is not None
         sequences = splits.map(
-            lambda batch: to_sequences(batch["text"], tokenizer, data_arguments.packing, data_arguments.block_size),
+            lambda batch: to_sequences(batch["text"], tokenizer, packing, block_size, keep_short=in_chunks),
             batched=True,
+            # Enough texts for a long block.
+            batch_size=max(1000, block_size // 10),
             remove_columns=["text"],
         )
         train, validation = sequences["train"], sequences["validation"]
@@ -179,12 +198,12 @@ def main() -> None:
     padding = copy.deepcopy(tokenizer)
     padding.padding_side = "right"
     collators = {
-        "blocks": default_data_collator,
+        "blocks": DataCollatorForSeq2Seq(padding) if in_chunks else default_data_collator,
         "flattened": DataCollatorWithFlattening(),
         "padded": DataCollatorForSeq2Seq(padding),
     }
     tokenizer.model_max_length = model_max_length(config)
-    trainer = DecayTrainer(
+    trainer = ChunkTrainer(
         model=model,
         args=training_arguments,
         train_dataset=train,
@@ -192,7 +211,8 @@ def main() -> None:
         processing_class=tokenizer,
         data_collator=collators[data_arguments.packing],
         compute_metrics=perplexity,
-        preprocess_logits_for_metrics=token_losses,
+        preprocess_logits_for_metrics=None if in_chunks else token_losses,
+        chunk_length=data_arguments.chunk_length,
     )
     held_out = {"validation": validation}
     results = train_and_evaluate(trainer, held_out, ["perplexity"])

@@ -55,6 +55,7 @@ PUBLIC = {
     "modeling_sumagg.streams.text_stream",
     "modeling_sumagg.training",
     "modeling_sumagg.training.baselines",
+    "modeling_sumagg.training.chunk_trainer",
     "modeling_sumagg.training.embedded_data",
     "modeling_sumagg.training.plots",
     "modeling_sumagg.training.scripts",

@@ -210,7 +210,7 @@ class _ChunkReader:
         chunk_length: int,
     ):
         self.model = model
-        self.head = _checked_head(model)
+        self.head = checked_head(model)
         if input_ids.dim() != 2 or input_ids.shape[1] == 0:
             raise ValueError(f"`input_ids` must have the shape [B, T] with T >= 1, got {list(input_ids.shape)}.")
         check_ids("input_ids", input_ids, self.head.config.vocab_size, "the ids of the vocabulary")
@@ -391,7 +391,7 @@ class _Losses:
         )
 
 
-def _checked_head(model: nn.Module) -> nn.Module:
+def checked_head(model: nn.Module) -> nn.Module:
     """The model with a head inside of what wraps it, if it can be read in chunks."""
     heads = ForCausalLM, ForSequenceClassification, ForTokenClassification
     head = next((module for module in model.modules() if isinstance(module, heads)), None)

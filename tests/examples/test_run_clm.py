@@ -70,6 +70,19 @@ def test_perplexity_is_that_of_each_document_alone(language_model, csv_files, fa
         assert not card.exists()
 
 
+@pytest.mark.parametrize("packing", ["blocks", "flattened"])
+def test_chunks_train_and_evaluate_as_whole_sequences_do(run_script, csv_files, short_run, packing):
+    arguments = [*short_run, *csv_files, *config_overrides("sumagg"), "--packing", packing, "--block_size", 100000]
+    whole, chunks = (
+        run_script("run_clm.py", *arguments, "--chunk_length", length, output_dir=f"out-{length}")
+        # The first is longer than any sequence.
+        for length in (1000000, 7)
+    )
+    assert losses(chunks.folder) == pytest.approx(losses(whole.folder), rel=1e-4)
+    for name in ("eval_loss", "eval_perplexity"):
+        assert metrics(chunks.folder)[name] == pytest.approx(metrics(whole.folder)[name], rel=1e-4)
+
+
 def test_the_first_line_says_what_it_will_do(language_model, csv_files):
     first, second, *_ = language_model("sumagg", "flattened").printed.splitlines()
     assert first == f"Trains a language model on {csv_files[1]} and saves it to out (the progress bar shows how long)."
@@ -109,7 +122,7 @@ def test_the_learned_tokenizer_gives_every_text_back(text, vocab_size):
 
 def test_trainer_decays_maps_and_embeddings_and_nothing_else(script, tmp_path):
     model = AutoModelForCausalLM.from_config(ToSTTextConfig(vocab_size=20, hidden_size=32, num_attention_heads=2))
-    trainer = script.DecayTrainer(model, TrainingArguments(str(tmp_path), weight_decay=0.1, report_to="none"))
+    trainer = script.ChunkTrainer(model, TrainingArguments(str(tmp_path), weight_decay=0.1, report_to="none"))
     trainer.create_optimizer()
     decayed, rest = trainer.optimizer.param_groups
     assert (decayed["weight_decay"], rest["weight_decay"]) == (0.1, 0.0)

@@ -1,0 +1,129 @@
+"""A trainer for sequences that are too long to be read at once."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from .chunks import Progress, backward_in_chunks, checked_head, evaluate_in_chunks
+from .scripts import DecayTrainer
+
+
+class ChunkTrainer(DecayTrainer):
+    """
+    [`~transformers.Trainer`] whose steps and evaluations read their sequences in chunks, with the same gradients and losses
+    ([`backward_in_chunks`], [`evaluate_in_chunks`]) in the memory of one chunk.
+
+    A line within the step counts the chunks that are read, and then those that their gradients have gone back over.
+
+    Of a language model `compute_metrics` gets as its predictions the negative log-likelihood of every label but the first,
+    `[B, T - 1]`, and not the logits, which are too many to keep.
+
+    Args:
+        args, kwargs: those of [`~transformers.Trainer`].
+        chunk_length (`int`, *optional*): the tokens of a chunk; `None` reads each sequence at once, as `Trainer` does.
+
+    Raises:
+        `TypeError`, `ValueError`: a model that cannot be read in chunks.
+        `ValueError`: an option of `Trainer` that does not work with chunks.
+    """
+
+    def __init__(self, *args, chunk_length: int | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.chunk_length = chunk_length
+        if chunk_length is None:
+            return
+        checked_head(self.model)
+        parallelism = getattr(self.accelerator, "parallelism_config", None)
+        refused = {
+            "DeepSpeed": self.is_deepspeed_enabled,
+            "`DataParallel` (several devices in one process)": self.args.n_gpu > 1,
+            "sequence or context parallelism": parallelism is not None
+            and (parallelism.cp_enabled or parallelism.sp_enabled),
+            "`compute_loss_func`": self.compute_loss_func is not None,
+            # It would make a step after each chunk.
+            f"an optimizer that steps within the backward pass ({self.args.optim})": (
+                "layerwise" in self.args.optim or "lomo" in self.args.optim
+            ),
+        }
+        for name, is_refused in refused.items():
+            if is_refused:
+                raise ValueError(f"Chunks do not work with {name}: leave it out, or set `chunk_length=None`.")
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """The loss of a batch, whose gradients are added to those of the parameters."""
+        if self.chunk_length is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        model.train()
+        if callable(getattr(self.optimizer, "train", None)):
+            self.optimizer.train()
+        if self.model_accepts_loss_kwargs and num_items_in_batch is not None:
+            # Counted over all processes, whose gradients are averaged.
+            factor = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        else:
+            num_items_in_batch, factor = None, 1 / self.current_gradient_accumulation_steps
+        scaler = self.accelerator.scaler
+        scale = 1.0 if scaler is None else scaler.scale(torch.ones((), device=self.args.device))
+        with self.compute_loss_context_manager(), self._progress_line() as progress:
+            loss = backward_in_chunks(
+                model,
+                **self._prepare_inputs(inputs),
+                chunk_length=self.chunk_length,
+                num_items_in_batch=num_items_in_batch,
+                label_smoothing=self.args.label_smoothing_factor,
+                loss_scale=scale * factor,
+                progress=progress,
+            )
+        return loss * factor
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """The loss, the predictions and the labels of a batch."""
+        if self.chunk_length is None:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        inputs = self._prepare_inputs(inputs)
+        with self.compute_loss_context_manager(), self._progress_line() as progress:
+            found = evaluate_in_chunks(
+                model,
+                **inputs,
+                chunk_length=self.chunk_length,
+                label_smoothing=self.args.label_smoothing_factor,
+                progress=progress,
+            )
+        if prediction_loss_only:
+            return found.loss, None, None
+        predictions = found.logits if found.token_losses is None else found.token_losses[:, 1:]
+        return found.loss, predictions, inputs.get("labels")
+
+    @contextlib.contextmanager
+    def _progress_line(self) -> Iterator[Progress | None]:
+        """What counts the readings of chunks in a line that is there after a second, and only until the end."""
+        if self.args.disable_tqdm or not self.is_world_process_zero():
+            yield None
+            return
+        with tqdm(delay=1, leave=False) as line:
+
+            def report(done: int, total: int) -> None:
+                num_chunks = (total + 1) // 2 if self.model.training else total
+                is_back = done >= num_chunks and self.model.training
+                count = done - num_chunks + 1 if is_back else done
+                line.total = total
+                line.set_description(
+                    f"{count} of {num_chunks} chunks {'gone back' if is_back else 'read'}", refresh=False
+                )
+                line.update(done - line.n)
+
+            yield report
+
+
+__all__ = ["ChunkTrainer"]
