@@ -1,16 +1,17 @@
 """What cannot be converted ends in one line that says what is wrong and what to do, and leaves the folder as it was."""
 
-import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from modeling_sumagg import __main__
 from modeling_sumagg import convert_original_checkpoint as converter
 
 
@@ -77,10 +78,8 @@ FILES = {
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch, capsys):
-    """Run the command line converter into an existing folder; the one line that it ends with."""
-    (tmp_path / "converted").mkdir()
-    (tmp_path / "converted" / "model.safetensors").write_bytes(b"those of before")
+def run(tmp_path):
+    """Run the command line converter; the one line that it ends with."""
 
     def run(family: str, path: Path, *arguments: str) -> str:
         command = [
@@ -91,14 +90,11 @@ def run(tmp_path, monkeypatch, capsys):
             "--output_dir",
             str(tmp_path / "converted"),
         ]
-        monkeypatch.setattr(sys, "argv", ["convert_original_checkpoint", *command, *arguments])
         with pytest.raises(SystemExit) as raised:
-            converter.main()
+            __main__.main(["convert", *command, *arguments])
         message = raised.value.code
         assert isinstance(message, str) and message.startswith("error: ") and "\n" not in message
-        assert (tmp_path / "converted" / "model.safetensors").read_bytes() == b"those of before"
-        assert len(list((tmp_path / "converted").iterdir())) == 1
-        assert not list(tmp_path.glob(".converted*"))
+        assert not (tmp_path / "converted").exists()
         return message
 
     return run
@@ -150,27 +146,84 @@ def test_a_file_in_the_place_of_the_folder(tmp_path):
         converter.convert_original_checkpoint("sumagg", tmp_path / "original.safetensors", tmp_path / "file")
 
 
-def test_a_new_conversion_replaces_the_files_of_the_old_one_and_no_others(tmp_path):
+def test_a_folder_that_holds_something_is_refused_and_stays(tmp_path):
+    """The source of the conversion among other things: nothing is replaced, whatever it is."""
     folder = tmp_path / "converted"
-    torch.save(weights("tost_vision_p16"), tmp_path / "vision.pth")
-    converter.convert_original_checkpoint("tost", tmp_path / "vision.pth", folder)
-    assert {"preprocessor_config.json", "modeling_tost.py"} <= {path.name for path in folder.iterdir()}
+    folder.mkdir()
+    save_file(weights("sumagg_pure"), folder / "original.safetensors")
     (folder / "README.md").write_text("mine")
-    (folder / "model-00001-of-00002.safetensors").write_bytes(b"of a sharded model")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    reason = (
+        "converted is not empty, it holds README.md, original.safetensors: give the name of a new folder, or empty"
+    )
+    with pytest.raises(ValueError, match=reason):
+        converter.convert_original_checkpoint("sumagg", folder / "original.safetensors", folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_an_empty_folder_is_written_and_stays_the_same_folder(tmp_path, monkeypatch):
+    """As a folder must that is mounted, or the current one."""
     save_file(weights("sumagg_pure"), tmp_path / "original.safetensors")
-    converter.convert_original_checkpoint("sumagg", tmp_path / "original.safetensors", folder)
-    left = {path.name for path in folder.iterdir()}
-    assert "modeling_sumagg.py" in left and (folder / "README.md").read_text() == "mine"
-    assert not left & {"preprocessor_config.json", "modeling_tost.py", "model-00001-of-00002.safetensors"}
-    assert json.loads((folder / "config.json").read_text())["model_type"] == "sumagg"
+    (tmp_path / "converted").mkdir()
+    before = (tmp_path / "converted").stat().st_ino
+    monkeypatch.chdir(tmp_path / "converted")
+    converter.convert_original_checkpoint("sumagg", tmp_path / "original.safetensors", ".")
+    assert (tmp_path / "converted").stat().st_ino == before
+    assert {"config.json", "model.safetensors"} <= {path.name for path in Path().iterdir()}
+    assert not list(Path().glob(".*"))
+
+
+def test_of_two_conversions_into_one_folder_one_is_refused(tmp_path):
+    save_file(weights("sumagg_pure"), tmp_path / "original.safetensors")
+    save_file({**weights("sumagg_pure")}, tmp_path / "other.safetensors")
+    barrier, results = threading.Barrier(2), []
+
+    def convert(name: str) -> None:
+        barrier.wait()
+        try:
+            converter.convert_original_checkpoint("sumagg", tmp_path / name, tmp_path / "converted")
+            results.append("converted")
+        except (OSError, ValueError) as error:
+            results.append(str(error))
+
+    threads = [
+        threading.Thread(target=convert, args=(name,)) for name in ("original.safetensors", "other.safetensors")
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    results.sort()
+    assert results.count("converted") == 1 and any(
+        "is not empty" in it or "another conversion" in it for it in results
+    )
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "converted")).__name__ == "SumAggForCausalLM"
+
+
+def test_a_family_without_an_original_format_is_refused(tmp_path):
+    with pytest.raises(SystemExit, match="error: `model_family` must be one of sumagg, tost, tost_text, got 'gpt2'"):
+        __main__.main(
+            ["convert", "--model_family", "gpt2", "--checkpoint_path", "x.pt", "--output_dir", str(tmp_path)]
+        )
 
 
 def test_the_command_ends_without_a_traceback(tmp_path):
     (tmp_path / "original.pt").touch()
     arguments = ["--model_family", "tost", "--checkpoint_path", "original.pt", "--output_dir", "converted"]
-    command = [sys.executable, "-m", "modeling_sumagg.convert_original_checkpoint", *arguments]
+    command = [sys.executable, "-m", "modeling_sumagg", "convert", *arguments]
     process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert process.returncode == 1
     assert process.stderr.splitlines()[-1] == "error: original.pt is empty: download or copy it again."
     assert "Traceback" not in process.stderr
     assert not (tmp_path / "converted").exists()
+
+
+def test_the_command_of_0_2_advises_and_converts(tmp_path, monkeypatch, capsys):
+    save_file(weights("sumagg_pure"), tmp_path / "original.safetensors")
+    arguments = ["--model_family", "sumagg", "--checkpoint_path", "original.safetensors", "--output_dir", "converted"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["convert_original_checkpoint", *arguments])
+    converter.main()
+    printed = capsys.readouterr()
+    assert "convert_original_checkpoint` is now `python -m modeling_sumagg convert`.\n" in printed.err
+    assert printed.out.startswith("converted: SumAggForCausalLM, ")

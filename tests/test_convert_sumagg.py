@@ -1,7 +1,6 @@
 """Original summation checkpoints through the command line converter, against the originals' own outputs."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ from safetensors.torch import save_file
 from testing import assert_close
 from transformers import AutoModelForCausalLM
 
+from modeling_sumagg import __main__
 from modeling_sumagg import convert_original_checkpoint as converter
 
 
@@ -34,18 +34,13 @@ def write_checkpoint(weights: dict[str, torch.Tensor], path: Path) -> None:
         torch.save(weights, path)
 
 
-def run_converter(monkeypatch, *arguments: object) -> None:
-    monkeypatch.setattr(sys, "argv", ["convert_original_checkpoint", *map(str, arguments)])
-    converter.main()
-
-
 @pytest.mark.parametrize("name, suffix", [("pure", ".pt"), ("hybrid", ".safetensors"), ("hybrid", ".pth")])
-def test_converted_checkpoint_computes_what_the_original_does(name, suffix, tmp_path, monkeypatch):
+def test_converted_checkpoint_computes_what_the_original_does(name, suffix, tmp_path):
     weights, golden, original = read_golden(name)
     write_checkpoint(weights, tmp_path / f"original{suffix}")
     arguments = ["--model_family", "sumagg", "--checkpoint_path", tmp_path / f"original{suffix}"]
     heads = ["--num_attention_heads", original["num_heads"]] if name == "hybrid" else []
-    run_converter(monkeypatch, *arguments, "--output_dir", tmp_path / "converted", *heads)
+    __main__.main(["convert", *map(str, [*arguments, "--output_dir", tmp_path / "converted", *heads])])
 
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "converted")
     with torch.no_grad():

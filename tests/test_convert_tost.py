@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from testing import assert_close
 from transformers import AutoModelForImageClassification
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
+from modeling_sumagg import __main__
 from modeling_sumagg import convert_original_checkpoint as converter
 
 
@@ -49,12 +49,11 @@ def write_checkpoint(weights: dict[str, torch.Tensor], folder: Path, container: 
 
 
 @pytest.mark.parametrize("container", ["bare", "training", "compiled", "distributed and compiled", "safetensors"])
-def test_converted_checkpoint_computes_what_the_original_does(golden, container, tmp_path, monkeypatch, capsys):
+def test_converted_checkpoint_computes_what_the_original_does(golden, container, tmp_path, capsys):
     weights, tensors, original = golden
     path = write_checkpoint(weights, tmp_path, container)
     arguments = ["--model_family", "tost", "--checkpoint_path", str(path), "--output_dir", str(tmp_path / "converted")]
-    monkeypatch.setattr(sys, "argv", ["convert_original_checkpoint", *arguments])
-    converter.main()
+    __main__.main(["convert", *arguments])
 
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "converted")
     with torch.no_grad():
@@ -124,22 +123,23 @@ def test_the_dtype_of_the_original_stays(golden, tmp_path):
     assert torch.equal(model.classifier.weight, weights["head.weight"])
 
 
-def test_labels_come_from_a_file(golden, tmp_path, monkeypatch):
+def test_labels_come_from_a_file(golden, tmp_path):
     path = write_checkpoint(golden[0], tmp_path, "bare")
     labels = tmp_path / "labels.json"
     arguments = ["--model_family", "tost", "--checkpoint_path", str(path), "--output_dir", str(tmp_path / "converted")]
-    monkeypatch.setattr(sys, "argv", ["convert_original_checkpoint", *arguments, "--id2label", str(labels)])
+    command = ["convert", *arguments, "--id2label", str(labels)]
     names = {str(index): f"class {index}" for index in range(10)}
     labels.write_text(json.dumps(names))
-    converter.main()
+    __main__.main(command)
     config = AutoModelForImageClassification.from_pretrained(tmp_path / "converted").config
     assert config.id2label == {int(index): name for index, name in names.items()}
     assert config.label2id == {name: int(index) for index, name in names.items()}
 
     del names["9"]
     labels.write_text(json.dumps(names))
+    command[command.index("--output_dir") + 1] = str(tmp_path / "again")
     with pytest.raises(SystemExit, match="classes 0 to 9 of the checkpoint, each once; it names 9"):
-        converter.main()
+        __main__.main(command)
 
 
 def test_every_bad_tensor_is_listed(golden, tmp_path):

@@ -29,13 +29,15 @@ PARTS = {
     # The mixers and blocks of the text models, over what is heard.
     "modeling_sumagg_speech": ["configuration", "decoder", "ops", "compatibility", "modeling_sumagg"],
     "families": ["configuration", "modeling_"],
-    "publishing": ["configuration", "decoder", "families", "registration"],
+    "publishing": ["configuration", "decoder", "families", "moved_modules", "registration"],
     # A plugin for an engine: nobody imports it, and it knows the models.
     "serving": ["decoder", "families", "ops.summation"],
-    "streams": ["compatibility", "decoder"],
+    "streams": ["compatibility", "decoder", "publishing"],
     "training": ["configuration", "decoder", "families", "publishing", "streams"],
-    "hub": ["publishing"],
-    "convert_original_checkpoint": ["publishing"],
+    # Each of the commands imports what it needs.
+    "__main__": ["publishing"],
+    "hub": ["__main__", "publishing"],
+    "convert_original_checkpoint": ["__main__", "publishing"],
     "moved_modules": [],
     # The package itself, which gathers the names.
     "": ["configuration", "families", "modeling_", "moved_modules", "publishing", "training.data_collator"],

@@ -354,6 +354,17 @@ def mark_static(*tensors: torch.Tensor) -> None:
 
 
 def register_recurrent_layer_type(layer_type: str) -> None:
-    """Let `DynamicCache` and `StaticCache` hold recurrent states where a config's `layer_types` has this type."""
+    """
+    Let `DynamicCache` and `StaticCache` hold recurrent states where a config's `layer_types` has this type.
+
+    Raises:
+        `ValueError`: transformers has a layer type of this name, whose cache layers other models need.
+    """
+    known = DYNAMIC_LAYER_TYPE_MAPPING.get(layer_type)
+    if known is not None and known.__module__.startswith("transformers."):
+        raise ValueError(
+            f"`recurrent_layer_types` has {layer_type!r}, a layer type of transformers itself ({known.__name__}): give "
+            "the type another name."
+        )
     DYNAMIC_LAYER_TYPE_MAPPING[layer_type] = RecurrentLayer
     STATIC_LAYER_TYPE_MAPPING[layer_type] = StaticRecurrentLayer

@@ -123,7 +123,7 @@ def check_checkpoint(folder: Path) -> None:
         raise ValueError(f"The weights do not fit {config.architectures[0]}: {wrong}.")
     print(f"{auto_name}: {type(model).__name__}, {model.num_parameters():,} parameters, {model.dtype}")
     for name in sorted(set(classes) - {auto_name}):
-        print(f"as {name}: {what_is_random(classes[name], config, shapes)}")
+        print(f"as {name}: {what_it_becomes(classes[name], config, shapes)}")
     run(model.eval())
     if (folder / "tokenizer_config.json").is_file():
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
@@ -151,19 +151,21 @@ def check_checkpoint(folder: Path) -> None:
         print(f"image processor: {type(AutoImageProcessor.from_pretrained(folder)).__name__}")
 
 
-def what_is_random(model_class: type[PreTrainedModel], config: PreTrainedConfig, saved: Iterable[str]) -> str:
-    """What another class makes of the checkpoint: all its weights are there, or some start at random."""
+def what_it_becomes(model_class: type[PreTrainedModel], config: PreTrainedConfig, saved: Iterable[str]) -> str:
+    """What another class than the saved one makes of the checkpoint: are all its weights there, and what are they?"""
     try:
         with torch.device("meta"):
             model = model_class(copy.deepcopy(config))
     except ValueError as error:
-        return f"not, since {' '.join(str(error).split())}"
+        return f"cannot be made: {' '.join(str(error).split())}"
     prefix = f"{model.base_model_prefix}."
     needed = {name.removeprefix(prefix) for name in set(model.state_dict()) - set(model.all_tied_weights_keys)}
     missing = sorted(needed - {name.removeprefix(prefix) for name in saved})
-    if not missing:
+    if missing:
+        return f"its head would be random, and has to be trained first: the checkpoint has no {', '.join(missing)}"
+    if model.base_model is model:
         return "whole"
-    return f"its head would be random, which is to be trained first: the checkpoint has no {', '.join(missing)}"
+    return f"all its weights are there, but its head was not trained for this: the checkpoint is a {config.architectures[0]}"
 
 
 def check_adapter(folder: Path) -> None:

@@ -198,8 +198,10 @@ def _unfinished_folder(target: Path) -> Iterator[Path]:
     is_new = not target.exists()
     target.mkdir(parents=True, exist_ok=True)
     folder, moved = target / UNFINISHED, []
-    # Of several conversions at once one makes it.
-    folder.mkdir()
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        raise ValueError(f"{folder} is there: another conversion writes to {target}, or one was killed.") from None
     try:
         _refuse_what_is_there(target, but=UNFINISHED)
         yield folder

@@ -13,6 +13,8 @@ from typing import Any
 # All code files of a checkpoint begin with this and a digest of the code, a name that nobody else gives a file.
 PREFIX = "sumagg_"
 HEADER_PATTERN = re.compile(r"# From the Python package .*modeling-sumagg ([^ ,]+).*, module ([\w.]+)\.$")
+# `"module.Class"` in an `auto_map`, with the repository that it may name.
+REFERENCE = re.compile(r"([\w./-]+--)?\w[\w/]*\.\w+")
 # The first line of a file of ours is shorter than this.
 LONGEST_HEADER = 500
 # What training scripts, `Trainer` and `save_pretrained` write at the top of their folder.
@@ -98,7 +100,9 @@ def read_auto_map(config: dict[str, Any], path: Path) -> dict[str, Any]:
         raise ValueError(f"The `auto_map` of {path} must map Auto classes to code, got {auto_map!r:.80}.")
     for name, reference in auto_map.items():
         parts = reference if isinstance(reference, list) else [reference]
-        if not parts or not all(part is None or isinstance(part, str) for part in parts):
+        if not parts or not all(
+            part is None or (isinstance(part, str) and REFERENCE.fullmatch(part)) for part in parts
+        ):
             raise ValueError(
                 f"The `auto_map` of {path} must name `{name}` as 'module.Class' or a list of such names, got "
                 f"{reference!r:.80}."
@@ -161,7 +165,7 @@ def write_code(folder: Path, sources: dict[str, str], like: Path | None = None) 
 
     Raises:
         `ValueError`: before anything is written, a file of one of these names is not ours.
-        `OSError`: a file cannot be written; those that were added are removed.
+        `OSError`: a file cannot be written. Those before it stay, since another process may have found them there.
     """
     foreign = [name for name in sources if (folder / name).exists() and read_header(folder / name) is None]
     if foreign:
@@ -169,20 +173,12 @@ def write_code(folder: Path, sources: dict[str, str], like: Path | None = None) 
             f"{folder / foreign[0]} was not written by modeling-sumagg and would be overwritten: move it away, or choose "
             "another folder."
         )
-    written, added = [], []
-    try:
-        for name, source in sources.items():
-            path = folder / name
-            if not path.exists():
-                added.append(name)
-            elif path.read_text(encoding="utf-8") == source:
-                continue
+    written = []
+    for name, source in sources.items():
+        path = folder / name
+        if not path.exists() or path.read_text(encoding="utf-8") != source:
             write_text(path, source, like)
             written.append(name)
-    except BaseException:
-        for name in added:
-            (folder / name).unlink(missing_ok=True)
-        raise
     return written
 
 

@@ -66,7 +66,8 @@ def register_family(
         config_class (`type[PreTrainedConfig]`): the config of the family.
         models (`dict[str, type[PreTrainedModel]]`): the model that each Auto class makes of such a config, by the name of
             the Auto class.
-        lora_target_modules (`Sequence[str]`, *optional*): the modules that `LoraConfig()` adapts.
+        lora_target_modules (`Sequence[str]`, *optional*): the modules that `LoraConfig()` adapts; by default those
+            of the config that this one is derived from.
         facts: the other attributes of [`Family`].
 
     Returns:
@@ -78,12 +79,13 @@ def register_family(
             of a script or a notebook, or what [`flat_sources`] refuses.
     """
     _check_names(config_class, models, lora_target_modules)
-    family = Family(config_class, models, lora_target_modules=tuple(lora_target_modules), **facts)
+    targets = tuple(lora_target_modules) or getattr(config_class, "lora_target_modules", ())
+    family = Family(config_class, models, lora_target_modules=targets, **facts)
     model_type = config_class.model_type
     if not config_class.__module__.startswith(f"{PACKAGE}."):
         _check_as_the_loader_reads(flat_sources(family))
     if lora_target_modules:
-        config_class.lora_target_modules = family.lora_target_modules
+        config_class.lora_target_modules = targets
     register_class_names(model_type, models)
     AutoConfig.register(model_type, config_class, exist_ok=True)
     for auto_name, model_class in models.items():
@@ -207,16 +209,16 @@ def _flattened(family: Family) -> dict[str, str]:
             )
         if name in sources:
             continue
-        source, imported = flatten_imports(_source(module), module, PLACEHOLDER)
         package = module.partition(".")[0]
         origin = f"{own} (Apache-2.0)" if package == PACKAGE else f"{package}, by {own}"
-        text = HEADER.format(origin=origin, module=module) + source + _registering(module, family)
         try:
+            source, imported = flatten_imports(_source(module), module, PLACEHOLDER)
+            text = HEADER.format(origin=origin, module=module) + source + _registering(module, family)
             ast.parse(text)
         except SyntaxError as error:
             raise ValueError(
-                f"{module} cannot be written flat: {error.msg} in {str(error.text).strip()!r}. Put each import on a line "
-                "of its own."
+                f"The source of {module}, as it is now, is no Python: {error.msg} in {str(error.text).strip()!r}. Correct "
+                "it and import it again."
             ) from error
         sources[name] = text
         waiting += imported

@@ -33,7 +33,7 @@ def update_folder(folder: str | os.PathLike) -> list[str]:
 
     Raises:
         `ValueError`: the folder holds no code of this package, or something that an update would overwrite.
-        `OSError`: something cannot be written; the folder is what it was.
+        `OSError`: something cannot be written. The old code and its `config.json` are what they were.
     """
     folder = Path(folder)
     family, before = _read_config(folder)
@@ -49,27 +49,22 @@ def update_folder(folder: str | os.PathLike) -> list[str]:
     kept = {key: value for key, value in references.items() if f"{_module(value)}.py" not in headers}
     new_map = kept | auto_map(family)
 
-    added = write_code(folder, sources, like=config_path)
-    try:
-        if new_map != references:
-            flush_to_disk(*(folder / name for name in added), folder)
-            if config_path.read_text(encoding="utf-8") != before:
-                raise ValueError(f"{config_path} was written by another process meanwhile: run the update again.")
-            write_text(config_path, json.dumps(config | {"auto_map": new_map}, indent=2, sort_keys=True) + "\n")
-            flush_to_disk(config_path, folder)
-    except BaseException:
-        for name in set(added) - set(headers):
-            (folder / name).unlink(missing_ok=True)
-        raise
+    written = write_code(folder, sources, like=config_path)
+    if new_map != references:
+        flush_to_disk(*(folder / name for name in written), folder)
+        if config_path.read_text(encoding="utf-8") != before:
+            raise ValueError(f"{config_path} was written by another process meanwhile: run the update again.")
+        write_text(config_path, json.dumps(config | {"auto_map": new_map}, indent=2, sort_keys=True) + "\n")
+        flush_to_disk(config_path, folder)
     removed = sorted(set(headers) - set(sources))
     for name in removed:
         (folder / name).unlink(missing_ok=True)
 
-    if not added and not removed and new_map == references:
+    if not written and not removed and new_map == references:
         return [f"{folder} has the code of the installed version already."]
     old = ", ".join(sorted({version for version, _ in headers.values()}))
     lines = [f"{folder}: the code of modeling-sumagg {old or 'unknown'} is now that of {package_version()}."]
-    lines += [f"{'changed' if name in headers else 'added'}: {name}" for name in sorted(added)]
+    lines += [f"{'changed' if name in headers else 'added'}: {name}" for name in sorted(written)]
     if new_map != references:
         lines.append(f"changed: {CONFIG_NAME}")
     return lines + [f"removed: {name}" for name in removed]

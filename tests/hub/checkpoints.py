@@ -45,3 +45,24 @@ def save_every_class(root: Path) -> list[str]:
 
 def auto_map(folder: Path) -> dict[str, str]:
     return json.loads((folder / "config.json").read_text())["auto_map"]
+
+
+def code_file(folder: Path, module: str) -> Path:
+    """The file of a checkpoint that holds a module, by the last part of the module's name."""
+    (path,) = folder.glob(f"sumagg_??????_{module}.py")
+    return path
+
+
+def code_modules(folder: Path) -> set[str]:
+    """The last parts of the names of the modules that a checkpoint carries; all have one prefix."""
+    names = [path.stem.split("_", 2) for path in folder.glob("*.py")]
+    assert {name[0] for name in names} <= {"sumagg"} and len({name[1] for name in names}) <= 1
+    return {name[2] for name in names}
+
+
+def auto_map_of(folder: Path, **classes: str) -> dict[str, str]:
+    """The `auto_map` of a folder that names these classes, each `"module.Class"` without the prefix."""
+    return {
+        auto_class: f"{code_file(folder, name.partition('.')[0]).stem}.{name.partition('.')[2]}"
+        for auto_class, name in classes.items()
+    }

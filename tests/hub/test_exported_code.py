@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from checkpoints import code_modules
 from testing import multimodal_config, sumagg_config, tost_config, tost_text_config
-from transformers.dynamic_module_utils import get_imports
+from transformers.dynamic_module_utils import get_imports, get_relative_imports
 
 from modeling_sumagg import __version__
 from modeling_sumagg.publishing.remote_code import flatten_imports
@@ -94,6 +95,7 @@ def test_nothing_but_torch_and_transformers_must_be_installed(export):
     for path in export.glob("*.py"):
         needed = set(get_imports(path)) - sys.stdlib_module_names
         assert needed <= {"huggingface_hub", "torch", "transformers"}, path.name
+        assert {f"{name}.py" for name in get_relative_imports(path)} <= {each.name for each in export.glob("*.py")}
 
 
 def test_the_export_is_the_source(export):
@@ -115,7 +117,9 @@ def test_the_export_is_the_source(export):
 
         added = own(theirs)[len(own(ours)) :]
         assert own(theirs)[: len(own(ours))] == own(ours)
-        assert all(re.search(r"register_(for_auto_class|class_names|lora_target_modules)'", call) for call in added)
+        assert all(
+            re.search(r"(register_for_auto_class|register_class_names|lora_target_modules)'", it) for it in added
+        )
         assert ast.get_docstring(theirs)
 
 
@@ -133,9 +137,9 @@ def test_the_export_is_formatted(export):
 
 def test_only_what_a_family_needs_is_written(tmp_path):
     tost_config().save_pretrained(tmp_path)
-    written = {path.name for path in tmp_path.glob("*.py")}
-    assert "modeling_tost.py" in written
-    assert not written & {"modeling_sumagg.py", "modeling_tost_text.py", "cache.py", "generation.py"}
+    written = code_modules(tmp_path)
+    assert "modeling_tost" in written
+    assert not written & {"modeling_sumagg", "modeling_tost_text", "cache", "model"}
 
 
 @pytest.mark.parametrize(
@@ -145,6 +149,7 @@ def test_only_what_a_family_needs_is_written(tmp_path):
         ("from modeling_sumagg import unknown", "imports unknown from the package modeling_sumagg"),
         ("import modeling_sumagg.ops.summation as ops", "imports a module as a whole"),
         ("import modeling_sumagg\nx = modeling_sumagg.SumAggConfig", "imports a module as a whole"),
+        ("import math, modeling_sumagg as ours\nx = ours.SumAggConfig", "imports a module as a whole"),
     ],
 )
 def test_an_import_that_a_flat_folder_cannot_have_is_refused(statement, reason):
@@ -166,6 +171,80 @@ def test_names_from_a_package_come_from_the_modules_that_define_them():
 
 def test_imports_inside_functions_are_flattened():
     source = "def f():\n    from .ops.summation import causal_sum\n\n    return causal_sum\n"
-    flat, modules = flatten_imports(source, "modeling_sumagg.modeling_x")
-    assert flat == source.replace(".ops.summation", ".summation")
+    flat, modules = flatten_imports(source, "modeling_sumagg.modeling_x", "ours_")
+    assert flat == source.replace(".ops.summation", ".ours_summation")
     assert modules == ["modeling_sumagg.ops.summation"]
+
+
+SUM = "from modeling_sumagg.ops.summation import causal_sum"
+FLAT_SUM = "from .p_summation import causal_sum"
+REGISTER = "from .p_registration import register_family"
+FORMS = {
+    "a form feed": (f"import math\n\x0c\n{SUM}\nx = 1\n", f"import math\n\x0c\n{FLAT_SUM}\nx = 1\n"),
+    "U+2028 and wide characters": (f'"""a\u2028 b ü 😀"""\n{SUM}\n', f'"""a\u2028 b ü 😀"""\n{FLAT_SUM}\n'),
+    "two imports on a line": (
+        f"{SUM}; from modeling_sumagg.decoder.masks import attention_masks\n",
+        f"{FLAT_SUM}\nfrom .p_masks import attention_masks\n",
+    ),
+    "statements around an import": (f"a = ';'; {SUM}; b = 2  # why\n", f"a = ';'\n{FLAT_SUM}\nb = 2  # why\n"),
+    "a semicolon at the end": (f"{SUM};\n", f"{FLAT_SUM};\n"),
+    "a backslash": (f"{SUM.replace('from ', chr(92).join(['from ', chr(10) + ' ']))}\n", f"{FLAT_SUM}\n"),
+    "parentheses and comments": (
+        "from modeling_sumagg.ops.summation import (  # sums\n    causal_mean,  # divided\n    causal_sum as plain,\n)\n",
+        "from .p_summation import (  # sums\n    causal_mean,  # divided\n    causal_sum as plain,\n)\n",
+    ),
+    "behind a colon": (
+        f"def f():\n  if True: {SUM}; return causal_sum\n",
+        f"def f():\n  if True: \n      {FLAT_SUM}\n      return causal_sum\n",
+    ),
+    "a name for what is returned": (
+        "from modeling_sumagg import register_family\n\nFAMILY = register_family(C, {})\n",
+        f"{REGISTER}\n\nFAMILY = register_family(C, {{}})\n",
+    ),
+    "another name": (
+        "from modeling_sumagg import SumAggModel, register_family as enter\n\nenter(C, {})\n",
+        f"from .p_modeling_sumagg import SumAggModel\n{REGISTER} as enter\n\nenter(C, {{}})\n",
+    ),
+    "the package as a whole": (
+        "import math, modeling_sumagg as ours; ours.register_family(C, {})\n",
+        f"import math\n{REGISTER}\nregister_family(C, {{}})\n",
+    ),
+    "under try": (
+        "try:\n    from modeling_sumagg import register_family\nexcept ImportError:\n    register_family = None\n",
+        f"try:\n    {REGISTER}\nexcept ImportError:\n    register_family = None\n",
+    ),
+    "for types alone": (
+        "from typing import TYPE_CHECKING\n\nif TYPE_CHECKING:\n    import modeling_sumagg\n",
+        f"from typing import TYPE_CHECKING\n\nif TYPE_CHECKING:\n    {REGISTER}\n",
+    ),
+    "a module that was moved": (
+        "from modeling_sumagg.text_stream import TextStream\n",
+        "from .p_text_stream import TextStream\n",
+    ),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_python_is_flattened(form, tmp_path):
+    source, expected = FORMS[form]
+    flat, modules = flatten_imports(source, "own_mixer", "p_")
+    assert flat == expected
+    ast.parse(flat)
+    # What the loader of transformers, which reads lines, finds is what a folder needs.
+    (tmp_path / "flat.py").write_text(flat, encoding="utf-8")
+    assert set(get_relative_imports(tmp_path / "flat.py")) == {f"p_{name.rpartition('.')[2]}" for name in modules}
+
+
+def test_long_imports_are_wrapped_and_those_at_the_top_sorted():
+    source = (
+        "from .ops.summation import bidirectional_mean, bidirectional_sum, causal_mean, causal_sum\n"
+        "from .decoder.layers import DecoderLayer  # why\n"
+        "\nx = 1\n"
+    )
+    flat, _ = flatten_imports(source, "modeling_sumagg.modeling_x", "a_prefix_of_a_really_considerable_length_")
+    assert flat == (
+        "from .a_prefix_of_a_really_considerable_length_layers import DecoderLayer  # why\n"
+        "from .a_prefix_of_a_really_considerable_length_summation import (\n"
+        "    bidirectional_mean,\n    bidirectional_sum,\n    causal_mean,\n    causal_sum,\n)\n"
+        "\nx = 1\n"
+    )

@@ -1,12 +1,15 @@
 """Model cards, and the check of a folder before it is uploaded."""
 
+import os
+import resource
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import save_with_outputs, text_config
+from checkpoints import code_file, save_with_outputs, text_config
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -29,11 +32,16 @@ from modeling_sumagg import (
     SumAggForCTC,
     SumAggForMultimodalRegression,
     SumAggForSequenceClassification,
+    SumAggForTokenClassification,
+    SumAggModel,
     ToSTForCausalLM,
     ToSTForImageClassification,
+    __main__,
 )
-from modeling_sumagg.hub import check_card, create_model_card, decode_state_size, main, save_model_card
-from modeling_sumagg.publishing.clean_process import check_checkpoint, check_files
+from modeling_sumagg.hub import check_card, check_folder, create_model_card, decode_state_size, save_model_card
+from modeling_sumagg.publishing import folder_checks
+from modeling_sumagg.publishing.clean_process import check_checkpoint, what_it_becomes
+from modeling_sumagg.publishing.folder_checks import check_files
 
 
 RUN = {
@@ -191,13 +199,44 @@ def test_cards_that_would_hide_something_are_refused():
 
 
 def test_cards_that_lack_something_fail_the_check(tmp_path):
-    with pytest.raises(ValueError, match="is missing"):
+    needed = r"`license` \(such as .*`library_name`.*`pipeline_tag`.*`tags`.*`model-index`.*`save_model_card` of"
+    with pytest.raises(ValueError, match=f"README.md is missing. .*{needed}"):
         check_card(tmp_path / "README.md")
     card = create_model_card(build(SumAggForCausalLM, text_config()), **RUN)
-    del card.data.license
+    del card.data.license, card.data.tags
     card.save(tmp_path / "README.md")
-    with pytest.raises(ValueError, match="no `license`"):
+    with pytest.raises(ValueError, match=f"has no `license`, `tags`. .*{needed}"):
         check_card(tmp_path / "README.md")
+
+
+CARDS = {
+    "broken": "a: [",
+    "a tab": "\ta: b",
+    "a list": "- a",
+    "code": "license: !!python/object/apply:os.system ['touch ran']",
+    "results that are text": "license: x\npipeline_tag: y\ntags: [a]\neval_results: [a]",
+    "an index that is a number": "license: x\npipeline_tag: y\ntags: [a]\nmodel-index: 5",
+}
+
+
+@pytest.mark.parametrize("kind", CARDS)
+def test_metadata_that_is_none_is_one_line(kind, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "README.md").write_text(f"---\n{CARDS[kind]}\n---\n")
+    with pytest.raises(
+        ValueError, match="The metadata of .*README.md (cannot be read: .*|has no .*)A card begins with"
+    ):
+        check_card(tmp_path / "README.md")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_card_does_not_command_the_terminal(tmp_path):
+    card = create_model_card(
+        build(SumAggForCausalLM, text_config()), **RUN | {"dataset_name": "\x1b[2J\x1b]0;title\a"}
+    )
+    card.save(tmp_path / "README.md")
+    (line,) = check_card(tmp_path / "README.md")
+    assert line.isprintable() and "[2J" in line
 
 
 def test_the_kept_cards_are_whole():
@@ -205,27 +244,74 @@ def test_the_kept_cards_are_whole():
         assert check_card(path)
 
 
+def touch(folder: Path, *names: str) -> Path:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("{}" if name.endswith(".json") else "")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("names", "reason"),
+    [
+        ([], "it is not a checkpoint. It is empty."),
+        (["a.py", "b"], "It holds a.py, b."),
+        (["abc"[i % 3] * (i + 1) for i in range(9)], r"It holds a, aaaa, aaaaaaa, bb, bbbbb …\."),
+        (
+            ["checkpoint-5/config.json", "merged/config.json"],
+            "Checkpoints are in it, checkpoint-5, merged: check one of",
+        ),
+        (["model.safetensors"], "It holds weights alone: save the model with `save_pretrained`"),
+        (["best.pth"], "It holds best.pth: convert it by `python -m modeling_sumagg convert`"),
+        (["config.json"], "has no `auto_map`, so this is a model of the type None without code"),
+        (["adapter_config.json"], "names no base model"),
+    ],
+)
+def test_a_folder_that_is_no_checkpoint_is_told_apart(names, reason, tmp_path):
+    with pytest.raises(ValueError, match=reason):
+        check_files(touch(tmp_path, *names))
+
+
+def test_what_is_no_folder_is_told_apart(tmp_path):
+    for name, what in (("missing", "missing"), ("file", "a file")):
+        (tmp_path / "file").touch()
+        with pytest.raises(ValueError, match=f"{name} is {what}: give the folder of a checkpoint"):
+            check_files(tmp_path / name)
+
+
+def test_a_folder_that_is_no_checkpoint_costs_no_import_of_torch(tmp_path):
+    """A second at most, where importing the models takes ten."""
+    (tmp_path / "torch.py").write_text("raise RuntimeError('torch was imported')")
+    (tmp_path / "folder").mkdir()
+    command = [sys.executable, "-m", "modeling_sumagg", "check", tmp_path / "folder"]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    process = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert process.returncode == 1
+    assert process.stderr == f"error: {tmp_path}/folder holds no config.json: it is not a checkpoint. It is empty.\n"
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 1
+
+
 def test_files_that_must_not_be_uploaded(tmp_path):
     with pytest.raises(ValueError, match="no config.json"):
         check_files(tmp_path)
     whole = tmp_path / "whole"
     build(SumAggForCausalLM, text_config()).save_pretrained(whole)
-    assert check_files(whole)["AutoModel"] == "modeling_sumagg.SumAggModel"
+    check_files(whole)
     truncated = shutil.copytree(whole, tmp_path / "truncated")
     weights = (truncated / "model.safetensors").read_bytes()
     (truncated / "model.safetensors").write_bytes(weights[:-1])
     with pytest.raises(ValueError, match="model.safetensors is truncated or corrupted"):
         check_files(truncated)
     torch.save({}, whole / "training_args.bin")
-    assert check_files(whole)
+    check_files(whole)
     torch.save(nn.Linear(1, 1).state_dict(), whole / "pytorch_model.bin")
     with pytest.raises(ValueError, match="pytorch_model.bin"):
         check_files(whole)
 
 
-def run_main(folder: Path, monkeypatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["modeling_sumagg.hub", str(folder)])
-    main()
+def check(folder: Path) -> None:
+    __main__.main(["check", str(folder)])
 
 
 def without_model_id_and_type() -> dict:
@@ -237,6 +323,7 @@ def test_one_call_writes_the_card_and_checks_the_folder_in_a_clean_process(tmp_p
     with pytest.raises(ValueError, match="model holds no model: save it there first"):
         save_model_card(model, folder, **without_model_id_and_type())
     save_with_outputs(model, folder)
+    torch.save({}, touch(folder, "checkpoint-1/config.json") / "training_args.bin")
     card = save_model_card(model, folder, **without_model_id_and_type())
     assert (folder / "README.md").read_text() == str(card)
     assert '.from_pretrained(\n    "model",' in card.text
@@ -246,13 +333,58 @@ def test_one_call_writes_the_card_and_checks_the_folder_in_a_clean_process(tmp_p
     printed = capfd.readouterr().out
     for text in (
         "AutoModelForCausalLM: SumAggForCausalLM",
+        "as AutoModel: whole\n",
+        "as AutoModelForMaskedLM: cannot be made: A masked language model sees both sides: set `is_causal=False`",
+        "as AutoModelForSequenceClassification: its head would be random, and has to be trained first: the checkpoint has "
+        "no pooler.proj.weight, score.bias, score.weight\n",
         "forward: [1, 8, 61]",
         "finite",
         "generate: [",
         "tokenizer: ",
+        "takes `trust_remote_code=True` as the model does",
         "card: text-generation, license apache-2.0, perplexity 12.345",
+        f"upload it by: hf upload USER/NAME {folder} --exclude training_args.bin --exclude 'checkpoint-*/*'\n",
     ):
         assert text in printed, printed
+
+
+def test_code_that_ends_the_process_fails_the_check(tmp_path):
+    build(SumAggForCausalLM, text_config()).save_pretrained(tmp_path)
+    with code_file(tmp_path, "configuration_sumagg").open("a") as file:
+        file.write("\nimport sys\n\nsys.exit(0)\n")
+    with pytest.raises(ValueError, match="ended the process that loaded it: it calls `sys.exit` or the like"):
+        check_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("import os; os.kill(os.getpid(), 9)", "was killed by SIGKILL, which the system does where memory runs out"),
+        ("import os; os._exit(3)", "ended with the status 3"),
+        ("import sys; sys.exit('first\\nValueError: \\x1b[2Jlast')", r"^ValueError:  \[2Jlast$"),
+    ],
+)
+def test_a_process_that_ends_early_fails_the_check(tmp_path, monkeypatch, line, reason):
+    (tmp_path / "clean_process.py").write_text(line)
+    monkeypatch.setattr(folder_checks, "__file__", str(tmp_path / "folder_checks.py"))
+    monkeypatch.setattr(folder_checks, "check_files", lambda folder: None)
+    with pytest.raises(ValueError, match=reason):
+        check_folder(tmp_path)
+
+
+def test_the_check_says_which_heads_are_trained():
+    model = build(
+        SumAggForSequenceClassification, text_config(tie_word_embeddings=False, architectures=["Classifier"])
+    )
+    saved = model.state_dict()
+    assert what_it_becomes(SumAggModel, model.config, saved) == "whole"
+    random = "its head would be random, and has to be trained first: the checkpoint has no lm_head.weight"
+    assert what_it_becomes(SumAggForCausalLM, model.config, saved) == random
+    untrained = "all its weights are there, but its head was not trained for this: the checkpoint is a Classifier"
+    assert what_it_becomes(SumAggForTokenClassification, model.config, saved) == untrained
+    # With tied embeddings every weight of a language model is there.
+    model.config.tie_word_embeddings = True
+    assert what_it_becomes(SumAggForCausalLM, model.config, saved) == untrained
 
 
 def test_a_folder_of_speech_is_heard_in_pieces_and_fits_its_processor(tmp_path, capfd):
@@ -316,7 +448,7 @@ def test_an_adapter_gets_a_card_of_ours_and_is_loaded_on_its_base(tmp_path, capf
 
 
 @pytest.mark.slow
-def test_an_adapter_that_lacks_what_is_new_in_its_model_fails_the_check(tmp_path, monkeypatch):
+def test_an_adapter_that_lacks_what_is_new_in_its_model_fails_the_check(tmp_path):
     base, folder = tmp_path / "base", tmp_path / "adapter"
     build(SumAggForCausalLM, text_config(pooling="last")).save_pretrained(base)
     # Without a task PEFT does not save the new output layer.
@@ -324,13 +456,13 @@ def test_an_adapter_that_lacks_what_is_new_in_its_model_fails_the_check(tmp_path
     with pytest.raises(
         SystemExit, match="error: .*Loaded twice, the adapter gives different outputs: .*modules_to_save"
     ):
-        run_main(folder, monkeypatch)
+        check(folder)
 
 
 @pytest.mark.slow
-def test_code_that_decodes_something_else_fails_the_check(tmp_path, monkeypatch):
+def test_code_that_decodes_something_else_fails_the_check(tmp_path):
     build(SumAggForCausalLM, text_config()).save_pretrained(tmp_path)
-    with (tmp_path / "modeling_sumagg.py").open("a") as file:
+    with code_file(tmp_path, "modeling_sumagg").open("a") as file:
         file.write(
             "import functools\n\nknowing = SumAggForCausalLM.forward\n\n\n@functools.wraps(knowing)\n"
             "def forward(self, input_ids=None, **kwargs):\n"
@@ -338,21 +470,23 @@ def test_code_that_decodes_something_else_fails_the_check(tmp_path, monkeypatch)
             "    return knowing(self, input_ids=input_ids, **kwargs)\n\n\n"
             "SumAggForCausalLM.forward = forward\n"
         )
-    with pytest.raises(SystemExit, match="`generate` is wrong: .* does not fit transformers .*--update"):
-        run_main(tmp_path, monkeypatch)
+    with pytest.raises(
+        SystemExit, match="`generate` is wrong: .* does not fit transformers .*modeling_sumagg update FOLDER"
+    ):
+        check(tmp_path)
 
 
 @pytest.mark.slow
-def test_weights_that_do_not_fit_and_missing_code_fail_the_check(tmp_path, monkeypatch):
+def test_weights_that_do_not_fit_and_missing_code_fail_the_check(tmp_path):
     folder = tmp_path / "model"
     save_with_outputs(build(SumAggForCausalLM, text_config()), folder)
     weights = load_file(folder / "model.safetensors")
     weights["model.norm.weights"] = weights.pop("model.norm.weight")
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(SystemExit, match="error: .*do not fit.*model.norm.weight"):
-        run_main(folder, monkeypatch)
+        check(folder)
     with pytest.raises(ValueError, match="do not fit"):
         save_model_card(build(SumAggForCausalLM, text_config()), folder, **without_model_id_and_type())
-    (folder / "summation.py").unlink()
+    code_file(folder, "summation").unlink()
     with pytest.raises(SystemExit, match="error: .*summation.py"):
-        run_main(folder, monkeypatch)
+        check(folder)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import auto_map
+from checkpoints import auto_map, auto_map_of, code_file, code_modules
 from safetensors.torch import save_file
 from testing import build, sumagg_config
 
@@ -38,26 +38,28 @@ def test_it_loads_where_neither_it_nor_the_package_is(gated_sum, tmp_path, clean
     model = tiny(gated_sum)
     folder = tmp_path / "model"
     model.save_pretrained(folder)
-    assert auto_map(folder) == {
-        "AutoConfig": "gated_sum.GatedSumConfig",
-        "AutoModel": "gated_sum.GatedSumModel",
-        "AutoModelForCausalLM": "gated_sum.GatedSumForCausalLM",
-    }
-    written = {path.name for path in folder.glob("*.py")}
-    assert {"gated_sum.py", "gates.py", "modeling_sumagg.py", "registration.py", "summation.py"} <= written
-    assert "__init__.py" not in written and "modeling_tost.py" not in written
+    assert auto_map(folder) == auto_map_of(
+        folder,
+        AutoConfig="gated_sum.GatedSumConfig",
+        AutoModel="gated_sum.GatedSumModel",
+        AutoModelForCausalLM="gated_sum.GatedSumForCausalLM",
+    )
+    written = code_modules(folder)
+    assert {"gated_sum", "gates", "modeling_sumagg", "registration", "summation"} <= written
+    assert "__init__" not in written and "modeling_tost" not in written
     input_ids = torch.arange(3, 15)[None]
     with torch.no_grad():
         save_file({"input_ids": input_ids, "output": model(input_ids).logits}, f"{folder}.safetensors")
     assert run_script(clean_python, "load_own.py", folder, tmp_path / "again", HF_HUB_OFFLINE="1").endswith("ok\n")
 
-    first = (folder / "gated_sum.py").read_text().splitlines()[0]
+    first = code_file(folder, "gated_sum").read_text().splitlines()[0]
     assert (
         first
         == f"# From the Python package gated_sum, by modeling-sumagg {modeling_sumagg.__version__}, module gated_sum."
     )
-    (folder / "gates.py").write_text(first.replace("module gated_sum", "module gates") + "\n")
-    assert "changed: gates.py" in update_folder(folder)
+    gates = code_file(folder, "gates")
+    gates.write_text(first.replace("module gated_sum", "module gates") + "\n")
+    assert f"changed: {gates.name}" in update_folder(folder)
     card = create_model_card(
         model,
         model_id="user/model",
@@ -75,24 +77,23 @@ def test_it_loads_where_neither_it_nor_the_package_is(gated_sum, tmp_path, clean
 def test_the_source_is_what_was_written(gated_sum):
     source = Path(gated_sum.__file__).read_text()
     flat, modules = flatten_imports(source, "gated_sum")
-    kept, call = source.split("\n\nmodeling_sumagg.register_family(")
-    assert call.count("\n") == 5
     expected = (
-        kept.replace("from gates import", "from .gates import")
-        .replace("import modeling_sumagg\n", "")
-        .replace("from modeling_sumagg import SumAggConfig, SumAggForCausalLM\n", "<two>")
-        .replace("from modeling_sumagg.ops.summation", "from .summation")
+        source.replace("from gates import", "from .gates import")
+        .replace("import modeling_sumagg\n", "from .registration import register_family\n")
+        .replace("modeling_sumagg.register_family(", "register_family(")
         .replace(
-            "<two>",
+            "from modeling_sumagg import SumAggConfig, SumAggForCausalLM\n",
             "from .configuration_sumagg import SumAggConfig\nfrom .modeling_sumagg import SumAggForCausalLM\n",
         )
+        .replace("from modeling_sumagg.ops.summation", "from .summation")
     )
-    assert flat.rstrip("\n") == expected.rstrip("\n")
+    assert flat == expected
     assert set(modules) == {
         "gates",
         "modeling_sumagg.configuration.configuration_sumagg",
         "modeling_sumagg.modeling_sumagg",
         "modeling_sumagg.ops.summation",
+        "modeling_sumagg.registration",
     }
 
 
@@ -113,7 +114,7 @@ def in_module(name: str) -> tuple[type, type]:
         (
             "summation",
             "from modeling_sumagg.ops.summation import causal_sum",
-            "both be written to summation.py: rename",
+            r"both be written to \*summation.py: rename",
         ),
         (
             "whole",
@@ -125,6 +126,21 @@ def in_module(name: str) -> tuple[type, type]:
             "constant",
             "from modeling_sumagg import __version__",
             "imports __version__ from the package modeling_sumagg",
+        ),
+        (
+            "missing",
+            "from modeling_sumagg.ops.subtraction import x",
+            "source of the module .*subtraction cannot be read",
+        ),
+        (
+            "docstring",
+            '"""Use it as\n\n    from .elsewhere import x\n"""\nfrom modeling_sumagg import SumAggConfig',
+            "reads `from .elsewhere import`.*write it in another way",
+        ),
+        (
+            "broken",
+            "from modeling_sumagg import SumAggConfig\nx = (",
+            "source of broken, as it is now, is no Python: .* in 'x = \\('",
         ),
     ],
 )

@@ -2,11 +2,12 @@
 
 import builtins
 import json
+import os
 import shutil
 
 import pytest
 import torch
-from checkpoints import auto_map, save_with_outputs, text_config
+from checkpoints import auto_map, auto_map_of, code_file, code_modules, save_with_outputs, text_config
 from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError, safe_open
 from testing import assert_close, build, tost_config, tost_text_config
@@ -22,6 +23,7 @@ from transformers import (
 from transformers import dynamic_module_utils as dynamic
 
 from modeling_sumagg import SumAggForCausalLM, ToSTForCausalLM, ToSTForImageClassification
+from modeling_sumagg.hub import check_output_dir
 
 
 INPUT_IDS = torch.arange(3, 15)[None]
@@ -48,17 +50,20 @@ def test_every_way_of_saving_writes_the_code(tmp_path):
     adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
 
     expected = {path.name for path in (tmp_path / "config").glob("*.py")}
-    assert {"modeling_sumagg.py", "configuration_sumagg.py", "registration.py", "summation.py"} <= expected
+    assert {"modeling_sumagg", "configuration_sumagg", "registration", "summation"} <= code_modules(
+        tmp_path / "config"
+    )
     for folder in ("trainer/checkpoint-1", "trainer/checkpoint-2", "saved", "merged"):
         assert {path.name for path in (tmp_path / folder).glob("*.py")} == expected
-        assert auto_map(tmp_path / folder) == {
-            "AutoConfig": "configuration_sumagg.SumAggConfig",
-            "AutoModel": "modeling_sumagg.SumAggModel",
-            "AutoModelForCausalLM": "modeling_sumagg.SumAggForCausalLM",
-            "AutoModelForMaskedLM": "modeling_sumagg.SumAggForMaskedLM",
-            "AutoModelForSequenceClassification": "modeling_sumagg.SumAggForSequenceClassification",
-            "AutoModelForTokenClassification": "modeling_sumagg.SumAggForTokenClassification",
-        }
+        assert auto_map(tmp_path / folder) == auto_map_of(
+            tmp_path / folder,
+            AutoConfig="configuration_sumagg.SumAggConfig",
+            AutoModel="modeling_sumagg.SumAggModel",
+            AutoModelForCausalLM="modeling_sumagg.SumAggForCausalLM",
+            AutoModelForMaskedLM="modeling_sumagg.SumAggForMaskedLM",
+            AutoModelForSequenceClassification="modeling_sumagg.SumAggForSequenceClassification",
+            AutoModelForTokenClassification="modeling_sumagg.SumAggForTokenClassification",
+        )
     assert not list((tmp_path / "adapter").glob("*.py"))
     model.config.to_json_file(tmp_path / "preset.json")
     assert not list(tmp_path.glob("*.py"))
@@ -112,23 +117,24 @@ def test_one_checkpoint_loads_as_every_head(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("model_class", "config", "reference"),
+    ("model_class", "config"),
     [
-        (SumAggForCausalLM, text_config, "modeling_sumagg.SumAggForCausalLM"),
-        (ToSTForCausalLM, tost_text_config, "modeling_tost_text.ToSTForCausalLM"),
+        (SumAggForCausalLM, text_config),
+        (ToSTForCausalLM, tost_text_config),
     ],
 )
-def test_versions_side_by_side(tmp_path, model_class, config, reference):
+def test_versions_side_by_side(tmp_path, model_class, config):
     """The package and two other versions of the code, from folders of the same name, in one process."""
     installed = build(model_class, config())
     installed.save_pretrained(tmp_path / "first" / "model")
     shutil.copytree(tmp_path / "first" / "model", tmp_path / "second" / "model")
-    heads = tmp_path / "second" / "model" / "heads.py"
+    heads = code_file(tmp_path / "second" / "model", "heads")
     source = heads.read_text()
     assert "model.lm_head(" in source
     heads.write_text(source.replace("model.lm_head(", "-model.lm_head("))
 
     folders = {"first": tmp_path / "first" / "model", "second": tmp_path / "second" / "model"}
+    reference = auto_map(folders["first"])["AutoModelForCausalLM"]
     models = {
         name: dynamic.get_class_from_dynamic_module(reference, str(folder)).from_pretrained(folder).eval()
         for name, folder in folders.items()
@@ -183,16 +189,109 @@ def test_broken_checkpoints_are_refused(tmp_path):
     assert "middle" in str(raised.value)
 
     folder = broken("missing module")
-    (folder / "summation.py").unlink()
+    code_file(folder, "summation").unlink()
     with pytest.raises(OSError, match="summation.py"):
-        load("modeling_sumagg.SumAggForCausalLM", str(folder))
+        load(auto_map(folder)["AutoModelForCausalLM"], str(folder))
 
 
 def test_image_models_are_saved_like_the_others(tmp_path):
     build(ToSTForImageClassification, tost_config()).save_pretrained(tmp_path)
-    assert auto_map(tmp_path) == {
-        "AutoConfig": "configuration_tost.ToSTConfig",
-        "AutoModel": "modeling_tost.ToSTModel",
-        "AutoModelForImageClassification": "modeling_tost.ToSTForImageClassification",
-        "AutoBackbone": "modeling_tost.ToSTBackbone",
-    }
+    assert auto_map(tmp_path) == auto_map_of(
+        tmp_path,
+        AutoConfig="configuration_tost.ToSTConfig",
+        AutoModel="modeling_tost.ToSTModel",
+        AutoModelForImageClassification="modeling_tost.ToSTForImageClassification",
+        AutoBackbone="modeling_tost.ToSTBackbone",
+    )
+
+
+OTHERS_FILES = [
+    "model.py",
+    "cache.py",
+    "layers.py",
+    "heads.py",
+    "modeling_sumagg.py",
+    "configuration_sumagg.py",
+    "README.md",
+]
+
+
+def test_files_of_others_stay_and_old_code_goes(tmp_path):
+    for name in OTHERS_FILES:
+        (tmp_path / name).write_text("# mine\n")
+    text_config().save_pretrained(tmp_path)
+    assert all((tmp_path / name).read_text() == "# mine\n" for name in OTHERS_FILES)
+    code = code_file(tmp_path, "registration")
+    old = tmp_path / "sumagg_012345_cache.py"
+    old.write_text(code.read_text())
+    (tmp_path / "sumagg_012345_mine.py").write_text("# mine\n")
+    text_config().save_pretrained(tmp_path)
+    assert not old.exists() and (tmp_path / "sumagg_012345_mine.py").exists()
+
+    code.write_text("# mine\n")
+    before = (tmp_path / "config.json").read_bytes()
+    with pytest.raises(
+        ValueError, match=f"{code.name} was not written by modeling-sumagg and would be overwritten: move"
+    ):
+        build(SumAggForCausalLM, text_config(initializer_range=0.5)).save_pretrained(tmp_path)
+    assert code.read_text() == "# mine\n" and (tmp_path / "config.json").read_bytes() == before
+
+
+def test_code_that_is_the_same_is_not_written_again(tmp_path):
+    text_config().save_pretrained(tmp_path)
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.py")}
+    text_config().save_pretrained(tmp_path)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.py")} == times
+
+
+def write(folder, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("mine")
+
+
+def test_folders_that_a_run_may_write_to(tmp_path):
+    assert check_output_dir(tmp_path / "new" / "folder") is False and not (tmp_path / "new").exists()
+    write(tmp_path / "project", "train.py", "model.py", "cache.py", ".gitattributes", "data/README.md")
+    assert check_output_dir(tmp_path / "project") is False
+    text_config().save_pretrained(tmp_path / "saved")
+    assert check_output_dir(tmp_path / "saved") is True
+    write(tmp_path / "run", "checkpoint-5/trainer_state.json", "training.png")
+    assert check_output_dir(tmp_path / "run") is True
+    (tmp_path / "saved" / "README.md").write_text("---\nlicense: mit\n---\n")
+    assert check_output_dir(tmp_path / "saved") is True
+
+
+@pytest.mark.parametrize(
+    ("names", "reason"),
+    [
+        (["README.md", "train.py"], "holds README.md, which no training run wrote"),
+        (
+            ["tokenizer.json", "training.png", "model.safetensors"],
+            "model.safetensors, tokenizer.json, training.png, which",
+        ),
+        (["config.json"], "holds config.json, which"),
+        (["sumagg_012345_cache.py"], "holds sumagg_012345_cache.py, which"),
+    ],
+)
+def test_a_folder_with_files_that_a_run_would_overwrite_is_refused(tmp_path, names, reason):
+    write(tmp_path, *names)
+    with pytest.raises(ValueError, match=f"{reason}.*choose another folder, or move what it holds away"):
+        check_output_dir(tmp_path)
+
+
+def test_a_readme_of_a_project_beside_a_model_is_not_overwritten(tmp_path):
+    text_config().save_pretrained(tmp_path)
+    write(tmp_path, "README.md")
+    with pytest.raises(ValueError, match="holds README.md, which"):
+        check_output_dir(tmp_path)
+
+
+def test_what_is_no_folder_or_cannot_be_written_is_refused(tmp_path, monkeypatch):
+    write(tmp_path, "file")
+    for path in (tmp_path / "file", tmp_path / "file" / "inside"):
+        with pytest.raises(ValueError, match="file is a file and not a folder"):
+            check_output_dir(path)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(ValueError, match="cannot be written to: change its permissions"):
+        check_output_dir(tmp_path / "new")
