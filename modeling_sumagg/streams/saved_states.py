@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from transformers import DynamicCache, PreTrainedConfig
 
 from ..decoder.cache import adopt_cache
-from ..decoder.frames_cache import FramesLayer, adopt_cache_of_frames
 from ..decoder.recurrence import RecurrentLayer
+from ..modeling_sumagg_speech import FramesLayer, adopt_cache_of_frames
 
 
 def cache_to_tensors(cache: DynamicCache) -> dict[str, torch.Tensor]:
@@ -24,7 +24,7 @@ def cache_to_tensors(cache: DynamicCache) -> dict[str, torch.Tensor]:
 
     Returns:
         `dict[str, torch.Tensor]`: `length` (0-d, int64: the tokens seen, padding included; of speech the frames, and
-        `length_of_blocks` the tokens), and for every layer `i` `layers.{i}.{operator}.{j}` (the tensors of the state of a
+        `length_of_blocks` the tokens), `real_tokens` (`[B, length]`, bool, where some are padding), and for every layer `i` `layers.{i}.{operator}.{j}` (the tensors of the state of a
         recurrence, sliding attention's columns among them), or `layers.{i}.keys` and `.values` of full attention.
 
     Raises:
@@ -38,6 +38,9 @@ def cache_to_tensors(cache: DynamicCache) -> dict[str, torch.Tensor]:
     tensors = {"length": torch.tensor(cache.get_seq_length())}
     if isinstance(cache.layers[0], FramesLayer):
         tensors["length_of_blocks"] = torch.tensor(cache.get_seq_length(1))
+    real_tokens = next((layer.real_tokens for layer in cache.layers if isinstance(layer, RecurrentLayer)), None)
+    if real_tokens is not None:
+        tensors["real_tokens"] = real_tokens[:, : cache.get_seq_length()].contiguous()
     for i, layer in enumerate(cache.layers):
         if getattr(layer, "recorded", 0):
             raise ValueError(
@@ -69,6 +72,7 @@ def cache_from_tensors(tensors: dict[str, torch.Tensor], config: PreTrainedConfi
     try:
         length = int(left.pop("length"))
         length_of_blocks = int(left.pop("length_of_blocks")) if has_frames else length
+        real_tokens = left.pop("real_tokens", None)
         for i, layer in enumerate(cache.layers):
             own = [name for name in left if name.startswith(f"layers.{i}.")]
             if isinstance(layer, RecurrentLayer):
@@ -80,6 +84,8 @@ def cache_from_tensors(tensors: dict[str, torch.Tensor], config: PreTrainedConfi
                 layer.lazy_initialization(next(iter(states.values()))[0])
                 layer.states = {name: tuple(state) for name, state in states.items()}
                 layer.cumulative_length = length if i == 0 else length_of_blocks
+                # The first of these layers knows the padding of all.
+                layer.real_tokens, real_tokens = real_tokens, None
             else:
                 keys, values = left.pop(f"layers.{i}.keys"), left.pop(f"layers.{i}.values")
                 layer.lazy_initialization(keys, values)
