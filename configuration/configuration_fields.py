@@ -1,6 +1,7 @@
 """What the configs of all models refuse that transformers lets through."""
 
 import difflib
+import math
 import sys
 from typing import Any, ClassVar
 
@@ -10,7 +11,8 @@ from transformers import PreTrainedConfig
 class NamedFields:
     """
     Before [`~transformers.PreTrainedConfig`], which keeps or drops an argument that it does not know: one that is almost
-    the name of a field raises a `ValueError`, if it is not out of a file, and so does the name of a preset as a checkpoint.
+    the name of a field raises a `ValueError`, if it is not out of a file. So do the name of a preset as a checkpoint, and
+    NaN or infinity in any field.
     """
 
     # Of the package; a checkpoint has none.
@@ -51,6 +53,13 @@ class NamedFields:
             targets[self.model_type] = list(self.lora_target_modules)  # type: ignore[attr-defined]
         return super().to_dict()  # type: ignore[misc]
 
+    def validate_all_numbers(self):
+        """Part of `@strict`-powered validation, by its name the first one: no field holds NaN or infinity."""
+        for name in self.__dataclass_fields__:
+            value = getattr(self, name, None)
+            if not _is_finite(value):
+                raise ValueError(f"`{name}` must be finite, got {value}.")
+
     @classmethod
     def _refuse_slips(cls, names) -> None:
         own = cls.__dataclass_fields__.keys() - PreTrainedConfig.__dataclass_fields__
@@ -59,3 +68,15 @@ class NamedFields:
             nearest = difflib.get_close_matches(name, own, n=1, cutoff=0.88)
             if nearest:
                 raise ValueError(f"{cls.__name__} has no field {name!r}. Did you mean {nearest[0]!r}?")
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether every number in a value is finite as a float."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        return all(map(_is_finite, value))
+    try:
+        return not isinstance(value, int | float) or math.isfinite(value)
+    except OverflowError:  # a whole number beyond all floats
+        return False

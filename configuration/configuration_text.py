@@ -186,6 +186,13 @@ class TextConfig(NamedFields, PreTrainedConfig):
                 "of the input, so that a decode state could not be gone on from."
             )
 
+    def validate_direction(self):
+        """Part of `@strict`-powered validation: only a family that has `is_causal` among its fields may be bidirectional."""
+        if not self.is_causal and "is_causal" not in self.__dataclass_fields__:
+            raise ValueError(
+                f"`is_causal` is {self.is_causal}, and models of type {self.model_type!r} are always causal."
+            )
+
     def default_layer_types(self) -> list[str]:
         """The mixers of a model that names none."""
         return [self.recurrent_layer_types[0]] * self.num_hidden_layers
@@ -225,11 +232,16 @@ class TextConfig(NamedFields, PreTrainedConfig):
                 f"`num_attention_heads` must divide `hidden_size`, got {self.num_attention_heads} heads for a width of "
                 f"{self.hidden_size}."
             )
-        if not 0 < self.sum_decay_min <= self.sum_decay_max:
+        if not 0.01 <= self.sum_decay_min <= self.sum_decay_max:
+            # After a hundredth of a token a decay is zero in float32.
             raise ValueError(
-                "`sum_decay_min` must be above 0 and not above `sum_decay_max`, got "
+                "`sum_decay_min` must be at least 0.01 and not above `sum_decay_max`, got "
                 f"{self.sum_decay_min} and {self.sum_decay_max} tokens."
             )
+        if not self.layer_norm_eps > 0:
+            raise ValueError(f"`layer_norm_eps` must be above 0, got {self.layer_norm_eps}.")
+        if self.initializer_range < 0:
+            raise ValueError(f"`initializer_range` must be at least 0, got {self.initializer_range}.")
         if self.sliding_window is None and "sliding_attention" in (self.layer_types or ()):
             raise ValueError("`sliding_window` is None, and a layer of `layer_types` is 'sliding_attention'.")
         if self.sliding_window is not None and self.sliding_window < 1:

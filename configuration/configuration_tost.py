@@ -127,6 +127,10 @@ class ToSTConfig(NamedFields, BackboneConfigMixin, PreTrainedConfig):
                 f"image_size must be a multiple of patch_size {self.patch_size}, or two (height, width), "
                 f"got {self.image_size}."
             )
+        if self.layer_norm_eps <= 0:
+            raise ValueError(f"layer_norm_eps must be above 0, got {self.layer_norm_eps}.")
+        if self.initializer_range < 0:
+            raise ValueError(f"initializer_range must be at least 0, got {self.initializer_range}.")
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is the probability of dropping, in [0, 1), got {getattr(self, name)}.")

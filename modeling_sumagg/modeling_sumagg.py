@@ -16,13 +16,20 @@ from transformers import initialization as init
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
+from .common.decay import SumDecay
+from .common.position_modulation import PositionModulation
 from .configuration.configuration_sumagg import SumAggConfig
-from .decoder.decay import SumDecay
-from .decoder.heads import ForCausalLM, ForMaskedLM, ForSequenceClassification, ForTokenClassification
+from .decoder.heads import (
+    ForCausalLM,
+    ForMaskedLM,
+    ForSequenceClassification,
+    ForTokenClassification,
+    last_token,
+    pool,
+)
 from .decoder.layers import DecoderLayer
 from .decoder.layout import SequenceLayout
 from .decoder.model import DecoderModel, DecoderPreTrainedModel
-from .decoder.positions import PositionModulation
 from .decoder.recurrence import recur
 from .ops.causal_convolution import causal_convolution
 from .ops.keyed_sum.keyed_sum import causal_keyed_sum
@@ -191,6 +198,8 @@ class SumAggPreTrainedModel(DecoderPreTrainedModel):
             bound = self.config.conv_kernel_size**-0.5  # as PyTorch starts its convolutions
             init.uniform_(module.weight, -bound, bound)
             init.zeros_(module.bias)
+        elif isinstance(module, SumDecay):
+            module.reset_parameters()
         elif getattr(module, "adds_to_stream", False):
             # Each of the 2 L residual branches adds to the same stream, so each starts smaller.
             std = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
@@ -265,6 +274,29 @@ class SumAggForMaskedLM(SumAggPreTrainedModel, ForMaskedLM):
         super().__init__(config)
 
 
+def sum_and_count(
+    terms: torch.Tensor,
+    *,
+    initial_state: tuple[torch.Tensor, torch.Tensor] | None,
+    attention_mask: torch.Tensor | None,
+    document_ids: None,
+) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+    """
+    The sum `[B, d]` of the real terms `[B, T, d]` of each row and their number `[B, 1]`, float32 (float64 for float64), as
+    outputs and as state.
+    """
+    dtype = torch.promote_types(terms.dtype, torch.float32)
+    if attention_mask is None:
+        count = terms.new_full((terms.shape[0], 1), terms.shape[1], dtype=dtype)
+    else:
+        terms = terms.masked_fill(~attention_mask[..., None], 0)
+        count = attention_mask.sum(dim=1, keepdim=True, dtype=dtype)
+    total = terms.sum(dim=1, dtype=dtype)
+    if initial_state is not None:
+        total, count = total + initial_state[0], count + initial_state[1]
+    return (total, count), (total, count)
+
+
 class SumAggPooler(nn.Module):
     """
     One vector a sequence, `[B, d]`: `sum_t relu(W h_t)` over the real tokens as in the published classifier, its mean,
@@ -279,18 +311,14 @@ class SumAggPooler(nn.Module):
             # A language model's checkpoint lacks it, and PEFT saves with an adapter only the `score` after it.
             self.proj.starts_as_identity = True
 
-    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    def forward(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, cache: Cache | None = None
+    ) -> torch.Tensor:
         if self.pooling == "last":
-            # `SumAggModel` repeats the last real token over the padding after it.
-            return hidden_states[:, -1]
-        if attention_mask is None:
-            attention_mask = hidden_states.new_ones(hidden_states.shape[:2], dtype=torch.bool)
-        scale = None
-        if self.pooling == "mean":
-            count = attention_mask.sum(dim=1, keepdim=True).clamp(min=1)
-            scale = count.to(torch.promote_types(hidden_states.dtype, torch.float32)).reciprocal()
+            return pool(last_token, hidden_states, attention_mask, cache)
         terms = self.proj(hidden_states).relu()
-        return bidirectional_sum(terms, attention_mask=attention_mask, scale=scale)[:, 0]
+        total, count = pool(sum_and_count, terms, attention_mask, cache)
+        return (total / count.clamp(min=1) if self.pooling == "mean" else total).to(terms.dtype)
 
 
 class SumAggForSequenceClassification(SumAggPreTrainedModel, ForSequenceClassification):

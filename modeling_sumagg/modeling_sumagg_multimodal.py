@@ -15,9 +15,9 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
+from .common.checks import is_concrete, labels_of_rows, look_up, loss_of_classes
+from .common.position_modulation import PositionModulation, modulate
 from .configuration.configuration_sumagg_multimodal import SumAggMultimodalConfig
-from .decoder.checks import is_concrete, labels_of_rows, look_up, loss_of_classes
-from .decoder.positions import PositionModulation, modulate
 
 
 def exact_dtype(device: torch.device) -> torch.dtype:
@@ -185,8 +185,7 @@ class SumAggForMultimodalRegression(SumAggMultimodalPreTrainedModel):
 
     def __init__(self, config: SumAggMultimodalConfig):
         # `from_pretrained(..., patch_size=...)` sets attributes of a config that was valid before.
-        config.validate_modalities()
-        config.validate_statistics()
+        config.validate()
         super().__init__(config)
         self.num_labels = config.num_labels
         self.loss_type = "ForSequenceClassification"

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import Cache, DynamicCache
+from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.models.wav2vec2.modeling_wav2vec2 import _compute_mask_indices
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
+from .common.checks import check_labels, is_concrete, labels_of_rows, loss_of_classes
 from .compatibility import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
@@ -24,11 +25,10 @@ from .compatibility import (
     named_cache,
 )
 from .configuration.configuration_sumagg_speech import SumAggSpeechConfig
-from .decoder.checks import check_labels, is_concrete, labels_of_rows, loss_of_classes
-from .decoder.frames_cache import adopt_cache_of_frames
+from .decoder.cache import adopt_cache
 from .decoder.layout import SequenceLayout, sequence_layout
 from .decoder.masks import attention_masks
-from .decoder.recurrence import recur
+from .decoder.recurrence import RecurrentLayer, recur
 from .modeling_sumagg import SumAggModel, SumAggPooler, SumAggPreTrainedModel
 from .ops.stacked_frames import stack_frames
 
@@ -45,6 +45,57 @@ class SumAggCTCOutput(CausalLMOutputWithPast):
     """`token_mask` `[B, T']` is 1 for the logits of tokens that a row has, and else 0."""
 
     token_mask: torch.Tensor | None = None
+
+
+class FramesLayer(RecurrentLayer):
+    """The cache layer of a front end, the first of its cache, which counts frames where the others count tokens."""
+
+    is_croppable = False
+
+    def activate_past_recording(self) -> None:
+        raise ValueError(
+            "There is no going back over audio: go on from a copy of the cache (`copy.deepcopy`) instead."
+        )
+
+
+def adopt_cache_of_frames(cache: Cache, config: PreTrainedConfig) -> Cache:
+    """
+    Make `cache` fit a model with a front end, in place, as [`adopt_cache`] does for one without.
+
+    An empty cache that lacks the layer of the front end, as `DynamicCache(config=config)` does, is given one.
+
+    Args:
+        cache (`transformers.Cache`): the cache passed to the model.
+        config (`PreTrainedConfig`): the model's config, with `layer_types` of its blocks.
+
+    Returns:
+        `transformers.Cache`: the cache of the blocks, whose layers are those of `cache` but for the first.
+
+    Raises:
+        `ValueError`: the model can go on from no cache, or not from this one.
+    """
+    if not config.is_causal:
+        raise ValueError("A bidirectional model has no decode state: pass no `cache`.")
+    if "full_attention" in config.layer_types:
+        raise ValueError(
+            "A model of frames with full attention has no decode state, which would grow with them: choose "
+            "'sliding_attention' in `layer_types`, or pass no `cache`."
+        )
+    layers = cache.layers
+    if cache.layer_class_to_replicate is not None and not layers:
+        layers = DynamicCache(config=config).layers
+    if len(layers) == config.num_hidden_layers and not any(layer.is_initialized for layer in layers):
+        layers = [FramesLayer(), *layers]
+    if not layers or not isinstance(layers[0], FramesLayer):
+        raise ValueError(
+            "`cache` is not of this model: it begins with a "
+            f"{type(layers[0]).__name__ if layers else None} and not with the layer of a front end. Make it with "
+            "`DynamicCache(config=model.config)`, and fill it with this model only."
+        )
+    blocks = Cache(layers=layers[1:])
+    adopt_cache(blocks, config)
+    cache.layers, cache.layer_class_to_replicate = [layers[0], *blocks.layers], None
+    return blocks
 
 
 class SumAggFrontEnd(nn.Module):

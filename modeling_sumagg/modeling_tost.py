@@ -26,8 +26,8 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
+from .common.checks import labels_of_rows, loss_of_classes
 from .configuration.configuration_tost import ToSTConfig
-from .decoder.checks import labels_of_rows, loss_of_classes
 from .ops.token_statistics.operators import token_membership, token_statistics
 
 
@@ -292,7 +292,7 @@ class ToSTPreTrainedModel(PreTrainedModel):
 
     def __init__(self, config: ToSTConfig):
         # `from_pretrained(..., patch_size=...)` sets attributes of a config that was valid before.
-        config.validate_architecture()
+        config.validate()
         super().__init__(config)
 
     @torch.no_grad()

@@ -14,13 +14,13 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.output_capturing import OutputRecorder
 
+from .common.decay import SumDecay
+from .common.positions import learned_positions
 from .configuration.configuration_tost_text import ToSTTextConfig
 from .decoder.attention import Attention
-from .decoder.decay import SumDecay
 from .decoder.heads import ForCausalLM, ForSequenceClassification, ForTokenClassification
 from .decoder.layout import SequenceLayout
 from .decoder.model import DecoderModel, DecoderPreTrainedModel
-from .decoder.positions import learned_positions
 from .decoder.recurrence import recur
 from .ops.token_statistics.formula import TokenStatisticsState
 from .ops.token_statistics.operators import causal_token_membership, causal_token_statistics
@@ -163,6 +163,8 @@ class ToSTTextPreTrainedModel(DecoderPreTrainedModel):
             init.ones_(module.temperature)
             if module.membership_bias is not None:
                 init.zeros_(module.membership_bias)
+        elif isinstance(module, SumDecay):
+            module.reset_parameters()
         elif isinstance(module, ToSTTextDecoderLayer):
             init.constant_(module.layer_scale1, self.config.layerscale_value)
             init.constant_(module.layer_scale2, self.config.layerscale_value)

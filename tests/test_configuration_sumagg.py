@@ -64,7 +64,7 @@ def test_round_trip_through_a_file(layers, tmp_path):
         ({"sum_decay": "tokens"}, r"'sum_decay' expected one of \(.*got tokens"),
         (
             {"sum_decay_min": 0},
-            "`sum_decay_min` must be above 0 and not above `sum_decay_max`, got 0 and 256.0 tokens",
+            "`sum_decay_min` must be at least 0.01 and not above `sum_decay_max`, got 0 and 256.0 tokens",
         ),
         ({"sum_decay_min": 4, "sum_decay_max": 2.0}, "got 4 and 2.0 tokens"),
         ({"num_sum_heads": 5}, "`num_sum_heads` must divide `hidden_size`, got 5 heads for a width of 768"),

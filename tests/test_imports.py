@@ -181,7 +181,7 @@ def test_a_checkpoint_carries_nothing_of_another_family(model_type, others):
 @pytest.mark.parametrize("model_type", ["tost", "sumagg_multimodal"])
 def test_no_language_model_comes_with_images_and_numbers(model_type):
     frame = {module for module in exported(model_type) if ".decoder." in module}
-    assert frame <= {f"{PACKAGE}.decoder.checks", f"{PACKAGE}.decoder.positions"}
+    assert frame <= {f"{PACKAGE}.common.checks", f"{PACKAGE}.common.positions"}
 
 
 def test_the_code_that_users_of_a_checkpoint_trust_is_short():

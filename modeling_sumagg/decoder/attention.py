@@ -39,7 +39,6 @@ class Attention(nn.Module):
         self.layer_idx = layer_idx
         self.layer_type = config.layer_types[layer_idx]
         self.is_sliding = self.layer_type == "sliding_attention"
-        self.is_causal = config.is_causal
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.scaling = self.head_dim**-0.5
         self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=bias)
@@ -47,6 +46,11 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=bias)
         self.output_name = output_name
         self.add_module(output_name, nn.Linear(config.hidden_size, config.hidden_size, bias=bias))
+
+    @property
+    def is_causal(self) -> bool:
+        """Read by the attention implementations. It cannot be set, since recurrent layers would not follow it."""
+        return self.config.is_causal
 
     def forward(
         self,

@@ -210,9 +210,12 @@ def _own_layer(
     return own
 
 
-def layer_types_in_use(config: PreTrainedConfig) -> list[str]:
-    """The types of the layers that a forward pass runs: an early exit of `generate` lowers `num_hidden_layers`."""
-    return config.layer_types[: config.num_hidden_layers]
+class EarlyExitCache(DynamicCache):
+    """The cache of the first layers of a model. A forward pass with it ends after them."""
+
+    def __init__(self, config: PreTrainedConfig, num_layers: int):
+        super().__init__(config=config)
+        del self.layers[num_layers:]
 
 
 def start_over(cache: Cache) -> None:
@@ -249,11 +252,9 @@ def adopt_cache(cache: Cache, config: PreTrainedConfig) -> None:
     if cache.layer_class_to_replicate is not None and not cache.layers:
         cache.layers = DynamicCache(config=config).layers
         cache.layer_class_to_replicate = None
-    layer_types = layer_types_in_use(config)
-    unused = cache.layers[len(layer_types) :]
-    if len(cache.layers) == len(config.layer_types) and not any(layer.is_initialized for layer in unused):
-        # In an early exit transformers 5.17 makes the layers that are left out, too.
-        del cache.layers[len(layer_types) :]
+    layer_types = config.layer_types
+    if isinstance(cache, EarlyExitCache):
+        layer_types = layer_types[: len(cache.layers)]
     if len(cache.layers) != len(layer_types):
         raise ValueError(
             f"`cache` has {len(cache.layers)} layers and the model {len(layer_types)}. Make the cache with "
@@ -273,6 +274,11 @@ def adopt_cache(cache: Cache, config: PreTrainedConfig) -> None:
                 "the cache with `DynamicCache(config=model.config)` or `StaticCache(config=model.config, "
                 "max_cache_len=...)`, and fill it with this model only."
             )
+    if any(getattr(layer, "rows_are_beams", False) for layer in cache.layers):
+        raise ValueError(
+            "The rows of `cache` are the beams that beam search was left with, and not the sequences that it returned: "
+            "start from an empty cache."
+        )
     if not cache.is_compileable and not is_tracing():
         # `crop` goes from layer to layer, and attention layers go back further than recurrent ones can.
         lengths = [layer.get_seq_length() for layer in cache.layers]

@@ -3,6 +3,7 @@
 A family's model inherits from its `DecoderPreTrainedModel` and a head, and names its bare model as `model_class`.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from transformers.modeling_outputs import MaskedLMOutput, TokenClassifierOutput
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
+from ..common.checks import check_labels, labels_of_rows, loss_of_classes
 from ..compatibility import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
@@ -20,8 +22,10 @@ from ..compatibility import (
     accepts_cache,
     named_cache,
 )
-from .checks import check_labels, labels_of_rows, loss_of_classes
-from .model import DecoderModel, DecoderPreTrainedModel, RecurrentGenerationMixin
+from .generation import RecurrentGenerationMixin
+from .layout import SequenceLayout, is_static, last_real_hidden_states, of_segment
+from .model import DecoderModel, DecoderPreTrainedModel
+from .recurrence import RecurrentLayer, recur
 
 
 class _LanguageModel(DecoderPreTrainedModel):
@@ -70,7 +74,9 @@ class ForCausalLM(_LanguageModel, RecurrentGenerationMixin):
             input_ids, attention_mask, position_ids, cache, inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        loss, logits = language_model_loss(self, outputs.last_hidden_state[:, kept], labels, is_causal=True, **kwargs)
+        loss, logits = language_model_loss(
+            self, outputs.last_hidden_state[:, kept], labels, predicts_next=True, **kwargs
+        )
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -111,26 +117,67 @@ class ForMaskedLM(_LanguageModel):
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
-        loss, logits = language_model_loss(self, outputs.last_hidden_state, labels, is_causal=False, **kwargs)
+        loss, logits = language_model_loss(self, outputs.last_hidden_state, labels, predicts_next=False, **kwargs)
         return MaskedLMOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
 
 
+def pool(operator: Callable, inputs: torch.Tensor, attention_mask: torch.Tensor | None, cache: Cache | None) -> Any:
+    """
+    Run a recurrence whose outputs are of rows and not of tokens; with a cache on from the tokens in it. The first layer
+    of the cache that holds a state holds this one too.
+
+    Args:
+        operator (`Callable`): as at the head of `recurrence.py`, but for its outputs.
+        inputs (`torch.Tensor` of shape `[B, T, d]`): the segment.
+        attention_mask (`torch.Tensor` of shape `[B, T]`, bool, *optional*): its real tokens.
+        cache (`transformers.Cache`, *optional*): the cache that the model has filled with the segment.
+
+    Raises:
+        `ValueError`: there are tokens in the cache before the segment, and no layer to hold a state.
+    """
+    length = inputs.shape[1]
+    layers = [] if cache is None else cache.layers
+    holder = next((i for i, layer in enumerate(layers) if isinstance(layer, RecurrentLayer)), None)
+    if holder is None and cache is not None and int(cache.get_seq_length()) > length:
+        raise ValueError(
+            "A classifier whose layers all attend keeps nothing of what it has pooled: pass the whole text and no `cache`."
+        )
+    layout = SequenceLayout(torch.arange(length)[None], attention_mask, None, None, {})
+    return recur(operator, inputs, layout, None if holder is None else cache, holder or 0)
+
+
+def last_token(
+    hidden_states: torch.Tensor,
+    *,
+    initial_state: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    document_ids: None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The hidden state of the last real token of each row, `[B, d]`, as output and as state."""
+    last = last_real_hidden_states(hidden_states, attention_mask)[:, -1]
+    if attention_mask is not None and initial_state is not None:
+        last = torch.where(attention_mask.any(dim=1, keepdim=True), last, initial_state.to(last))
+    return last, last
+
+
 class LastTokenPooler(nn.Module):
-    """The hidden state of the last real token, which [`DecoderModel`] repeats over the padding after it."""
+    """The hidden state of the last real token, `[B, d]`."""
 
     def __init__(self, config: PreTrainedConfig):
         super().__init__()
 
-    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-        return hidden_states[:, -1]
+    def forward(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, cache: Cache | None = None
+    ) -> torch.Tensor:
+        return pool(last_token, hidden_states, attention_mask, cache)
 
 
 class ForSequenceClassification(DecoderPreTrainedModel):
     """
     Sequence classification or regression head: `score` on the vector `[B, d]` that `pooler(hidden_states,
-    attention_mask)`, a `pooler_class(config)`, makes of the real tokens.
+    attention_mask, cache)`, a `pooler_class(config)`, makes of the real tokens, by [`pool`] of those in the cache too.
     """
 
     model_class: type[DecoderModel]
@@ -170,17 +217,21 @@ class ForSequenceClassification(DecoderPreTrainedModel):
         The other arguments and the errors are those of the bare model's `forward`. Also raised:
             `ValueError`: `labels` of the wrong shape, or a class index that does not exist.
         """
+        past_length = 0 if cache is None else cache.get_seq_length()
+        if isinstance(past_length, torch.Tensor):
+            past_length = past_length.clone()  # which the cache counts on in place
         outputs: BaseModelOutputWithPast = self.model(
             input_ids, attention_mask, position_ids, cache, inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs
         )
         hidden_states = outputs.last_hidden_state
         if attention_mask is not None:
-            attention_mask = attention_mask[:, attention_mask.shape[1] - hidden_states.shape[1] :]
+            attention_mask = attention_mask.to(hidden_states.device, torch.bool)
+            attention_mask = of_segment(attention_mask, hidden_states.shape[1], past_length, is_static(cache))
         if hidden_states.shape[1] == 0:
             # No tokens are pooled as one that is masked: their sum is zero.
             hidden_states = F.pad(hidden_states, (0, 0, 0, 1))
             attention_mask = hidden_states.new_zeros(hidden_states.shape[:2], dtype=torch.bool)
-        logits = self.score(self.dropout(self.pooler(hidden_states, attention_mask)))
+        logits = self.score(self.dropout(self.pooler(hidden_states, attention_mask, outputs.cache)))
         loss = None
         if labels is not None:
             labels = labels_of_rows(labels, logits, self.config)
@@ -249,7 +300,7 @@ def language_model_loss(
     hidden_states: torch.Tensor,
     labels: torch.Tensor | None,
     *,
-    is_causal: bool,
+    predicts_next: bool,
     **kwargs,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """The loss, if there are `labels`, and the logits, unless the loss is fused with the output layer."""
@@ -259,7 +310,12 @@ def language_model_loss(
     check_labels(labels, hidden_states.shape[:2], "[B, T]", vocab_size)
     labels = labels.long()
     if model.training and model.config.fuse_linear_cross_entropy:
-        arguments = {"hidden_states": hidden_states, "lm_head": model.lm_head, "is_causal": is_causal, **kwargs}
+        arguments = {
+            "hidden_states": hidden_states,
+            "lm_head": model.lm_head,
+            "predicts_next": predicts_next,
+            **kwargs,
+        }
         return loss_of_classes(fused_language_model_loss, labels, vocab_size, **arguments), None
     logits = model.lm_head(hidden_states)
     arguments = {"logits": logits, "vocab_size": vocab_size, **kwargs}
@@ -271,7 +327,7 @@ def fused_language_model_loss(
     lm_head: nn.Module,
     labels: torch.Tensor,
     *,
-    is_causal: bool,
+    predicts_next: bool,
     num_items_in_batch: torch.Tensor | int | None = None,
     ignore_index: int = -100,
     shift_labels: torch.Tensor | None = None,
@@ -284,9 +340,9 @@ def fused_language_model_loss(
         hidden_states (`torch.Tensor` of shape `[B, T, d]`): what the output layer reads.
         lm_head (`nn.Linear`): the output layer.
         labels (`torch.Tensor` of shape `[B, T]`): the tokens to predict.
-        is_causal (`bool`): whether each token predicts the one after it, and not itself.
-        num_items_in_batch (`torch.Tensor` or `int`, *optional*): what to divide the sum over tokens by; by default
-            the tokens whose label is not `ignore_index`.
+        predicts_next (`bool`): whether each token predicts the one after it, and not itself.
+        num_items_in_batch (`torch.Tensor` or `int`, *optional*): what to divide the sum over tokens by, at least 1; by
+            default the tokens whose label is not `ignore_index`.
         ignore_index (`int`, defaults to -100): the label of a token without loss.
         shift_labels (`torch.Tensor` of shape `[B, T]`, *optional*): the token after each, where `labels` do not tell.
 
@@ -310,7 +366,7 @@ def fused_language_model_loss(
             f"{type(lm_head.weight).__name__} of shape {list(lm_head.weight.shape)}"
             f"{' and hooks' if _has_hooks(lm_head) else ''}: {remedy}."
         )
-    if is_causal:
+    if predicts_next:
         labels = F.pad(labels[:, 1:], (0, 1), value=ignore_index) if shift_labels is None else shift_labels
     weight, bias = lm_head.weight, lm_head.bias
     device_type = hidden_states.device.type
@@ -334,7 +390,8 @@ def fused_language_model_loss(
         ),
     )
     count = (labels != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
-    return loss.to(dtype).sum() / (count.to(loss.device) if torch.is_tensor(count) else count)
+    # Where no token has a label, loss and gradients are zero, and not 0 / 0.
+    return loss.to(dtype).sum() / torch.as_tensor(count, device=loss.device).clamp(min=1)
 
 
 def _is_plain_linear(module: nn.Module) -> bool:

@@ -11,8 +11,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, and_masks, 
 from transformers.utils.generic import is_flash_attention_requested
 
 from .attention import attends_in_blocks
-from .cache import SlidingWindowLayer, layer_types_in_use
-from .layout import SequenceLayout, on_device
+from .cache import SlidingWindowLayer
+from .layout import SequenceLayout, on_device, sequence_layout
 
 
 def attention_masks(
@@ -40,7 +40,9 @@ def attention_masks(
     Raises:
         `ValueError`: the attention implementation cannot express the mask.
     """
-    kinds = sorted({"full_attention", "sliding_attention"} & set(layer_types_in_use(config)))
+    # An early exit has the layers before it in its cache.
+    layer_types = config.layer_types if cache is None else config.layer_types[: len(cache.layers)]
+    kinds = sorted({"full_attention", "sliding_attention"} & set(layer_types))
     if not kinds:
         return {}
     if is_flash_attention_requested(config):
@@ -155,3 +157,25 @@ def _visible_from_both_sides(layout: SequenceLayout, window: int | None, inputs:
         return visible
 
     return mask_function
+
+
+def decoder_layout(
+    config: PreTrainedConfig,
+    inputs: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    cache: Cache | None,
+    dtype: torch.dtype,
+) -> SequenceLayout:
+    """
+    The whole layout of a segment, the masks of the attention layers with it.
+
+    Args:
+        config (`PreTrainedConfig`): the config of the decoder.
+        inputs (`torch.Tensor` of shape `[B, T]`, or `[B, T, ...]`): the ids of the segment, or its embeddings.
+        attention_mask, position_ids, cache: as for `sequence_layout`.
+        dtype (`torch.dtype`): that of the hidden states.
+    """
+    layout, real, earlier_documents = sequence_layout(inputs, attention_mask, position_ids, cache, config)
+    masks = attention_masks(config, inputs, dtype, layout, real, earlier_documents, cache)
+    return layout._replace(masks=masks)

@@ -119,12 +119,17 @@ class RecurrentLayer(CacheLayerMixin):
         states (`dict[str, tuple[torch.Tensor, ...]]`): by the name of an operator, its state after the last token.
         cumulative_length (`int`, or a 0-d tensor in a static cache): the tokens seen, padding included.
         record_past (`bool`): whether what `crop` needs is kept from one `crop` to the next.
+        real_tokens (`torch.Tensor` of shape `[B, past]`, bool, or `None`): in the first of these layers in a cache, which
+            of the tokens seen are real; `None`: all. More columns than tokens were seen may be there.
+        rows_are_beams (`bool`): whether the rows are what beam search was left with, which are no sequences it returned.
         starts_over (`bool`): whether a `crop` beyond that forgets everything, because all tokens will be read again.
         recorded (`int`): the tokens seen since the last `crop`, as far as they were recorded.
     """
 
     supports_early_init = False
     is_croppable = True
+    real_tokens: torch.Tensor | None = None
+    rows_are_beams = False
 
     def __init__(self, **kwargs):
         super().__init__()
@@ -271,6 +276,8 @@ class RecurrentLayer(CacheLayerMixin):
             ]
             for name, records in self.records.items()
         }
+        if self.real_tokens is not None:
+            self.real_tokens = function(self.real_tokens)
         for state in self.states.values():
             self.batch_size = state[0].shape[0]
 
@@ -293,6 +300,7 @@ class RecurrentLayer(CacheLayerMixin):
     def reset(self) -> None:
         self.states, self.records = {}, {}
         self.cumulative_length = self.recorded = 0
+        self.real_tokens, self.rows_are_beams = None, False
 
 
 class StaticRecurrentLayer(RecurrentLayer):
@@ -344,6 +352,7 @@ class StaticRecurrentLayer(RecurrentLayer):
         if self.is_initialized:
             self.cumulative_length.zero_()
         self.records, self.recorded = {}, 0
+        self.real_tokens, self.rows_are_beams = None, False
 
 
 def mark_static(*tensors: torch.Tensor) -> None:

@@ -2,6 +2,7 @@
 
 import torch
 
+from .batched_gradients import one_by_one
 from .documents import check_tokens, find_documents
 from .kernels.kernel_dispatch import is_recorded, is_transformed, kernel, takes_kernels
 
@@ -164,6 +165,7 @@ class _Convolution(torch.autograd.Function):
         return convolution_by_taps(window, weight, bias, ids, in_place=True)
 
     @staticmethod
+    @one_by_one
     def backward(ctx, grad):
         window, weight, bias, ids = ctx.saved_tensors
         if torch.is_grad_enabled():

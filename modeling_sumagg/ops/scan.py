@@ -5,6 +5,7 @@ import contextlib
 import torch
 import torch.nn.functional as F
 
+from .batched_gradients import one_by_one
 from .documents import Documents
 from .kernels.kernel_dispatch import is_exported, is_recorded, is_transformed, kernel, takes_kernels
 
@@ -139,6 +140,7 @@ class _LoopScan(torch.autograd.Function):
         return y, final
 
     @staticmethod
+    @one_by_one
     def backward(ctx, grad, grad_final):
         x, log_decay, initial, restarts, y = ctx.saved_tensors
         reverse_decay = None if log_decay is None else shifted(log_decay).flip(1)

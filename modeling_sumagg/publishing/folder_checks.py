@@ -164,4 +164,3 @@ def _why_it_ended(process: subprocess.CompletedProcess) -> str:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split()).rstrip(".")
-

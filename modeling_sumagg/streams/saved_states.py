@@ -17,8 +17,8 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
 from ..decoder.cache import SlidingWindowLayer, append_columns
-from ..decoder.frames_cache import FramesLayer
 from ..decoder.recurrence import RecurrentLayer
+from ..modeling_sumagg_speech import FramesLayer
 from ..whole_files import write_whole
 
 
@@ -35,7 +35,8 @@ def cache_to_tensors(cache: DynamicCache) -> dict[str, torch.Tensor]:
 
     Returns:
         `dict[str, torch.Tensor]`: `length` (0-d, int64: the number of tokens seen, padding included; in a speech model
-        the number of frames, and `length_of_blocks` the number of tokens), and for every layer `i`
+        the number of frames, and `length_of_blocks` the number of tokens), `real_tokens` (`[B, length]`, bool, where
+        some tokens are padding), and for every layer `i`
         `layers.{i}.{operator}.{j}` (the tensors of a recurrent state, sliding attention's columns among them), or
         `layers.{i}.keys` and `.values` of full attention.
 
@@ -50,6 +51,9 @@ def cache_to_tensors(cache: DynamicCache) -> dict[str, torch.Tensor]:
     tensors = {"length": torch.tensor(cache.get_seq_length())}
     if isinstance(cache.layers[0], FramesLayer):
         tensors["length_of_blocks"] = torch.tensor(cache.get_seq_length(1))
+    real_tokens = next((layer.real_tokens for layer in cache.layers if isinstance(layer, RecurrentLayer)), None)
+    if real_tokens is not None:
+        tensors["real_tokens"] = real_tokens[:, : cache.get_seq_length()].contiguous()
     for i, layer in enumerate(cache.layers):
         if getattr(layer, "recorded", 0):
             raise ValueError(
@@ -80,8 +84,9 @@ def cache_from_tensors(tensors: dict[str, torch.Tensor], model: PreTrainedModel)
     """
     cache = _cache_after_one_token(model)
     expected = cache_to_tensors(cache)
+    optional = {"real_tokens": torch.empty(1, 0, dtype=torch.bool, device=model.device)}
     # Sliding attention also holds which of its columns are real, unless all are.
-    optional = {
+    optional |= {
         f"layers.{i}.{append_columns.__name__}.2": layer.keys.new_empty(1, 0, dtype=torch.bool)
         for i, layer in enumerate(cache.layers)
         if isinstance(layer, SlidingWindowLayer)
@@ -91,9 +96,14 @@ def cache_from_tensors(tensors: dict[str, torch.Tensor], model: PreTrainedModel)
     if missing or unknown:
         raise ValueError(f"Not the tensors of a state of this model: missing {missing}, unknown {unknown}.")
     length, *blocks = [_length(name, tensors[name]) for name in expected if not name.startswith("layers.")]
-    batch_sizes = {tensor.shape[:1] for name, tensor in tensors.items() if name.startswith("layers.")}
+    batch_sizes = {tensor.shape[:1] for name, tensor in tensors.items() if name.startswith(("layers.", "real_tokens"))}
     if len(batch_sizes) != 1 or sum(map(sum, batch_sizes)) < 1:
         raise ValueError(f"All tensors must have one batch size, at least 1, got {sorted(map(list, batch_sizes))}.")
+    (batch_size,) = next(iter(batch_sizes))
+    real_tokens = tensors.get("real_tokens")
+    if real_tokens is not None:
+        _check("real_tokens", real_tokens, optional["real_tokens"], {1: length})
+        real_tokens = real_tokens.to(model.device)
     for i, layer in enumerate(cache.layers):
         length = blocks[0] if i == 1 and blocks else length
         held: dict[str, list[torch.Tensor]] = {}
@@ -103,7 +113,9 @@ def cache_from_tensors(tensors: dict[str, torch.Tensor], model: PreTrainedModel)
         if isinstance(layer, RecurrentLayer):
             layer.states = {operator: tuple(state) for operator, state in held.items()}
             layer.cumulative_length = length
-            (layer.batch_size,) = next(iter(batch_sizes))
+            layer.batch_size = batch_size
+            # The first of these layers knows the padding of all.
+            layer.real_tokens, real_tokens = real_tokens, None
         else:
             (layer.keys,), (layer.values,) = held["keys"], held["values"]
     return cache

@@ -19,6 +19,9 @@ class SumDecay(nn.Module):
         num_heads (`int`): K.
     """
 
+    # Neither rounded to float16 nor quantized: a decay near 1 is told from 1 by its last digits.
+    keep_in_float32 = True
+
     def __init__(self, config: PreTrainedConfig, num_heads: int):
         super().__init__()
         self.bounds = config.sum_decay_min, config.sum_decay_max

@@ -1,5 +1,6 @@
 """Checks of the values of a model's inputs, so that no embedding or loss fails on them deep inside."""
 
+import sys
 from collections.abc import Callable
 
 import torch
@@ -139,3 +140,24 @@ def labels_of_rows(labels: torch.Tensor, logits: torch.Tensor, config: PreTraine
     else:
         check_labels(labels, logits.shape, "[B, num_labels]", None)
     return labels.to(logits)
+
+
+def refuse_sequence_parallelism() -> None:
+    """
+    Refuse to run in processes between which accelerate has cut each sequence (`ParallelismConfig(sp_size=...)`).
+
+    Attention gathers the parts there; a state would start from zero in each. accelerate's own check knows the layer type
+    `"linear_attention"` alone.
+
+    Raises:
+        `ValueError`: sequence parallelism is on.
+    """
+    state = sys.modules.get("accelerate.state")
+    parallelism = None if state is None else state.AcceleratorState._shared_state.get("parallelism_config")
+    # Not every version of accelerate knows sequence parallelism.
+    if getattr(parallelism, "sp_size", 1) > 1:
+        raise ValueError(
+            f"Sequence parallelism (`sp_size={parallelism.sp_size}` in accelerate's `ParallelismConfig`) is for models of "
+            "full attention alone: the recurrent layers of this one would start from an empty state in each process. "
+            "Set `sp_size=1`."
+        )

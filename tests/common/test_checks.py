@@ -8,7 +8,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedConfig
 
-from modeling_sumagg.decoder.checks import check_ids, check_labels, is_concrete, labels_of_rows, loss_of_classes
+from modeling_sumagg.common.checks import check_ids, check_labels, is_concrete, labels_of_rows, loss_of_classes
 
 
 ONES = torch.ones(3)
