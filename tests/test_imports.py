@@ -22,23 +22,25 @@ PARTS = {
     "configuration": [],
     "ops.kernels": [],
     "ops": ["ops.kernels"],
+    "common": [],
     "compatibility": [],
     "registration": [],
-    "decoder": ["compatibility", "ops.sliding_attention", "ops.documents"],
-    "modeling_": ["configuration", "decoder", "ops", "compatibility"],
+    "decoder": ["common", "compatibility", "ops.sliding_attention", "ops.documents"],
+    "modeling_": ["common", "configuration", "decoder", "ops", "compatibility"],
     # The mixers and blocks of the text models, over what is heard.
-    "modeling_sumagg_speech": ["configuration", "decoder", "ops", "compatibility", "modeling_sumagg"],
+    "modeling_sumagg_speech": ["common", "configuration", "decoder", "ops", "compatibility", "modeling_sumagg"],
     "families": ["configuration", "modeling_"],
-    "publishing": ["configuration", "decoder", "families", "moved_modules", "registration"],
+    "publishing": ["configuration", "decoder", "families", "moved_modules", "registration", "whole_files"],
     # A plugin for an engine: nobody imports it, and it knows the models.
     "serving": ["decoder", "families", "ops.summation"],
-    "streams": ["compatibility", "decoder", "publishing"],
+    "streams": ["compatibility", "decoder", "modeling_sumagg_speech", "whole_files"],
     "training": ["configuration", "decoder", "families", "publishing", "streams"],
     # Each of the commands imports what it needs.
     "__main__": ["publishing"],
     "hub": ["__main__", "publishing"],
     "convert_original_checkpoint": ["__main__", "publishing"],
     "moved_modules": [],
+    "whole_files": [],
     # The package itself, which gathers the names.
     "": ["configuration", "families", "modeling_", "moved_modules", "publishing", "training.data_collator"],
 }

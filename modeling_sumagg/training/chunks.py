@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import get_device_states, set_device_states
 from transformers import DynamicCache
 
-from ..decoder.checks import check_ids, check_labels
+from ..common.checks import check_ids, check_labels
 from ..decoder.heads import ForCausalLM, ForSequenceClassification, ForTokenClassification
 from ..decoder.model import DecoderModel
 from ..streams.saved_states import cache_from_tensors, cache_to_tensors
