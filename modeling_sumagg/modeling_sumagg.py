@@ -31,9 +31,10 @@ from .decoder.layers import DecoderLayer
 from .decoder.layout import SequenceLayout
 from .decoder.model import DecoderModel, DecoderPreTrainedModel
 from .decoder.recurrence import recur
-from .ops.causal_convolution import causal_convolution
+from .ops.causal_convolution.causal_convolution import causal_convolution
 from .ops.keyed_sum.keyed_sum import causal_keyed_sum
-from .ops.summation import bidirectional_mean, bidirectional_sum, causal_mean, causal_sum
+from .ops.running_sum.running_sum import bidirectional_sum, causal_sum
+from .ops.weighted_mean.weighted_mean import bidirectional_mean, causal_mean
 
 
 class SumAggConvolution(nn.Module):

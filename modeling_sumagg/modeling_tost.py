@@ -28,7 +28,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .common.checks import labels_of_rows, loss_of_classes
 from .configuration.configuration_tost import ToSTConfig
-from .ops.token_statistics.operators import token_membership, token_statistics
+from .ops.token_statistics.token_statistics import token_membership, token_statistics
 
 
 def tost_image_processor(config: ToSTConfig) -> BitImageProcessorPil:

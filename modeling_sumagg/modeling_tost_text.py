@@ -22,8 +22,8 @@ from .decoder.heads import ForCausalLM, ForSequenceClassification, ForTokenClass
 from .decoder.layout import SequenceLayout
 from .decoder.model import DecoderModel, DecoderPreTrainedModel
 from .decoder.recurrence import recur
-from .ops.token_statistics.formula import TokenStatisticsState
-from .ops.token_statistics.operators import causal_token_membership, causal_token_statistics
+from .ops.token_statistics.token_statistics import causal_token_membership, causal_token_statistics
+from .ops.token_statistics.token_statistics_reference import TokenStatisticsState
 
 
 class ToSTTextTokenStatistics(nn.Module):

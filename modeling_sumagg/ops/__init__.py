@@ -1,18 +1,16 @@
 """The operators: pure functions of tensors."""
 
-import os
-
-from .causal_convolution import causal_convolution
-from .documents import document_runs
-from .kernel_operators import set_kernels
+from .causal_convolution.causal_convolution import causal_convolution
+from .causal_convolution.causal_convolution_reference import causal_convolution_reference
+from .documents import Documents, document_runs
+from .kernel_modes import set_kernels
 from .keyed_sum.keyed_sum import causal_keyed_sum
 from .keyed_sum.keyed_sum_reference import causal_keyed_sum_reference
+from .running_sum.running_sum import bidirectional_sum, causal_sum
+from .running_sum.running_sum_reference import causal_sum_reference
 from .sliding_attention import sliding_window_attention
 from .stacked_frames import stack_frames
-from .summation import bidirectional_mean, bidirectional_sum, causal_mean, causal_sum
-from .summation_reference import causal_sum_reference
-from .token_statistics.formula import TokenStatisticsState
-from .token_statistics.operators import (
+from .token_statistics.token_statistics import (
     causal_token_membership,
     causal_token_statistics,
     causal_token_statistics_reference,
@@ -20,16 +18,22 @@ from .token_statistics.operators import (
     token_statistics,
     token_statistics_reference,
 )
+from .token_statistics.token_statistics_reference import TokenStatisticsState
+from .weighted_mean.weighted_mean import bidirectional_mean, causal_mean
+from .weighted_mean.weighted_mean_reference import causal_mean_reference
 
 
 __all__ = [
+    "Documents",
     "TokenStatisticsState",
     "bidirectional_mean",
     "bidirectional_sum",
     "causal_convolution",
+    "causal_convolution_reference",
     "causal_keyed_sum",
     "causal_keyed_sum_reference",
     "causal_mean",
+    "causal_mean_reference",
     "causal_sum",
     "causal_sum_reference",
     "causal_token_membership",
@@ -43,5 +47,3 @@ __all__ = [
     "token_statistics",
     "token_statistics_reference",
 ]
-
-set_kernels(os.environ.get("MODELING_SUMAGG_KERNELS", "auto"))

@@ -26,7 +26,7 @@ from vllm.sequence import IntermediateTensors
 from ..decoder.layout import SequenceLayout
 from ..decoder.recurrence import recur
 from ..families import FAMILIES
-from ..ops.summation import causal_sum
+from ..ops.running_sum.running_sum import causal_sum
 from .layers import put_in_engine_layers, shard_on_meta
 from .states import EngineCache, OperatorStates, RecurrentState, StateRecorder, StateSpec, page_size, pages
 

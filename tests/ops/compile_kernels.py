@@ -11,11 +11,11 @@ from modeling_sumagg.ops import (
     causal_mean,
     causal_sum,
     causal_token_statistics,
-    kernel_operators,
+    kernel_modes,
     set_kernels,
     token_statistics,
 )
-from modeling_sumagg.ops.kernels import decayed_sum_kernels
+from modeling_sumagg.ops.running_sum import running_sum_kernels
 
 
 TYPES = {
@@ -54,11 +54,12 @@ def compile_only(kernel, *args, grid, warmup, num_warps=4, **kwargs):
 
 def main():
     JITFunction.run = compile_only
-    kernel_operators._has_kernels = lambda mode, device_type: True
+    kernel_modes.register_kernels()
+    kernel_modes._has_kernels = lambda mode, device_type: True
     set_kernels("triton")
     # In segments.
-    decayed_sum_kernels.num_processors = lambda device: 132
-    decayed_sum_kernels.SEGMENT_TILES = 1
+    running_sum_kernels.num_processors = lambda device: 132
+    running_sum_kernels.DECAY_SEGMENT_TILES = 1
     packing = {"attention_mask": torch.ones(2, 128).bool(), "document_ids": torch.zeros(2, 128).long()}
     for dtype, arguments in (
         (torch.bfloat16, {}),

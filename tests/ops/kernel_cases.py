@@ -21,8 +21,8 @@ from modeling_sumagg.ops import (
     set_kernels,
     token_statistics,
 )
-from modeling_sumagg.ops.kernels import decayed_sum_kernels, running_sum_kernels
-from modeling_sumagg.ops.token_statistics import operators
+from modeling_sumagg.ops.running_sum import running_sum_kernels
+from modeling_sumagg.ops.token_statistics import token_statistics_kernels
 
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -36,7 +36,7 @@ def kernels(monkeypatch):
         # Short sequences then have many tiles.
         monkeypatch.setattr(running_sum_kernels, "BLOCK_T", 16)
         monkeypatch.setattr(running_sum_kernels, "BLOCK_BYTES", 64)
-        monkeypatch.setattr(operators, "KERNEL_BLOCK_SIZE", 16)
+        monkeypatch.setattr(token_statistics_kernels, "TILE_SIZE", 16)
     yield
     set_kernels("auto")
 
@@ -44,9 +44,9 @@ def kernels(monkeypatch):
 @pytest.fixture
 def many_processors(monkeypatch):
     """A sequence is cut into segments."""
-    for module in (running_sum_kernels, decayed_sum_kernels):
-        monkeypatch.setattr(module, "num_processors", lambda device: 1000)
-        monkeypatch.setattr(module, "SEGMENT_TILES", 1)
+    monkeypatch.setattr(running_sum_kernels, "num_processors", lambda device: 1000)
+    monkeypatch.setattr(running_sum_kernels, "SEGMENT_TILES", 1)
+    monkeypatch.setattr(running_sum_kernels, "DECAY_SEGMENT_TILES", 1)
 
 
 def to_device(*values):
@@ -506,6 +506,6 @@ def test_the_state_for_backward_of_the_statistics_is_small():
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         causal_token_statistics(w, torch.ones(2, device=DEVICE), None)
     # Of each sequence the sums at the borders of the tiles, and once more, in float64, those before the first.
-    borders = 128 // operators.KERNEL_BLOCK_SIZE + 3
+    borders = 128 // token_statistics_kernels.TILE_SIZE + 3
     size, sums = w.untyped_storage().nbytes(), 2 * borders * 2 * (2 * 64 + 1) * 4
     assert size <= sum(storages.values()) <= size + sums + 100

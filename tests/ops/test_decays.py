@@ -97,7 +97,7 @@ def test_decayed_sum_is_the_loop(case, heads, rows, kind, with_state):
 @pytest.mark.parametrize("heads", [2, 4])
 def test_long_sequences(decay, heads, path, monkeypatch):
     if path == "graph":
-        monkeypatch.setattr("modeling_sumagg.ops.scan.is_recorded", lambda: True)
+        monkeypatch.setattr("modeling_sumagg.ops.running_sum.running_sum_torch.is_recorded", lambda: True)
     x = torch.randn(1, 16_384, 4) + 0.5
     if decay == "all":
         log_decay = draw_decays((1, 16_384, heads))
@@ -222,7 +222,7 @@ def test_a_decay_of_one_is_the_plain_sum(packed):
 def test_documents_with_states_of_their_own(length, heads, path, monkeypatch):
     """A packed row of three documents, of which the second has no token here, and padding between and within them."""
     if path == "graph":
-        monkeypatch.setattr("modeling_sumagg.ops.scan.is_recorded", lambda: True)
+        monkeypatch.setattr("modeling_sumagg.ops.running_sum.running_sum_torch.is_recorded", lambda: True)
     x = torch.randn(2, length, 6, dtype=torch.float64)
     log_decay = None if heads is None else draw_decays((2, length, heads)).double()
     states, scale = torch.randn(2, 3, 6, dtype=torch.float64), torch.rand(2, length)

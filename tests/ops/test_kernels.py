@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from modeling_sumagg.ops import causal_sum, kernel_operators, set_kernels
+from modeling_sumagg.ops import causal_sum, kernel_modes, set_kernels
 
 
 def run_python(*arguments, **environment):
@@ -56,9 +56,9 @@ def test_modes(mode):
 
 def test_without_triton_one_line_says_so(monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "triton", None)
-    kernel_operators._has_triton.cache_clear()
+    kernel_modes._has_triton.cache_clear()
     with caplog.at_level(logging.WARNING):
-        answers = {kernel_operators._has_kernels("auto", "cuda") for _ in range(3)}
-    kernel_operators._has_triton.cache_clear()
+        answers = {kernel_modes._has_kernels("auto", "cuda") for _ in range(3)}
+    kernel_modes._has_triton.cache_clear()
     assert answers == {False} and len(caplog.records) == 1
     assert "Triton cannot be imported" in caplog.text and "set_kernels('torch')" in caplog.text

@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 from testing import assert_close
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from modeling_sumagg.ops.token_statistics import blocks, formula, operators
-from modeling_sumagg.ops.token_statistics.formula import TokenStatisticsState
-from modeling_sumagg.ops.token_statistics.operators import (
+from modeling_sumagg.ops.token_statistics import token_statistics as operators
+from modeling_sumagg.ops.token_statistics import token_statistics_reference as formula
+from modeling_sumagg.ops.token_statistics import token_statistics_torch as blocks
+from modeling_sumagg.ops.token_statistics.token_statistics import (
+    TokenStatisticsState,
     causal_token_membership,
     causal_token_statistics,
     causal_token_statistics_reference,
@@ -602,7 +604,7 @@ def test_another_version_of_the_file_leaves_the_operators_alone(tmp_path, monkey
     other = source.read_text().replace("MIN_MEMBERSHIP = 1e-8", "MIN_MEMBERSHIP = 1.0")
     (package / source.parent.name / source.name).write_text(other)
     monkeypatch.syspath_prepend(tmp_path)
-    copy = importlib.import_module("checkpoint.token_statistics.operators")
+    copy = importlib.import_module("checkpoint.token_statistics.token_statistics")
     for name in [name for name in sys.modules if name.partition(".")[0] == "checkpoint"]:
         monkeypatch.delitem(sys.modules, name)
 

@@ -2,12 +2,13 @@
 
 import torch
 
-from ..documents import check_tokens, find_documents
-from ..kernels.kernel_dispatch import is_exported
-from ..scan import without_autocast
+from ..dispatch import is_exported
+from ..documents import Documents, check_tokens, find_documents, takes_documents
+from ..running_sum.running_sum_torch import without_autocast
 from .keyed_sum_torch import keyed_sum_chunks, keyed_sum_step
 
 
+@takes_documents
 def causal_keyed_sum(
     values: torch.Tensor,
     keys: torch.Tensor,
@@ -17,7 +18,7 @@ def causal_keyed_sum(
     weight: torch.Tensor | None = None,
     initial_state: torch.Tensor | None = None,
     attention_mask: torch.Tensor | None = None,
-    document_ids: torch.Tensor | None = None,
+    document_ids: torch.Tensor | Documents | None = None,
     return_log_decay: bool = False,
 ) -> tuple[torch.Tensor, ...]:
     r"""
@@ -41,8 +42,8 @@ def causal_keyed_sum(
         attention_mask (`torch.Tensor` of shape `[B, T]`, bool or 0/1, *optional*): True where a token is real. A
             masked token changes no state and no output of a real token, whatever its values (NaN included). Its own
             output is zero.
-        document_ids (`torch.Tensor` of shape `[B, T]`, integer, *optional*): a change of id from one real token to the
-            next restarts the sum.
+        document_ids (`torch.Tensor` of shape `[B, T]`, integer, or `Documents`, *optional*): a change of id from one
+            real token to the next restarts the sum.
         return_log_decay (`bool`, *optional*, defaults to `False`): whether to return a third tensor, the logarithm of
             the decay of the whole segment. A caller that sums segments apart needs it to join them.
 
@@ -77,21 +78,20 @@ def causal_keyed_sum(
         state = values.new_zeros(batch_size, heads, keys.shape[3], width)
     else:
         state = initial_state.to(dtype)
-    documents = None if length < 2 else find_documents(document_ids, attention_mask, have_states=False)
-    starts = None if documents is None else documents.starts
+    documents = None if length < 2 else find_documents(document_ids, attention_mask)
     # Autocast would round the state.
     with without_autocast(values):
-        y, state = _keyed_sum(values, keys, queries, log_decay, state, starts)
+        y, state = _keyed_sum(values, keys, queries, log_decay, state, documents)
     y = y.to(result_dtype)
     if not return_log_decay:
         return y, state
     log_decay = log_decay.double()
-    if starts is not None:
-        log_decay = log_decay.masked_fill(starts[..., None], -torch.inf)
+    if documents is not None:
+        log_decay = log_decay.masked_fill(documents.starts[..., None], -torch.inf)
     return y, state, log_decay.sum(1)
 
 
-def _keyed_sum(values, keys, queries, log_decay, state, starts):
+def _keyed_sum(values, keys, queries, log_decay, state, documents):
     """The path that is taken: none, one step, or chunks."""
     length = values.shape[1]
     if length == 0:
@@ -99,14 +99,14 @@ def _keyed_sum(values, keys, queries, log_decay, state, starts):
     if length == 1:
         y, state = keyed_sum_step(values[:, 0], keys[:, 0], queries[:, 0], log_decay[:, 0], state)
         return y[:, None], state
-    if starts is None or is_exported():
+    if documents is None or is_exported():
+        starts = None if documents is None else documents.starts
         return keyed_sum_chunks(values, keys, queries, log_decay, state, starts)
-    return _isolated(values, keys, queries, log_decay, state, starts)
+    return _isolated(values, keys, queries, log_decay, state, *documents)
 
 
-def _isolated(values, keys, queries, log_decay, state, starts):
+def _isolated(values, keys, queries, log_decay, state, ids, starts):
     """[`keyed_sum_chunks`] whose matrix products carry no NaN and no infinity from one document to another."""
-    ids = starts.long().cumsum(1)
     is_finite = values.isfinite().all((2, 3)) & keys.isfinite().all((2, 3)) & log_decay.isfinite().all(2)
     state_is_finite = state.isfinite().all((1, 2, 3))
     # The newest document in which something was not finite, counted from 1. Ids never decrease along a row.

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from ..kernels.kernel_dispatch import is_recorded, is_transformed
-from ..scan import decay_weights, first_tokens, to_chunks
+from ..dispatch import is_recorded, is_transformed
+from ..running_sum.running_sum_torch import decay_weights, first_tokens, to_chunks
 
 
 CHUNK = 32  # tokens whose scores are one matrix
@@ -52,7 +52,7 @@ def keyed_sum_chunks(values, keys, queries, log_decay, state, starts=None):
     arguments = values, keys, queries, log_decay, state, starts
     if is_recorded():
         return _recorded(*arguments)
-    if torch.is_grad_enabled() and not is_transformed():
+    if torch.is_grad_enabled() and not is_transformed(values):
         return _KeyedSum.apply(*arguments)
     return _forward(*arguments)[:2]
 

@@ -1,1 +1,0 @@
-"""Token statistics: `formula` is the paper, `operators` the contract, `blocks` the path of long sequences."""

@@ -1,5 +1,5 @@
 """Token statistics in blocks of tokens, with an analytic backward that computes again what it needs: training keeps w and
-little else. Letters as in `formula`.
+little else. Letters as in `token_statistics_reference`.
 """
 
 import functools
@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from ..documents import Documents
-from ..kernels.kernel_dispatch import kernel
-from ..scan import without_autocast
-from .formula import (
+from ..running_sum.running_sum_torch import without_autocast
+from .token_statistics_reference import (
     MIN_MEMBERSHIP,
     MIN_SECOND_MOMENT,
     TokenStatisticsState,
@@ -20,9 +19,6 @@ from .formula import (
     causal_formula,
 )
 
-
-CAUSAL_FLOORS = MIN_SECOND_MOMENT, MIN_MEMBERSHIP
-_BIDIRECTIONAL_FLOORS = MIN_SECOND_MOMENT**2, MIN_MEMBERSHIP
 
 CHUNK_SIZE = 16  # tokens summed by one triangular matrix product
 BLOCK_SIZE = 256  # tokens worked on at a time, whole chunks; backward starts from the sums before each block
@@ -49,47 +45,62 @@ class _BlockSums:
     Running sums over a block of n chunks of C tokens in g sequences, and their adjoint.
 
     A triangular matrix product sums within a chunk. What is carried from chunk to chunk is added in its own dtype: as a
-    factor of a matrix product, which users may run in TF32 or less, a long sum would stop growing.
+    factor of a matrix product, which users may run in TF32 or less, a long sum would stop growing. What belongs to another
+    document is selected away, as zero times NaN is NaN.
     """
 
-    def __init__(self, w, runs, previous_run):
-        """`w` `[g, n, C, ...]`, `runs` `[g, n, C]` or `None`, and the run `[g]` of the sums before the block."""
+    def __init__(self, w, ids, previous_id):
+        """`w` `[g, n, C, ...]`, the documents `[g, n, C]` or `None`, and that `[g]` of the sums before the block."""
         g, n, c = w.shape[:3]
-        if runs is None:
-            self.across = None
+        self.num_chunks = n
+        self.across = self.opening = self.closing = None
+        if ids is None:
             self.within = w.new_ones(c, c).tril().expand(g * n, c, c)
-            self.opening = self.closing = w.new_ones(1, 1, c, 1)
         else:
-            ends = torch.cat([previous_run.unsqueeze(1), runs[..., -1]], dim=1)
-            self.across = (ends.unsqueeze(2) == ends.unsqueeze(1)).tril().to(w.dtype)
-            within = (runs.unsqueeze(3) == runs.unsqueeze(2)).tril().to(w.dtype)
-            self.within = within.flatten(0, 1)
-            # The tokens that the sums before their chunk go on to, and those that the sums after it hold.
-            self.opening = (runs == ends[:, :-1, None]).to(w.dtype).unsqueeze(-1)
+            ends = torch.cat([previous_id.unsqueeze(1), ids[..., -1]], dim=1)
+            self.across = (ends.unsqueeze(2) == ends.unsqueeze(1)).tril()
+            within = (ids.unsqueeze(3) == ids.unsqueeze(2)).tril()
+            self.within = within.to(w.dtype).flatten(0, 1)
+            # The tokens of the document before their chunk, and those of the document in which it ends.
+            self.opening = (ids == ends[:, :-1, None]).unsqueeze(-1)
             self.closing = within[:, :, -1].unsqueeze(-1)
 
     def prefix(self, x, initial):
         """`x` `[g, n, C, f]` and the sums before the block `[g, f]`: the sums up to each token, those after the block."""
-        running = self.within.bmm(x.flatten(0, 1)).view_as(x)
+        running = self._multiply(self.within, x)
         carried = torch.cat([initial.unsqueeze(1), running[:, :, -1].to(initial.dtype)], dim=1)
-        carried = carried.cumsum(1) if self.across is None else self._sum_runs(self.across, carried)
-        running.addcmul_(self.opening, carried[:, :-1].to(running.dtype).unsqueeze(2))
+        carried = carried.cumsum(1) if self.across is None else self._sum_seen(self.across, carried)
+        running += self._select(self.opening, carried[:, :-1].to(running.dtype).unsqueeze(2))
         return running, carried[:, -1]
 
     def suffix(self, grad, grad_final):
         """The adjoint of `prefix`: the gradients of its two results to those of its two arguments."""
-        running = self.within.mT.bmm(grad.flatten(0, 1)).view_as(grad)
-        carried = torch.cat([running[:, :, 0] * self.opening[:, :, 0], grad_final.unsqueeze(1)], dim=1)
+        running = self._multiply(self.within.mT, grad)
+        first = running[:, :, 0] if self.opening is None else self._select(self.opening[:, :, 0], running[:, :, 0])
+        carried = torch.cat([first, grad_final.unsqueeze(1)], dim=1)
         if self.across is None:
             carried = carried.flip(1).cumsum(1).flip(1)
         else:
-            carried = self._sum_runs(self.across.mT, carried)
-        running.addcmul_(self.closing, carried[:, 1:].unsqueeze(2))
+            carried = self._sum_seen(self.across.mT, carried)
+        running += self._select(self.closing, carried[:, 1:].unsqueeze(2))
         return running, carried[:, 0]
 
+    def _multiply(self, terms, x):
+        """For each token the sum of the `terms` `[g · n, C, C]`, zeros and ones, of `x` `[g, n, C, f]`."""
+        x = x.flatten(0, 1)
+        y = terms.bmm(x)
+        if self.across is not None and not y.sum().isfinite():
+            is_bad = ~x.isfinite()
+            y = terms.bmm(x.masked_fill(is_bad, 0)).masked_fill_(terms.bmm(is_bad.to(x.dtype)) > 0, torch.nan)
+        return y.unflatten(0, (-1, self.num_chunks))
+
     @staticmethod
-    def _sum_runs(across, x):
-        return (across.unsqueeze(-1) * x.unsqueeze(1)).sum(2)
+    def _select(where, x):
+        return x if where is None else torch.where(where, x, 0)
+
+    @staticmethod
+    def _sum_seen(seen, x):
+        return torch.where(seen.unsqueeze(-1), x.unsqueeze(1), 0).sum(2)
 
 
 class _Block(NamedTuple):
@@ -108,7 +119,7 @@ class _Block(NamedTuple):
     final: torch.Tensor  # the packed sums after the block [g, K (2p + 1)]
 
 
-def _compute_block(rows, start, stop, w, temperature, position_bias, initial, mask, runs):
+def _compute_block(rows, start, stop, w, temperature, position_bias, initial, mask, ids):
     """The tokens from start to stop of the sequences `rows`, after the packed sums `initial` `[g, K (2p + 1)]`."""
     length, *heads = w.shape[1:]
     num_heads, head_dim = heads
@@ -121,12 +132,12 @@ def _compute_block(rows, start, stop, w, temperature, position_bias, initial, ma
     elif position.shape[0] > stop - start:
         valid = (position < stop).view(1, -1, CHUNK_SIZE)
     w = _zero_invalid(w, valid)
-    previous_run = None
-    if runs is not None:
-        previous_run = runs[rows, max(start - 1, 0)]
-        # The end goes on in the last run, so that the final sums are of that run.
-        runs = runs[rows][:, position.clamp_max(length - 1)].view(w.shape[:3])
-    sums = _BlockSums(w, runs, previous_run)
+    previous_id = None
+    if ids is not None:
+        previous_id = ids[rows, max(start - 1, 0)]
+        # The end is of the last document, so that the final sums are.
+        ids = ids[rows][:, position.clamp_max(length - 1)].view(w.shape[:3])
+    sums = _BlockSums(w, ids, previous_id)
 
     w2 = w.square()
     second_moment, final_second = sums.prefix(w2.flatten(3), initial[:, :width])
@@ -189,29 +200,22 @@ def causal_forward(
     position_bias: torch.Tensor | None,
     initial: torch.Tensor,
     mask: torch.Tensor | None,
-    runs: torch.Tensor | None,
+    ids: torch.Tensor | None,
     keep: torch.Tensor | None,
     dropout_p: float,
-    kernel_block: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
     `w`, `keep` `[B, T, K, p]`, `temperature` `[K]`, whose dtype is that of the statistics, `position_bias` `[B, T, K]`,
-    `initial` `[B, K (2p + 1)]`: the output like `w`, the packed sums before every block and, last, after the sequence
-    `[B, blocks + 1, K (2p + 1)]`, and those after the sequence in the dtype of `initial`. With `kernel_block` not 0 by the
-    Triton kernels, in blocks of that many tokens.
+    `initial` `[B, K (2p + 1)]`, `ids` of documents `[B, T]`: the output like `w`, the packed sums before every block and,
+    last, after the sequence `[B, blocks + 1, K (2p + 1)]`, and those after the sequence in the dtype of `initial`.
     """
-    if kernel_block:
-        arguments = w, temperature, position_bias, initial, mask, runs, keep, dropout_p
-        return kernel("causal_forward")(*arguments, CAUSAL_FLOORS, kernel_block)
-    out, sums, final = _causal_forward_fake(
-        w, temperature, position_bias, initial, mask, runs, keep, dropout_p, kernel_block
-    )
+    out, sums, final = _causal_forward_fake(w, temperature, position_bias, initial, mask, ids, keep, dropout_p)
     length = w.shape[1]
 
     # A function, so that the temporaries of a block are free for the next one.
     def forward_block(rows, index):
         start, stop = index * BLOCK_SIZE, min((index + 1) * BLOCK_SIZE, length)
-        block = _compute_block(rows, start, stop, w, temperature, position_bias, final[rows], mask, runs)
+        block = _compute_block(rows, start, stop, w, temperature, position_bias, final[rows], mask, ids)
         sums[rows, index + 1] = final[rows] = block.final
         # 1 / (1 + m) = total / (weighted + total)
         out_block = block.w * (block.membership * -block.total).unsqueeze(-1)
@@ -229,10 +233,9 @@ def causal_forward(
 
 
 @causal_forward.register_fake
-def _causal_forward_fake(w, temperature, position_bias, initial, mask, runs, keep, dropout_p, kernel_block):
+def _causal_forward_fake(w, temperature, position_bias, initial, mask, ids, keep, dropout_p):
     out = torch.empty_like(w, memory_format=torch.contiguous_format)
-    block_size = kernel_block or BLOCK_SIZE
-    num_blocks = (w.shape[1] + block_size - 1) // block_size
+    num_blocks = (w.shape[1] + BLOCK_SIZE - 1) // BLOCK_SIZE
     sums = temperature.new_empty(w.shape[0], num_blocks + 1, initial.shape[1])
     return out, sums, torch.empty_like(initial, memory_format=torch.contiguous_format)
 
@@ -245,19 +248,15 @@ def _causal_backward(
     position_bias: torch.Tensor | None,
     sums: torch.Tensor,
     mask: torch.Tensor | None,
-    runs: torch.Tensor | None,
+    ids: torch.Tensor | None,
     keep: torch.Tensor | None,
     dropout_p: float,
-    kernel_block: int,
     grad_out: torch.Tensor,
     grad_final: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients of `w`, `temperature`, `position_bias` (even of none) and `initial`."""
-    if kernel_block:
-        arguments = w, temperature, position_bias, sums, mask, runs, keep, dropout_p
-        return kernel("causal_backward")(*arguments, CAUSAL_FLOORS, kernel_block, grad_out, grad_final)
     grads = _causal_backward_fake(
-        w, temperature, position_bias, sums, mask, runs, keep, dropout_p, kernel_block, grad_out, grad_final
+        w, temperature, position_bias, sums, mask, ids, keep, dropout_p, grad_out, grad_final
     )
     grad_w, grad_temperature, grad_bias, grad_initial = grads
     grad_temperature.zero_()
@@ -268,7 +267,7 @@ def _causal_backward(
     # A function, so that the temporaries of a block are free for the next one.
     def backward_block(rows, index, grad_state):
         start, stop = index * BLOCK_SIZE, min((index + 1) * BLOCK_SIZE, length)
-        block = _compute_block(rows, start, stop, w, temperature, position_bias, sums[rows, index], mask, runs)
+        block = _compute_block(rows, start, stop, w, temperature, position_bias, sums[rows, index], mask, ids)
         membership, total = block.membership, block.total
 
         # out = -w · gain / divisor, with gain = Π · total and divisor = weighted + total
@@ -313,9 +312,7 @@ def _causal_backward(
 
 
 @_causal_backward.register_fake
-def _causal_backward_fake(
-    w, temperature, position_bias, sums, mask, runs, keep, dropout_p, kernel_block, grad_out, grad_final
-):
+def _causal_backward_fake(w, temperature, position_bias, sums, mask, ids, keep, dropout_p, grad_out, grad_final):
     return (
         torch.empty_like(w, memory_format=torch.contiguous_format),
         torch.empty_like(temperature),
@@ -324,39 +321,32 @@ def _causal_backward_fake(
     )
 
 
-def _causal_setup_context(ctx, inputs, output):
-    *tensors, ctx.dropout_p, ctx.kernel_block = inputs
-    ctx.save_for_backward(*tensors, output[1])
+def register_causal_autograd(forward, backward):
+    """Give [`causal_forward`], or a kernel with its arguments and results, the gradients that `backward` computes."""
 
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.dropout_p = inputs
+        ctx.save_for_backward(*tensors, output[1])
 
-def _causal_vjp(ctx, grad_out, _, grad_final):
-    w, temperature, position_bias, initial, mask, runs, keep, sums = ctx.saved_tensors
-    if torch.is_grad_enabled():
-        bias = None if position_bias is None else position_bias.mT
-        state = unpack(initial, *w.shape[2:])
-        documents = None if runs is None else Documents(F.pad(runs.diff(dim=1), (1, 0)) != 0)
-        out, final = causal_formula(
-            w.transpose(1, 2), temperature, bias, state, mask, None, documents, keep, ctx.dropout_p
-        )
-        inputs = (w, temperature, position_bias, initial)
-        grads = _formula_vjp(ctx, inputs, (out.transpose(1, 2), pack(final)), (grad_out, grad_final))
-    else:
-        grads = _causal_backward(
-            w,
-            temperature,
-            position_bias,
-            sums,
-            mask,
-            runs,
-            keep,
-            ctx.dropout_p,
-            ctx.kernel_block,
-            grad_out,
-            grad_final,
-        )
-        if position_bias is None:
-            grads = (*grads[:2], None, grads[3])
-    return *grads, None, None, None, None, None
+    def vjp(ctx, grad_out, _, grad_final):
+        w, temperature, position_bias, initial, mask, ids, keep, sums = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            bias = None if position_bias is None else position_bias.mT
+            state = unpack(initial, *w.shape[2:])
+            documents = None if ids is None else Documents(ids, F.pad(ids.diff(dim=1), (1, 0)) != 0)
+            out, final = causal_formula(
+                w.transpose(1, 2), temperature, bias, state, mask, None, documents, keep, ctx.dropout_p
+            )
+            inputs = (w, temperature, position_bias, initial)
+            grads = _formula_vjp(ctx, inputs, (out.transpose(1, 2), pack(final)), (grad_out, grad_final))
+        else:
+            arguments = w, temperature, position_bias, sums, mask, ids, keep, ctx.dropout_p
+            grads = backward(*arguments, grad_out, grad_final)
+            if position_bias is None:
+                grads = (*grads[:2], None, grads[3])
+        return *grads, None, None, None, None
+
+    forward.register_autograd(vjp, setup_context=setup_context)
 
 
 def _formula_vjp(ctx, inputs, outputs, grads):
@@ -367,7 +357,7 @@ def _formula_vjp(ctx, inputs, outputs, grads):
     return [next(found) if is_needed else None for is_needed in needed]
 
 
-causal_forward.register_autograd(_causal_vjp, setup_context=_causal_setup_context)
+register_causal_autograd(causal_forward, _causal_backward)
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::token_statistics_forward", mutates_args=())
@@ -377,14 +367,9 @@ def bidirectional_forward(
     mask: torch.Tensor | None,
     keep: torch.Tensor | None,
     dropout_p: float,
-    kernel_block: int,
 ) -> torch.Tensor:
     """`w` `[B, N, K, p]`, `temperature` `[K]`, `keep` `[B, 1, K, p]`: the output like `w`."""
-    if kernel_block:
-        return kernel("bidirectional_forward")(
-            w, temperature, mask, keep, dropout_p, _BIDIRECTIONAL_FLOORS, kernel_block
-        )
-    out = _bidirectional_forward_fake(w, temperature, mask, keep, dropout_p, kernel_block)
+    out = _bidirectional_forward_fake(w, temperature, mask, keep, dropout_p)
     for rows in _row_groups(w, w.shape[1]):
         statistics = _compute_rows(rows, w, temperature, mask)
         factor = -1 / (1 + statistics.moment)
@@ -395,7 +380,7 @@ def bidirectional_forward(
 
 
 @bidirectional_forward.register_fake
-def _bidirectional_forward_fake(w, temperature, mask, keep, dropout_p, kernel_block):
+def _bidirectional_forward_fake(w, temperature, mask, keep, dropout_p):
     return torch.empty_like(w, memory_format=torch.contiguous_format)
 
 
@@ -434,16 +419,10 @@ def _bidirectional_backward(
     mask: torch.Tensor | None,
     keep: torch.Tensor | None,
     dropout_p: float,
-    kernel_block: int,
     grad_out: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The gradients of `w` and `temperature`."""
-    if kernel_block:
-        arguments = w, temperature, mask, keep, dropout_p, _BIDIRECTIONAL_FLOORS, kernel_block
-        return kernel("bidirectional_backward")(*arguments, grad_out)
-    grad_w, grad_temperature = _bidirectional_backward_fake(
-        w, temperature, mask, keep, dropout_p, kernel_block, grad_out
-    )
+    grad_w, grad_temperature = _bidirectional_backward_fake(w, temperature, mask, keep, dropout_p, grad_out)
     grad_temperature.zero_()
     for rows in _row_groups(w, w.shape[1]):
         x, w2, second_moment, score, membership, total, moment = _compute_rows(rows, w, temperature, mask)
@@ -471,23 +450,27 @@ def _bidirectional_backward(
 
 
 @_bidirectional_backward.register_fake
-def _bidirectional_backward_fake(w, temperature, mask, keep, dropout_p, kernel_block, grad_out):
+def _bidirectional_backward_fake(w, temperature, mask, keep, dropout_p, grad_out):
     return torch.empty_like(w, memory_format=torch.contiguous_format), torch.empty_like(temperature)
 
 
-def _bidirectional_setup_context(ctx, inputs, output):
-    *tensors, ctx.dropout_p, ctx.kernel_block = inputs
-    ctx.save_for_backward(*tensors)
+def register_bidirectional_autograd(forward, backward):
+    """Give [`bidirectional_forward`], or a kernel with its arguments, the gradients that `backward` computes."""
+
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.dropout_p = inputs
+        ctx.save_for_backward(*tensors)
+
+    def vjp(ctx, grad_out):
+        w, temperature, mask, keep = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            out = bidirectional_formula(w.transpose(1, 2), temperature, mask, keep, ctx.dropout_p).transpose(1, 2)
+            grads = _formula_vjp(ctx, (w, temperature), (out,), (grad_out,))
+        else:
+            grads = backward(w, temperature, mask, keep, ctx.dropout_p, grad_out)
+        return *grads, None, None, None
+
+    forward.register_autograd(vjp, setup_context=setup_context)
 
 
-def _bidirectional_vjp(ctx, grad_out):
-    w, temperature, mask, keep = ctx.saved_tensors
-    if torch.is_grad_enabled():
-        out = bidirectional_formula(w.transpose(1, 2), temperature, mask, keep, ctx.dropout_p).transpose(1, 2)
-        grads = _formula_vjp(ctx, (w, temperature), (out,), (grad_out,))
-    else:
-        grads = _bidirectional_backward(w, temperature, mask, keep, ctx.dropout_p, ctx.kernel_block, grad_out)
-    return *grads, None, None, None, None
-
-
-bidirectional_forward.register_autograd(_bidirectional_vjp, setup_context=_bidirectional_setup_context)
+register_bidirectional_autograd(bidirectional_forward, _bidirectional_backward)

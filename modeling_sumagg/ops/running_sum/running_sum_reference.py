@@ -1,9 +1,9 @@
-"""The definition of the causal sum, to be read beside `summation.py` and tested against; no checkpoint carries it."""
+"""The definition of the causal sum, to be read and tested against; no checkpoint carries it."""
 
 import torch
 
-from .scan import state_dtype
-from .summation import scaled
+from .running_sum import scaled
+from .running_sum_torch import state_dtype
 
 
 def causal_sum_reference(

@@ -4,7 +4,7 @@ Source: Z. Wu et al., "Token Statistics Transformer: Linear-Time Attention via V
 arXiv 2412.17810. Letters as in the paper: w is the projected token, K the heads, p the channels of a head, Π
 (`membership`) the soft assignment of every token to the heads, m (`moment`) the second moment of w weighted by Π.
 
-The arguments are those of `operators`, with the mask `[B, T]` as bool or `None`, and `keep`, bool `[B, T or 1, K, p]` or
+The arguments are those of `token_statistics`, with the mask `[B, T]` as bool or `None`, and `keep`, bool `[B, T or 1, K, p]` or
 `None`: the entries of `1 / (1 + m)` that dropout keeps.
 """
 
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from ..documents import Documents
-from ..scan import scan, state_dtype
+from ..running_sum.running_sum_torch import scan, state_dtype
 
 
 MIN_SECOND_MOMENT = 1e-12  # floor of D in the causal operator, of the norm (not its square) in the bidirectional one

@@ -5,14 +5,10 @@ A program has a tile of tokens of some channels, of which it reads a row for eac
 
 import torch
 
-from .running_sum_kernels import channels_last, convert, num_processors, on_its_device
-
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError as error:
-    raise ImportError(f"The kernels need Triton, which cannot be imported ({error}). Install `triton`.") from error
+from ..dispatch import register_kernel
+from ..triton_helpers import MIN_BLOCK, contiguous, convert, given, num_processors, on_its_device, tl, triton
+from .causal_convolution import causal_convolution
+from .causal_convolution_torch import convolution_gradients
 
 
 BLOCK_T = 32  # tokens of a tile
@@ -20,13 +16,11 @@ BLOCK_D = 128  # channels of a tile, at most
 
 
 @triton.jit
-def load_of_document(
-    x_ptr, ids_ptr, token, own, is_there, in_channels, stride_t, dtype: tl.constexpr, HAS_IDS: tl.constexpr
-):
+def load_of_document(x_ptr, ids_ptr, token, own, is_there, in_channels, D, dtype: tl.constexpr, HAS_IDS: tl.constexpr):
     """Rows of `x` where they are there, and of documents `own`; 0 elsewhere, whatever stands there."""
     if HAS_IDS:
         is_there &= tl.load(ids_ptr + token, mask=is_there, other=0) == own
-    x = tl.load(x_ptr + token[:, None] * stride_t, mask=is_there[:, None] & in_channels[None, :], other=0.0)
+    x = tl.load(x_ptr + token[:, None] * D, mask=is_there[:, None] & in_channels[None, :], other=0.0)
     return convert(x, dtype)
 
 
@@ -39,8 +33,6 @@ def convolution_kernel(
     y_ptr,  # [B, T, D]; in reverse the gradient of the window [B, past + T, D]
     T,
     D,
-    x_stride_b,
-    x_stride_t,
     TAPS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_IDS: tl.constexpr,
@@ -57,7 +49,7 @@ def convolution_kernel(
     token = (tl.program_id(0) % tiles).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     in_channels = channel < D
     dtype = weight_ptr.dtype.element_ty
-    x_ptr += batch * x_stride_b + channel[None, :]
+    x_ptr += batch * in_length * D + channel[None, :]
     ids_ptr += batch * (T + past)
 
     own = token
@@ -71,7 +63,7 @@ def convolution_kernel(
         is_there = (source >= 0) & (source < in_length)
         # The ids are those of the window, in which the gradients begin after what is before.
         ids = ids_ptr + past if REVERSE else ids_ptr
-        x = load_of_document(x_ptr, ids, source, own, is_there, in_channels, x_stride_t, dtype, HAS_IDS)
+        x = load_of_document(x_ptr, ids, source, own, is_there, in_channels, D, dtype, HAS_IDS)
         y += tl.load(weight_ptr + tap * D + channel, mask=in_channels, other=0.0)[None, :] * x
     y_ptr += batch * out_length * D + channel[None, :]
     inside = (token < out_length)[:, None] & in_channels[None, :]
@@ -87,10 +79,6 @@ def weight_gradient_kernel(
     T,
     D,
     segment_tiles,
-    window_stride_b,
-    window_stride_t,
-    grad_stride_b,
-    grad_stride_t,
     TAPS: tl.constexpr,
     HAS_IDS: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -103,8 +91,8 @@ def weight_gradient_kernel(
     segment = tl.program_id(1)
     in_channels = channel < D
     dtype = out_ptr.dtype.element_ty
-    window_ptr += batch * window_stride_b + channel[None, :]
-    grad_ptr += batch * grad_stride_b + channel[None, :]
+    window_ptr += batch * (T + past) * D + channel[None, :]
+    grad_ptr += batch * T * D + channel[None, :]
     ids_ptr += batch * (T + past)
     out_ptr += (batch * tl.num_programs(1) + segment) * (TAPS + 1) * D + channel
 
@@ -114,23 +102,21 @@ def weight_gradient_kernel(
         for i in range(0, segment_tiles):
             token = (segment * segment_tiles + i).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
             is_there = token < T
-            grad = tl.load(
-                grad_ptr + token[:, None] * grad_stride_t, mask=is_there[:, None] & in_channels[None, :], other=0.0
-            )
+            grad = tl.load(grad_ptr + token[:, None] * D, mask=is_there[:, None] & in_channels[None, :], other=0.0)
             grad = convert(grad, dtype)
             if tap < TAPS:
                 own = token
                 if HAS_IDS:
                     own = tl.load(ids_ptr + token + past, mask=is_there, other=0)
                 grad *= load_of_document(
-                    window_ptr, ids_ptr, token + tap, own, is_there, in_channels, window_stride_t, dtype, HAS_IDS
+                    window_ptr, ids_ptr, token + tap, own, is_there, in_channels, D, dtype, HAS_IDS
                 )
             total += tl.sum(grad, 0)
         tl.store(out_ptr + tap * D, total, mask=in_channels)
 
 
 @on_its_device
-def convolution(
+def launch_convolution(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
@@ -152,19 +138,17 @@ def convolution(
     batch_size, length, hidden_size = x.shape
     length -= 0 if reverse else taps - 1
     out_length = length + taps - 1 if reverse else length
-    x, weight = channels_last(x), weight.T.contiguous()
+    x, weight, bias, ids = contiguous(x, weight.T, bias, ids)
     y = x.new_empty(batch_size, out_length, hidden_size)
-    block_d = min(BLOCK_D, max(16, triton.next_power_of_2(hidden_size)))
+    block_d = min(BLOCK_D, max(MIN_BLOCK, triton.next_power_of_2(hidden_size)))
     programs = batch_size * triton.cdiv(hidden_size, block_d) * triton.cdiv(out_length, BLOCK_T)
     convolution_kernel[(programs,)](
         x,
         weight,
-        weight if bias is None else bias.contiguous(),
-        x if ids is None else ids.contiguous(),
+        *given(bias, ids, instead=x),
         y,
         length,
         hidden_size,
-        *x.stride()[:2],
         TAPS=taps,
         HAS_BIAS=bias is not None,
         HAS_IDS=ids is not None,
@@ -176,14 +160,14 @@ def convolution(
 
 
 @on_its_device
-def convolution_weight_gradient(
+def launch_weight_gradient(
     window: torch.Tensor, grad: torch.Tensor, ids: torch.Tensor | None, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of [`convolution`], from the gradient of its outputs those of its weights `[D, taps]` and its bias `[D]`, of `dtype`."""
+    """Of [`launch_convolution`], from the gradient of its outputs those of its weights `[D, taps]` and its bias `[D]`, of `dtype`."""
     batch_size, length, hidden_size = grad.shape
     taps = window.shape[1] - length + 1
-    window, grad = channels_last(window), channels_last(grad)
-    block_d = min(BLOCK_D, max(16, triton.next_power_of_2(hidden_size)))
+    window, grad, ids = contiguous(window, grad, ids)
+    block_d = min(BLOCK_D, max(MIN_BLOCK, triton.next_power_of_2(hidden_size)))
     programs = batch_size * triton.cdiv(hidden_size, block_d)
     num_tiles = triton.cdiv(length, BLOCK_T)
     segments = max(1, min(num_tiles, triton.cdiv(4 * num_processors(grad.device), programs)))
@@ -193,13 +177,11 @@ def convolution_weight_gradient(
     weight_gradient_kernel[programs, segments](
         window,
         grad,
-        window if ids is None else ids.contiguous(),
+        *given(ids, instead=window),
         parts,
         length,
         hidden_size,
         segment_tiles,
-        *window.stride()[:2],
-        *grad.stride()[:2],
         TAPS=taps,
         HAS_IDS=ids is not None,
         BLOCK_T=BLOCK_T,
@@ -207,3 +189,47 @@ def convolution_weight_gradient(
     )
     total = parts.sum((0, 1))
     return total[:-1].T.contiguous(), total[-1]
+
+
+@register_kernel(causal_convolution)
+@torch.library.custom_op("modeling_sumagg::convolution", mutates_args=())
+def convolution(
+    window: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, ids: torch.Tensor | None
+) -> torch.Tensor:
+    """[`launch_convolution`] for autograd and compilers."""
+    return launch_convolution(window, weight, bias, ids)
+
+
+@convolution.register_fake
+def _convolution_fake(window, weight, bias, ids):
+    return window.new_empty(window.shape[0], window.shape[1] - weight.shape[1] + 1, window.shape[2])
+
+
+@torch.library.custom_op("modeling_sumagg::convolution_backward", mutates_args=())
+def convolution_backward(
+    grad: torch.Tensor, window: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients of the window, the weights and the bias."""
+    grad_window = launch_convolution(grad, weight, None, ids, reverse=True)
+    return grad_window, *launch_weight_gradient(window, grad, ids, weight.dtype)
+
+
+@convolution_backward.register_fake
+def _convolution_backward_fake(grad, window, weight, ids):
+    grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    return window.new_empty(window.shape), grad_weight, weight.new_empty(weight.shape[0])
+
+
+def _convolution_setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _convolution_vjp(ctx, grad):
+    window, weight, bias, ids = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        return *convolution_gradients(grad, window, weight, bias, ids), None
+    grad_window, grad_weight, grad_bias = convolution_backward(grad, window, weight, ids)
+    return grad_window, grad_weight, None if bias is None else grad_bias, None
+
+
+convolution.register_autograd(_convolution_vjp, setup_context=_convolution_setup_context)

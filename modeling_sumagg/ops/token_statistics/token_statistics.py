@@ -5,13 +5,13 @@ Triton kernels, with an analytic backward.
 """
 
 import torch
+import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ..documents import Documents, check_tokens, find_documents
-from ..kernels.kernel_dispatch import is_exported, is_recorded, is_transformed, kernel, takes_kernels
-from ..scan import state_dtype
-from .blocks import CAUSAL_FLOORS, bidirectional_forward, causal_forward, pack, unpack
-from .formula import (
+from ..dispatch import is_exported, is_recorded, is_transformed, kernel_of
+from ..documents import Documents, check_tokens, find_documents, takes_documents
+from ..running_sum.running_sum_torch import state_dtype
+from .token_statistics_reference import (
     TokenStatisticsState,
     bidirectional_formula,
     bidirectional_membership,
@@ -20,9 +20,9 @@ from .formula import (
     causal_step,
     statistics_dtype,
 )
+from .token_statistics_torch import bidirectional_forward, causal_forward, pack, unpack
 
 
-KERNEL_BLOCK_SIZE = 64  # tokens of a tile of the Triton kernels, if a head's part of it fits into their registers
 FORMULA_BLOCK_ELEMENTS = 2**20  # of w, of which with decays backward computes the formula again at a time
 FORMULA_LENGTH = 64  # without gradients, up to here the blocks cost more than they save
 
@@ -61,14 +61,15 @@ def token_statistics(
     """
     mask = _check_arguments(w, temperature, attention_mask, dropout_p)
     keep = _dropout(w, dropout_p, length=1)
-    kernels = takes_kernels(w)
-    if not kernels and _takes_formula(w):
+    # The kernel; a few tokens and recorded graphs by the formula; or blocks.
+    forward = kernel_of(token_statistics, w)
+    if forward is None and _takes_formula(w):
         return bidirectional_formula(w, temperature, mask, keep, dropout_p)
     temperature = temperature.flatten().to(statistics_dtype(w))
-    kernel_block = _kernel_block(w.shape[3], temperature.dtype) if kernels else 0
-    return bidirectional_forward(w.transpose(1, 2), temperature, mask, keep, dropout_p, kernel_block).transpose(1, 2)
+    return (forward or bidirectional_forward)(w.transpose(1, 2), temperature, mask, keep, dropout_p).transpose(1, 2)
 
 
+@takes_documents
 def causal_token_statistics(
     w: torch.Tensor,
     temperature: torch.Tensor,
@@ -77,7 +78,7 @@ def causal_token_statistics(
     log_decay: torch.Tensor | None = None,
     initial_state: TokenStatisticsState | None = None,
     attention_mask: torch.Tensor | None = None,
-    document_ids: torch.Tensor | None = None,
+    document_ids: torch.Tensor | Documents | None = None,
     dropout_p: float = 0.0,
 ) -> tuple[torch.Tensor, TokenStatisticsState]:
     r"""
@@ -108,7 +109,7 @@ def causal_token_statistics(
             `document_ids` are then 0 … R - 1, and the tokens of a document stand together.
         attention_mask (`torch.Tensor` of shape `[B, T]`, bool or 0/1, *optional*):
             True where a token is real. A masked one is in no sum, whatever its values (NaN included).
-        document_ids (`torch.Tensor` of shape `[B, T]`, integer, *optional*):
+        document_ids (`torch.Tensor` of shape `[B, T]`, integer, or `Documents`, *optional*):
             A change of id from one real token to the next restarts every sum, and no rounding of an earlier document
             reaches a later one.
         dropout_p (`float`, *optional*, defaults to 0.0):
@@ -126,37 +127,51 @@ def causal_token_statistics(
     mask = _check_causal_arguments(
         w, temperature, position_bias, log_decay, initial_state, attention_mask, document_ids, dropout_p
     )
-    batch_size, num_heads, length, head_dim = w.shape
-    keep = _dropout(w, dropout_p, length)
-    kernels = takes_kernels(w)
-    log_decay = _decays(log_decay, w, mask)
     have_states = initial_state is not None and initial_state[2].dim() == 3
-    if length == 1 and not have_states:
+    documents = None
+    if w.shape[2] > 1 or have_states:
+        documents = find_documents(document_ids, mask, have_states=have_states)
+    log_decay, keep = _decays(log_decay, w, mask), _dropout(w, dropout_p, w.shape[2])
+    return _causal(w, temperature, position_bias, initial_state, mask, log_decay, documents, keep, dropout_p)
+
+
+def _causal(w, temperature, position_bias, initial_state, mask, log_decay, documents, keep, dropout_p):
+    """
+    Choose the path: a decode step, which may be a kernel; the formula of a few tokens and of recorded graphs; the formula in
+    blocks where there are decays or states of documents; or blocks, which may be kernels.
+    """
+    arguments = w, temperature, position_bias, initial_state, mask, log_decay, documents, keep, dropout_p
+    have_states = initial_state is not None and initial_state[2].dim() == 3
+    if w.shape[2] == 1 and not have_states:
         if log_decay is not None and initial_state is not None:
             initial_state = _decayed(TokenStatisticsState(*initial_state), log_decay)
         # A compiler fuses a single step with what is around it.
-        if kernels and keep is None and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return _causal_step_kernel(w, temperature, position_bias, initial_state, mask)
-        return causal_step(w, temperature, position_bias, initial_state, mask, keep, dropout_p)
-    documents = find_documents(document_ids, mask, have_states=have_states)
-    arguments = w, temperature, position_bias, initial_state, mask, log_decay, documents, keep, dropout_p
-    if not kernels and _takes_formula(w, documents):
+        is_plain = keep is None and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        step = kernel_of(causal_step, w) if is_plain else None
+        return (step or causal_step)(w, temperature, position_bias, initial_state, mask, keep, dropout_p)
+    forward = kernel_of(causal_token_statistics, w)
+    if forward is None and _takes_formula(w, documents):
         return causal_formula(*arguments)
     if log_decay is not None or have_states:
         return causal_formula(*arguments) if is_recorded() else _formula_in_blocks(*arguments)
-    runs = None if documents is None else documents.starts.long().cumsum(dim=1)
+    return _in_blocks(
+        forward or causal_forward, w, temperature, position_bias, initial_state, mask, documents, keep, dropout_p
+    )
+
+
+def _in_blocks(forward, w, temperature, position_bias, initial_state, mask, documents, keep, dropout_p):
+    """The arguments of [`causal_forward`], or of the kernel in its place."""
+    batch_size, num_heads, length, head_dim = w.shape
     dtype = statistics_dtype(w)
     if position_bias is not None:
         position_bias = position_bias.to(dtype).mT.expand(batch_size, length, num_heads)
     if initial_state is None:
-        initial_sums = w.new_zeros(batch_size, num_heads * (2 * head_dim + 1), dtype=state_dtype(w))
+        initial = w.new_zeros(batch_size, num_heads * (2 * head_dim + 1), dtype=state_dtype(w))
     else:
-        initial_sums = pack(initial_state).to(state_dtype(w))
+        initial = pack(initial_state).to(state_dtype(w))
     w, temperature = w.transpose(1, 2), temperature.flatten().to(dtype)
-    kernel_block = _kernel_block(head_dim, dtype) if kernels else 0
-    out, _, final = causal_forward(
-        w, temperature, position_bias, initial_sums, mask, runs, keep, dropout_p, kernel_block
-    )
+    ids = None if documents is None else documents.ids
+    out, _, final = forward(w, temperature, position_bias, initial, mask, ids, keep, dropout_p)
     return out.transpose(1, 2), unpack(final, num_heads, head_dim)
 
 
@@ -173,6 +188,7 @@ def token_membership(
     return bidirectional_membership(w, temperature, mask)
 
 
+@takes_documents
 def causal_token_membership(
     w: torch.Tensor,
     temperature: torch.Tensor,
@@ -181,7 +197,7 @@ def causal_token_membership(
     log_decay: torch.Tensor | None = None,
     initial_state: TokenStatisticsState | None = None,
     attention_mask: torch.Tensor | None = None,
-    document_ids: torch.Tensor | None = None,
+    document_ids: torch.Tensor | Documents | None = None,
 ) -> torch.Tensor:
     """
     Π of [`causal_token_statistics`], which documents the arguments and the errors.
@@ -218,7 +234,7 @@ def causal_token_statistics_reference(
     log_decay: torch.Tensor | None = None,
     initial_state: TokenStatisticsState | None = None,
     attention_mask: torch.Tensor | None = None,
-    document_ids: torch.Tensor | None = None,
+    document_ids: torch.Tensor | Documents | None = None,
     dropout_p: float = 0.0,
 ) -> tuple[torch.Tensor, TokenStatisticsState]:
     """[`causal_token_statistics`] as the paper writes it; autograd keeps every intermediate."""
@@ -235,7 +251,7 @@ def causal_token_statistics_reference(
 def _takes_formula(w: torch.Tensor, documents: Documents | None = None) -> bool:
     """A few tokens are cheapest in plain operations; an exported graph may hold, and a transform act on, no others."""
     length = w.shape[2]
-    if length <= 1 or is_exported() or is_transformed():
+    if length <= 1 or is_exported() or is_transformed(w):
         return True
     # A compiled graph takes one path for every length; in training the formula would keep every intermediate.
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
@@ -246,9 +262,17 @@ def _takes_formula(w: torch.Tensor, documents: Documents | None = None) -> bool:
 def _formula_in_blocks(w, temperature, position_bias, initial_state, mask, log_decay, documents, keep, dropout_p):
     """[`causal_formula`] of a block of tokens after the other, for gradients computed again in backward."""
     outs, state = [], initial_state
+    have_states = state is not None and state[2].dim() == 3
     size = max(1, FORMULA_BLOCK_ELEMENTS // w[:, :, 0].numel())
     for start in range(0, w.shape[2], size):
         tokens = slice(start, start + size)
+        block_documents = None
+        if documents is not None:
+            # Where a document begins with the block, the state before it is dropped here.
+            begins, starts = documents.starts[:, start], documents.starts[:, start + 1 : start + size]
+            block_documents = Documents(documents.ids[:, tokens], F.pad(starts, (1, 0)))
+            if state is not None and not have_states:
+                state = TokenStatisticsState(*(t.masked_fill(begins.view(-1, *[1] * (t.dim() - 1)), 0) for t in state))
         arguments = (
             w[:, :, tokens],
             temperature,
@@ -256,7 +280,7 @@ def _formula_in_blocks(w, temperature, position_bias, initial_state, mask, log_d
             state,
             None if mask is None else mask[:, tokens],
             None if log_decay is None else log_decay[:, tokens],
-            None if documents is None else documents.part(tokens),
+            block_documents,
             None if keep is None else keep[:, tokens],
             dropout_p,
         )
@@ -284,15 +308,6 @@ def _decayed(state, log_decay):
     return TokenStatisticsState(*(sums * decay.view(*decay.shape, *[1] * (sums.dim() - 2)) for sums in state))
 
 
-def _causal_step_kernel(w, temperature, position_bias, initial_state, mask):
-    """[`causal_step`] as one kernel, without gradients."""
-    temperature = temperature.flatten().to(state_dtype(w))
-    bias = None if position_bias is None else position_bias.squeeze(-1)
-    mask = None if mask is None else mask.squeeze(-1)
-    out, state = kernel("causal_step")(w.squeeze(2), temperature, bias, initial_state, mask, CAUSAL_FLOORS)
-    return out.unsqueeze(2), TokenStatisticsState(*state)
-
-
 def _dropout(w, dropout_p, length):
     """Which entries of `1 / (1 + m)` dropout keeps, bool `[B, length, K, p]`; `None` if all."""
     if dropout_p == 0.0:
@@ -300,12 +315,6 @@ def _dropout(w, dropout_p, length):
     batch_size, num_heads, _, head_dim = w.shape
     keep = torch.empty(batch_size, length, num_heads, head_dim, dtype=torch.bool, device=w.device)
     return keep.bernoulli_(1 - dropout_p)
-
-
-def _kernel_block(head_dim, dtype):
-    """The tokens of a tile of the Triton kernels: a power of 2, and at least 16, as a factor of a matrix product."""
-    largest = 16 if dtype == torch.float64 else KERNEL_BLOCK_SIZE
-    return largest if head_dim <= 64 else max(16, largest // 2 if head_dim <= 128 else 16)
 
 
 def _check_arguments(w, temperature, attention_mask, dropout_p=0.0, document_ids=None):
