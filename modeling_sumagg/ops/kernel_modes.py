@@ -19,6 +19,7 @@ _mode = "auto"
 def register_kernels() -> None:
     """Import the modules that register kernels, and with them Triton."""
     from .causal_convolution import causal_convolution_kernels  # noqa: F401
+    from .keyed_sum import keyed_sum_kernels  # noqa: F401
     from .running_sum import running_sum_kernels  # noqa: F401
     from .token_statistics import token_statistics_kernels  # noqa: F401
     from .weighted_mean import weighted_mean_kernels  # noqa: F401

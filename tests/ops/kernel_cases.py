@@ -4,6 +4,7 @@ import os
 
 import pytest
 import test_decays
+import test_keyed_sum
 import test_summation
 import test_token_statistics
 import torch
@@ -13,6 +14,8 @@ from testing import assert_close
 from modeling_sumagg.ops import (
     TokenStatisticsState,
     causal_convolution,
+    causal_keyed_sum,
+    causal_keyed_sum_reference,
     causal_mean,
     causal_sum,
     causal_sum_reference,
@@ -509,3 +512,45 @@ def test_the_state_for_backward_of_the_statistics_is_small():
     borders = 128 // token_statistics_kernels.TILE_SIZE + 3
     size, sums = w.untyped_storage().nbytes(), 2 * borders * 2 * (2 * 64 + 1) * 4
     assert size <= sum(storages.values()) <= size + sums + 100
+
+
+@pytest.mark.parametrize("cut", [False, True])
+@pytest.mark.parametrize("length, sizes", [(2, {}), (33, {"size": 17, "width": 20}), (70, {"heads": 2, "width": 70})])
+def test_keyed_sum_and_its_gradients(length, sizes, cut):
+    arguments = test_keyed_sum.sample(length, **sizes, cut=cut)
+    expected = test_keyed_sum.gradients(causal_keyed_sum_reference, arguments)
+    single = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in arguments.items()}
+    found = test_keyed_sum.gradients(causal_keyed_sum, to_device(single)[0])
+    for name, actual, reference in zip(("y", "state", *test_keyed_sum.LEAVES), found, expected, strict=True):
+        actual = actual.double().cpu()
+        if name == "y":
+            actual, reference = (test_keyed_sum.real(y, arguments) for y in (actual, reference))
+        error = (actual - reference).abs().max() / reference.abs().max().clamp(min=1e-6)
+        assert error < 5e-6, (name, error)
+
+
+def test_second_derivatives_of_the_keyed_sum():
+    arguments = to_device(test_keyed_sum.sample(20, batch=1, heads=1, groups=1, size=2, width=2, dtype=torch.float32))[
+        0
+    ]
+
+    def second(values):
+        y, _ = causal_keyed_sum(**{**arguments, "values": values})
+        (first,) = torch.autograd.grad((y**3).sum(), values, create_graph=True)
+        return torch.autograd.grad((first**2).sum(), values)[0]
+
+    found = second(arguments["values"].requires_grad_())
+    set_kernels("torch")
+    assert_close(found, second(arguments["values"].requires_grad_()), 1e-5)
+
+
+def test_a_value_that_is_not_finite_stays_in_its_document_of_the_keyed_sum():
+    arguments = test_keyed_sum.sample(50, cut=False, dtype=torch.float32)
+    arguments["document_ids"] = (torch.arange(50) >= 20).long().expand(2, -1)
+    expected = causal_keyed_sum_reference(**arguments)
+    arguments["values"][0, 10] = torch.nan
+    arguments["keys"][1, 5] = torch.inf
+    y, state = causal_keyed_sum(**to_device(arguments)[0])
+    assert_close(y[:, 20:].cpu(), expected[0][:, 20:], 5e-6)
+    assert_close(state.cpu(), expected[1], 5e-6)
+    assert y[0, 10:20].isnan().all() and y[1, 5:20].isnan().all()

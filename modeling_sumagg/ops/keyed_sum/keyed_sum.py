@@ -2,12 +2,13 @@
 
 import torch
 
-from ..dispatch import is_exported
+from ..dispatch import is_exported, kernel_of
 from ..documents import Documents, check_tokens, find_documents, takes_documents
 from ..running_sum.running_sum_torch import without_autocast
 from .keyed_sum_torch import keyed_sum_chunks, keyed_sum_step
 
 
+@takes_documents
 @takes_documents
 def causal_keyed_sum(
     values: torch.Tensor,
@@ -81,7 +82,7 @@ def causal_keyed_sum(
     documents = None if length < 2 else find_documents(document_ids, attention_mask)
     # Autocast would round the state.
     with without_autocast(values):
-        y, state = _keyed_sum(values, keys, queries, log_decay, state, documents)
+        y, state = _sum(values, keys, queries, log_decay, state, documents)
     y = y.to(result_dtype)
     if not return_log_decay:
         return y, state
@@ -91,22 +92,25 @@ def causal_keyed_sum(
     return y, state, log_decay.sum(1)
 
 
-def _keyed_sum(values, keys, queries, log_decay, state, documents):
-    """The path that is taken: none, one step, or chunks."""
+def _sum(values, keys, queries, log_decay, state, documents):
+    """Choose the path: no tokens; one token; or chunks, by the kernel or by PyTorch's operations."""
     length = values.shape[1]
     if length == 0:
         return values, state
     if length == 1:
         y, state = keyed_sum_step(values[:, 0], keys[:, 0], queries[:, 0], log_decay[:, 0], state)
         return y[:, None], state
+    # The kernels hold float32.
+    kernel = kernel_of(keyed_sum_chunks, values) if values.dtype == torch.float32 else None
+    chunks = keyed_sum_chunks if kernel is None else kernel
     if documents is None or is_exported():
-        starts = None if documents is None else documents.starts
-        return keyed_sum_chunks(values, keys, queries, log_decay, state, starts)
-    return _isolated(values, keys, queries, log_decay, state, *documents)
+        return chunks(values, keys, queries, log_decay, state, None if documents is None else documents.starts)
+    return _isolated(chunks, values, keys, queries, log_decay, state, documents)
 
 
-def _isolated(values, keys, queries, log_decay, state, ids, starts):
-    """[`keyed_sum_chunks`] whose matrix products carry no NaN and no infinity from one document to another."""
+def _isolated(chunks, values, keys, queries, log_decay, state, documents):
+    """`chunks`, whose matrix products then carry no NaN and no infinity from one document to another."""
+    ids, starts = documents
     is_finite = values.isfinite().all((2, 3)) & keys.isfinite().all((2, 3)) & log_decay.isfinite().all(2)
     state_is_finite = state.isfinite().all((1, 2, 3))
     # The newest document in which something was not finite, counted from 1. Ids never decrease along a row.
@@ -117,10 +121,9 @@ def _isolated(values, keys, queries, log_decay, state, ids, starts):
     values, keys = (tensor.masked_fill(bad[..., None], 0) for tensor in (values, keys))
     queries = queries.masked_fill(~queries.isfinite(), torch.nan)
     state = state.masked_fill(~state_is_finite[:, None, None, None], 0)
-    y, state = keyed_sum_chunks(values, keys, queries, log_decay.masked_fill(bad, 0), state, starts)
-    return y.masked_fill(is_lost[..., None, None], torch.nan), state.masked_fill(
-        is_lost[:, -1, None, None, None], torch.nan
-    )
+    y, state = chunks(values, keys, queries, log_decay.masked_fill(bad, 0), state, starts)
+    state = state.masked_fill(is_lost[:, -1, None, None, None], torch.nan)
+    return y.masked_fill(is_lost[..., None, None], torch.nan), state
 
 
 def _check(values, keys, queries, log_decay, weight, initial_state):
