@@ -6,11 +6,12 @@ import os
 import re
 import stat
 import uuid
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 
-# All code files of a checkpoint begin with this and a digest of the code, a name that nobody else gives a file.
+# The names of a checkpoint's code files begin with this and a digest of the code: nobody else names files so.
 PREFIX = "sumagg_"
 HEADER_PATTERN = re.compile(r"# From the Python package .*modeling-sumagg ([^ ,]+).*, module ([\w.]+)\.$")
 # `"module.Class"` in an `auto_map`, with the repository that it may name.
@@ -151,9 +152,24 @@ def flush_to_disk(*paths: Path) -> None:
             os.close(descriptor)
 
 
+def refuse_foreign_files(folder: Path, names: Iterable[str]) -> None:
+    """
+    Raise where a folder holds a file of one of these names that this package did not write.
+
+    Raises:
+        `ValueError`: it does; the message names the file and the remedy.
+    """
+    for name in names:
+        if (folder / name).exists() and read_header(folder / name) is None:
+            raise ValueError(
+                f"{folder / name} was not written by modeling-sumagg and would be overwritten: move it away, or choose "
+                "another folder."
+            )
+
+
 def write_code(folder: Path, sources: dict[str, str], like: Path | None = None) -> list[str]:
     """
-    Write the code of a family into a folder. What is there already, and the same, is left alone.
+    Write code into a folder. What is there already, and the same, is left alone.
 
     Args:
         folder (`Path`): where to write.
@@ -164,15 +180,8 @@ def write_code(folder: Path, sources: dict[str, str], like: Path | None = None) 
         `list[str]`: the names of the files that were written.
 
     Raises:
-        `ValueError`: before anything is written, a file of one of these names is not ours.
         `OSError`: a file cannot be written. Those before it stay, since another process may have found them there.
     """
-    foreign = [name for name in sources if (folder / name).exists() and read_header(folder / name) is None]
-    if foreign:
-        raise ValueError(
-            f"{folder / foreign[0]} was not written by modeling-sumagg and would be overwritten: move it away, or choose "
-            "another folder."
-        )
     written = []
     for name, source in sources.items():
         path = folder / name

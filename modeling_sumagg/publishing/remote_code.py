@@ -6,7 +6,8 @@ their classes: a model works without the package as it works with it, and transf
 is saved again.
 
 The name of each file begins with `sumagg_` and a digest of the family's code. So it replaces no file of the user's, and
-old and new code in one folder never mix: the `auto_map` in `config.json` names one or the other.
+old and new code in one folder never mix: the `auto_map` in `config.json` names one or the other. The modules of the
+classes are also there under their own names, by which version 0.2 wrote them and other repositories may refer to them.
 """
 
 import ast
@@ -33,7 +34,7 @@ from transformers.utils import CONFIG_NAME, is_vision_available
 from ..configuration.configuration_fields import NamedFields
 from ..families import FAMILIES, Family
 from ..registration import register_class_names
-from .files import PREFIX, remove_old_code, write_code, write_text
+from .files import PREFIX, refuse_foreign_files, remove_old_code, write_code, write_text
 from .flattening import PACKAGE, REGISTRATION, flatten_imports, last_name
 
 
@@ -150,10 +151,12 @@ def _writing_code(write_json):
         path, family = Path(json_file_path), FAMILIES.get(self.model_type)
         if path.name != CONFIG_NAME or family is None or type(self) is not family.config_class:
             return write_json(self, json_file_path, use_diff=use_diff)
-        sources = flat_sources(family)
+        sources, names = flat_sources(family), own_names(family)
+        refuse_foreign_files(path.parent, [*sources, *names])
         write_code(path.parent, sources)
         self.auto_map = {**(getattr(self, "auto_map", None) or {}), **auto_map(family)}
         write_text(path, self.to_json_string(use_diff=use_diff))
+        write_code(path.parent, names)
         remove_old_code(path.parent, sources)
 
     to_json_file.writes_code = True
@@ -162,9 +165,13 @@ def _writing_code(write_json):
 
 def auto_map(family: Family) -> dict[str, str]:
     """What `config.json` says of the code beside it: `"module.Class"` by the name of the Auto class."""
-    prefix = next(iter(flat_sources(family)))[: len(PLACEHOLDER)]
+    prefix = _prefix(family)
     classes = {"AutoConfig": family.config_class, **family.models}
     return {name: f"{prefix}{last_name(cls.__module__)}.{cls.__name__}" for name, cls in classes.items()}
+
+
+def _prefix(family: Family) -> str:
+    return next(iter(flat_sources(family)))[: len(PLACEHOLDER)]
 
 
 @functools.cache
@@ -187,6 +194,37 @@ def flat_sources(family: Family) -> dict[str, str]:
     return {name.replace(PLACEHOLDER, prefix): text.replace(PLACEHOLDER, prefix) for name, text in sources.items()}
 
 
+@functools.cache
+def own_names(family: Family) -> dict[str, str]:
+    """
+    The modules of a family's classes under their own names, as `modeling_sumagg.py`: they import the classes from the
+    files of [`flat_sources`].
+
+    Returns:
+        `dict[str, str]`: the text of each file by its name.
+    """
+    classes: dict[str, list[str]] = {}
+    for cls in (family.config_class, *family.models.values()):
+        classes.setdefault(cls.__module__, []).append(cls.__name__)
+    texts = {}
+    for module, names in classes.items():
+        lines = [
+            *_header(module).splitlines(),
+            '"""The module under its own name, by which other repositories may refer to it."""',
+            "",
+            f"from .{_prefix(family)}{last_name(module)} import (  # noqa: F401",
+            *(f"    {name}," for name in sorted(set(names))),
+            ")",
+        ]
+        texts[f"{last_name(module)}.py"] = "".join(f"{line}\n" for line in lines)
+    return texts
+
+
+def _header(module: str) -> str:
+    own, package = f"modeling-sumagg {package_version()}", module.partition(".")[0]
+    return HEADER.format(origin=f"{own} (Apache-2.0)" if package == PACKAGE else f"{package}, by {own}", module=module)
+
+
 def _flattened(family: Family) -> dict[str, str]:
     """The files with `PLACEHOLDER` in their names, in the place of the digest of what they hold."""
     classes = (family.config_class, *family.models.values())
@@ -196,7 +234,6 @@ def _flattened(family: Family) -> dict[str, str]:
                 f"{cls.__name__} was defined in a script or a notebook, whose code no checkpoint can carry. Move it to "
                 "a module of its own (a file such as gated_sum.py), import it from there, and register it again."
             )
-    own = f"modeling-sumagg {package_version()}"
     sources: dict[str, str] = {}
     written: dict[str, str] = {}
     waiting = [*sorted({cls.__module__ for cls in classes}), REGISTRATION]
@@ -209,11 +246,9 @@ def _flattened(family: Family) -> dict[str, str]:
             )
         if name in sources:
             continue
-        package = module.partition(".")[0]
-        origin = f"{own} (Apache-2.0)" if package == PACKAGE else f"{package}, by {own}"
         try:
             source, imported = flatten_imports(_source(module), module, PLACEHOLDER)
-            text = HEADER.format(origin=origin, module=module) + source + _registering(module, family)
+            text = _header(module) + source + _registering(module, family)
             ast.parse(text)
         except SyntaxError as error:
             raise ValueError(

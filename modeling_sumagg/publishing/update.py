@@ -13,10 +13,11 @@ from .files import (
     read_auto_map,
     read_header,
     read_json,
+    refuse_foreign_files,
     write_code,
     write_text,
 )
-from .remote_code import auto_map, flat_sources, package_version
+from .remote_code import auto_map, flat_sources, own_names, package_version
 
 
 def update_folder(folder: str | os.PathLike) -> list[str]:
@@ -24,8 +25,8 @@ def update_folder(folder: str | os.PathLike) -> list[str]:
     Rewrite the code in a checkpoint folder to what the installed version would save there. Weights, card and all other
     files stay as they are; of `config.json` only the `auto_map` is changed, if it has to be.
 
-    The new code is written beside the old, which has other names. Then one step puts a `config.json` that names the new
-    code in the place of the old one, and the old code is removed. So the folder loads with the old code or with the new
+    The new code is written beside the old, under other names. Then one step puts a `config.json` that names the new code
+    in the place of the old one, and the old code is removed. So the folder loads with the old code or with the new
     at any moment, whenever the process is killed; a second update finishes what a killed one began.
 
     Returns:
@@ -39,7 +40,7 @@ def update_folder(folder: str | os.PathLike) -> list[str]:
     family, before = _read_config(folder)
     config_path = folder / CONFIG_NAME
     headers = code_files(folder)
-    sources = flat_sources(family)
+    sources, names = flat_sources(family), own_names(family)
     config = json.loads(before)
     references = read_auto_map(config, config_path)
     configuration = folder / f"{_module(references.get('AutoConfig'))}.py"
@@ -48,6 +49,7 @@ def update_folder(folder: str | os.PathLike) -> list[str]:
     # The user's own code has entries too.
     kept = {key: value for key, value in references.items() if f"{_module(value)}.py" not in headers}
     new_map = kept | auto_map(family)
+    refuse_foreign_files(folder, [*sources, *names])
 
     written = write_code(folder, sources, like=config_path)
     if new_map != references:
@@ -56,7 +58,8 @@ def update_folder(folder: str | os.PathLike) -> list[str]:
             raise ValueError(f"{config_path} was written by another process meanwhile: run the update again.")
         write_text(config_path, json.dumps(config | {"auto_map": new_map}, indent=2, sort_keys=True) + "\n")
         flush_to_disk(config_path, folder)
-    removed = sorted(set(headers) - set(sources))
+    written += write_code(folder, names, like=config_path)
+    removed = sorted(set(headers) - set(sources) - set(names))
     for name in removed:
         (folder / name).unlink(missing_ok=True)
 

@@ -55,8 +55,11 @@ def code_file(folder: Path, module: str) -> Path:
 
 def code_modules(folder: Path) -> set[str]:
     """The last parts of the names of the modules that a checkpoint carries; all have one prefix."""
-    names = [path.stem.split("_", 2) for path in folder.glob("*.py")]
-    assert {name[0] for name in names} <= {"sumagg"} and len({name[1] for name in names}) <= 1
+    names = [path.stem.split("_", 2) for path in folder.glob("sumagg_??????_*.py")]
+    assert len({name[1] for name in names}) == 1
+    others = {path.stem for path in folder.glob("*.py")} - {"_".join(name) for name in names}
+    # The modules of the classes are there under their own names too.
+    assert others == {name.partition(".")[0].split("_", 2)[2] for name in auto_map(folder).values()}
     return {name[2] for name in names}
 
 

@@ -205,15 +205,7 @@ def test_image_models_are_saved_like_the_others(tmp_path):
     )
 
 
-OTHERS_FILES = [
-    "model.py",
-    "cache.py",
-    "layers.py",
-    "heads.py",
-    "modeling_sumagg.py",
-    "configuration_sumagg.py",
-    "README.md",
-]
+OTHERS_FILES = ["model.py", "cache.py", "layers.py", "heads.py", "scan.py", "modeling.py", "README.md"]
 
 
 def test_files_of_others_stay_and_old_code_goes(tmp_path):

@@ -13,8 +13,8 @@ def test_every_class_is_carried_on_and_on_without_the_package(tmp_path, clean_py
         # What was saved must not need what it was loaded from.
         for path in (tmp_path / source).iterdir():
             if path.is_dir():
-                first = {file.name: file.read_bytes() for file in path.glob("*.py")}
-                again = {file.name: file.read_bytes() for file in (tmp_path / target / path.name).glob("*.py")}
+                first = {file.name: file.read_bytes() for file in path.glob("sumagg_*.py")}
+                again = {file.name: file.read_bytes() for file in (tmp_path / target / path.name).glob("sumagg_*.py")}
                 assert first == again
                 assert auto_map(path) == auto_map(tmp_path / target / path.name)
         shutil.rmtree(tmp_path / source)

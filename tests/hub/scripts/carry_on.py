@@ -1,6 +1,7 @@
 """Load every checkpoint of a folder, hold it to its recorded outputs, train it a step and save it to another folder."""
 
 import io
+import json
 import logging
 import sys
 import tempfile
@@ -101,8 +102,8 @@ def main(source: Path, target: Path) -> None:
         expected = inputs.pop("output")
         if auto_class == "AutoBackbone":
             # It takes no local folder.
-            (modeling,) = folder.glob("sumagg_*_modeling_tost.py")
-            loader = get_class_from_dynamic_module(f"{modeling.stem}.ToSTBackbone", folder)
+            reference = json.loads((folder / "config.json").read_text())["auto_map"][auto_class]
+            loader = get_class_from_dynamic_module(reference, folder)
         else:
             loader = getattr(transformers, auto_class)
         model, info = loader.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
