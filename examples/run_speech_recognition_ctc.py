@@ -16,8 +16,8 @@ columns `file_name` and `transcription`. Audio of any sampling rate and number o
 
 import json
 import os
-import re
 import tempfile
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -93,9 +93,20 @@ class SpeechArguments(DataArguments):
                 self.audio_column_name = "file_name"
 
 
+# Typographic apostrophes; and characters that are neither seen nor heard, such as soft hyphens and variation selectors.
+SAME_LETTERS = {0x2019: "'", 0x02BC: "'", **dict.fromkeys([0x00AD, 0x2060, 0xFEFF, *range(0xFE00, 0xFE10)])}
+# Inside of words they decide which forms letters take, as in Persian and Malayalam.
+JOINERS = "\u200c\u200d"
+
+
 def normalize(text: str | None) -> str:
-    """Lower case; of everything else than letters, digits and apostrophes, single spaces."""
-    return " ".join(re.sub(r"[^\w']|_", " ", str(text or "").lower()).split())
+    """Lower case, composed (NFC); anything but letters with their marks, digits and apostrophes becomes one space."""
+    if text is None:
+        return ""
+    composed = unicodedata.normalize("NFC", str(text).lower().translate(SAME_LETTERS))
+    kept = "".join(c if c in f"'{JOINERS}" or unicodedata.category(c)[0] in "LMN" else " " for c in composed)
+    words = [word.strip(JOINERS) for word in kept.split()]
+    return " ".join(word for word in words if any(unicodedata.category(c)[0] in "LN" for c in word))
 
 
 def make_processor(texts: Sequence[str]) -> Wav2Vec2Processor:
@@ -117,6 +128,8 @@ def to_features(row: dict[str, Any], processor: Wav2Vec2Processor, folder: Path 
     source = audio.get("bytes") or (folder / audio["path"] if folder else Path(audio["path"]))
     samples = read_audio(source, extractor.sampling_rate)
     frames = extractor(samples, sampling_rate=extractor.sampling_rate)["input_features"][0]
+    if not len(frames):
+        raise ValueError(f"{audio['path'] or 'The audio'} is too short for one frame of the feature extractor.")
     return {"input_features": frames, "labels": processor.tokenizer(row["text"])["input_ids"], "length": len(frames)}
 
 
@@ -132,8 +145,18 @@ def fits(labels: list[int], length: int, ratio: int, max_frames: float) -> bool:
     return needed <= length // ratio and length <= max_frames
 
 
-def error_rates(references: Sequence[str], hypotheses: Sequence[str]) -> dict[str, float]:
-    """Word and character error rate: edits over the words (characters) of the references, 0 is perfect."""
+def error_rates(
+    references: Sequence[str], hypotheses: Sequence[str], unknown: str | None = "<unk>"
+) -> dict[str, float]:
+    """
+    Word and character error rate: edits over the words (characters) of the references, 0 is perfect.
+
+    `unknown` stands for one letter that is no symbol. The model cannot write it, so every such letter is an error.
+    """
+    if unknown:
+        # Two different characters that are in no text.
+        references = [text.replace(unknown, "\ue000") for text in references]
+        hypotheses = [text.replace(unknown, "\ue001") for text in hypotheses]
     return {"wer": jiwer.wer(list(references), list(hypotheses)), "cer": jiwer.cer(list(references), list(hypotheses))}
 
 
@@ -151,7 +174,9 @@ def load_speech(arguments: SpeechArguments, seed: int) -> DatasetDict:
     for name, split in splits.items():
         if isinstance(split.features["audio"], Audio):
             split = split.cast_column("audio", Audio(decode=False))
-        splits[name] = split.map(lambda row: {"text": normalize(row["text"])})
+        # As text, whatever type its values were read as.
+        texts = [normalize(text) for text in split["text"][:]]
+        splits[name] = split.remove_columns("text").add_column("text", texts)
     return splits
 
 
@@ -229,7 +254,8 @@ def main() -> None:
     def metrics_of(outputs: EvalPrediction) -> dict[str, float]:
         symbols = np.where(outputs.predictions < 0, tokenizer.pad_token_id, outputs.predictions)
         labels = np.where(outputs.label_ids < 0, tokenizer.pad_token_id, outputs.label_ids)
-        return error_rates(tokenizer.batch_decode(labels, group_tokens=False), tokenizer.batch_decode(symbols))
+        references = tokenizer.batch_decode(labels, group_tokens=False)
+        return error_rates(references, tokenizer.batch_decode(symbols), tokenizer.unk_token)
 
     trainer = DecayTrainer(
         model=model,

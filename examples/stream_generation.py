@@ -32,7 +32,7 @@ import modeling_sumagg  # noqa: F401  (registers the models)
 from modeling_sumagg.streams.stream_scripts import (
     Interruptions,
     StateFile,
-    printable,
+    spell_out_controls,
     standard_input,
     user_errors,
     whole_number,
@@ -119,7 +119,7 @@ def main() -> None:
             known = perplexity if math.isfinite(perplexity) else None
             line = json.dumps({"num_tokens": reported, "perplexity": known, "tokens": tokens, "text": text})
         else:
-            text = printable(" ".join(text.split()))
+            text = spell_out_controls(" ".join(text.split()))
             line = f"{reported:,} tokens, perplexity {perplexity:.4g}, and on: {text}"
         interruptions.write(f"{line}\n")
 

@@ -42,7 +42,7 @@ from modeling_sumagg.streams.speech_stream import SpeechStream
 from modeling_sumagg.streams.stream_scripts import (
     Interruptions,
     StateFile,
-    printable,
+    spell_out_controls,
     standard_input,
     user_errors,
     whole_number,
@@ -177,7 +177,7 @@ def main() -> None:
     def write(words: list[str]) -> None:
         for word in words:
             at = f"{stream.num_samples / rate:9.2f} " if arguments.times else ""
-            interruptions.write(f"{at}{printable(word)}" + ("\n" if arguments.times else " "))
+            interruptions.write(f"{at}{spell_out_controls(word)}" + ("\n" if arguments.times else " "))
 
     def hear(samples: np.ndarray, last: bool = False) -> None:
         nonlocal busy

@@ -297,8 +297,8 @@ class SumAggForCTC(SumAggSpeechPreTrainedModel):
 
         Returns:
             [`SumAggCTCOutput`]: `logits` `[B, T', vocab_size]` of the tokens that these frames complete, `T'` in the row
-            that has most. A row that has fewer has its own first and then the last of them again, so that greedy decoding
-            finds no other text; one that has none is blank.
+            that has most. A row that has fewer has its own first and blanks after them, so that greedy decoding finds the
+            same text, and the same times of its words, as in the row alone.
 
         The other arguments and the errors are those of the bare model's `forward`. Also raised:
             `ValueError`: `labels` of the wrong shape, outside the vocabulary, or the blank; or with a `cache`.
@@ -311,7 +311,7 @@ class SumAggForCTC(SumAggSpeechPreTrainedModel):
         logits, mask = self.lm_head(self.dropout(outputs.last_hidden_state)), outputs.token_mask
         blank = logits.new_full(logits.shape[-1:], -1e4)
         blank[self.config.pad_token_id] = 0
-        logits = torch.where(mask.any(dim=1)[:, None, None], logits, blank)
+        logits = torch.where(mask.bool()[..., None], logits, blank)
         loss = None
         if labels is not None:
             loss = self._loss(logits, labels.to(logits.device), mask.sum(dim=1))

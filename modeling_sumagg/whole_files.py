@@ -1,6 +1,5 @@
 """Write a file whole or not at all."""
 
-import contextlib
 import os
 import shutil
 import uuid
@@ -12,7 +11,8 @@ def write_whole(path: str | os.PathLike, content: bytes) -> None:
     Write a file, or replace one, in a single step: readers find the old content or the new one, even if this process is
     killed, the disk is full, or another process writes the same file. The content is on the disk when this returns.
 
-    A file that is replaced keeps its mode and its owner. A symbolic link stays: the file that it points to is replaced.
+    A file that is replaced keeps its mode and its owner. A symbolic link is replaced, and its target stays: pass
+    `path.resolve()` to replace the target.
 
     Args:
         path (`str` or `os.PathLike`): the file; its folder exists.
@@ -20,37 +20,36 @@ def write_whole(path: str | os.PathLike, content: bytes) -> None:
 
     Raises:
         `ValueError`: `path` is a folder, a device or a pipe.
-        `OSError`: the file cannot be written. Its old content is still there.
+        `OSError`: the file cannot be written, or its owner cannot be kept. Its old content is still there.
     """
-    target = Path(path).resolve()
-    if target.exists() and not target.is_file():
+    path = Path(path)
+    if path.exists() and not path.is_file():
         raise ValueError(f"{path} is a folder, a device or a pipe: give the name of a file.")
     # A name of its own for every writer, in the same folder, since a rename cannot cross file systems.
-    temporary = target.with_name(f".{target.name[:50]}.{uuid.uuid4().hex[:12]}")
+    temporary = path.with_name(f".{path.name[:50]}.{uuid.uuid4().hex[:12]}")
     try:
         try:
             with open(temporary, "xb") as file:
-                if target.exists():
-                    _copy_owner_and_mode(target, temporary)
+                if path.exists():
+                    _copy_owner_and_mode(path, temporary)
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(temporary, target)
+            os.replace(temporary, path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
         if os.name == "posix":
-            _sync_folder(target.parent)
+            _sync_folder(path.parent)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _copy_owner_and_mode(source: Path, destination: Path) -> None:
     if os.name == "posix":
-        status = source.stat()
-        # Only root may give a file to somebody else.
-        with contextlib.suppress(PermissionError):
-            os.chown(destination, status.st_uid, status.st_gid)
+        there, here = source.stat(), destination.stat()
+        if (there.st_uid, there.st_gid) != (here.st_uid, here.st_gid):
+            os.chown(destination, there.st_uid, there.st_gid)
     shutil.copymode(source, destination)
 
 

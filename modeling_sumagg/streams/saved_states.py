@@ -108,7 +108,7 @@ def cache_from_tensors(tensors: dict[str, torch.Tensor], model: PreTrainedModel)
         length = blocks[0] if i == 1 and blocks else length
         held: dict[str, list[torch.Tensor]] = {}
         for name in [name for name in known if name.startswith(f"layers.{i}.") and name in tensors]:
-            _check(name, tensors[name], known[name], _num_columns(layer, length, known[name]))
+            _check(name, tensors[name], known[name], length, _num_columns(layer, length, known[name]))
             held.setdefault(name.split(".")[2], []).append(tensors[name].to(known[name].device))
         if isinstance(layer, RecurrentLayer):
             layer.states = {operator: tuple(state) for operator, state in held.items()}
@@ -147,10 +147,11 @@ def _num_columns(layer: CacheLayerMixin, length: int, like: torch.Tensor) -> dic
     return {} if isinstance(layer, RecurrentLayer) else {2: length}
 
 
-def _check(name: str, tensor: torch.Tensor, like: torch.Tensor, num_columns: dict[int, int]) -> None:
+def _check(name: str, tensor: torch.Tensor, like: torch.Tensor, length: int, num_columns: dict[int, int]) -> None:
     """
     Raises:
-        ValueError: the tensor cannot stand where the state after one token has the tensor `like`, `[1, ...]`.
+        ValueError: after `length` tokens, the tensor cannot stand where the state after one token has the tensor `like`,
+            `[1, ...]`.
     """
     shape = [num_columns.get(dimension, size) for dimension, size in enumerate(like.shape)]
     if tensor.dtype != like.dtype or [*tensor.shape[1:]] != shape[1:]:
@@ -161,8 +162,13 @@ def _check(name: str, tensor: torch.Tensor, like: torch.Tensor, num_columns: dic
     if not tensor.isfinite().all():
         raise ValueError(f"`{name}` must be finite, got NaN or infinity.")
     operator, index = name.split(".")[2:] if name.count(".") == 3 else ("", "0")
-    if int(index) in NEVER_NEGATIVE.get(operator, ()) and (tensor < 0).any():
-        raise ValueError(f"`{name}` must not be negative, got {tensor.min().item()}.")
+    if int(index) not in NEVER_NEGATIVE.get(operator, ()):
+        return
+    most = torch.inf if tensor.is_floating_point() else length
+    if (tensor < 0).any() or (tensor > most).any():
+        raise ValueError(
+            f"`{name}` must be from 0 to {most} after {length} tokens, got {tensor.min().item()} to {tensor.max().item()}."
+        )
 
 
 def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
@@ -248,6 +254,8 @@ class SavedStream:
         if self.cache is not None:
             tensors |= {f"cache.{name}": tensor for name, tensor in cache_to_tensors(self.cache).items()}
         about = {"model": self.fingerprint, "counts": counts, "checksum": _checksum(tensors, counts)}
+        # A link may lead to another disk, where the state is to be.
+        path = Path(path).resolve()
         write_whole(path, safetensors.torch.save(tensors, metadata={"stream": json.dumps(about)}))
 
     def load(self, path: str | os.PathLike) -> None:

@@ -120,10 +120,15 @@ class SpeechStream(SavedStream):
     def restore(self, cache: DynamicCache | None, tensors: dict[str, torch.Tensor], counts: dict[str, int]) -> None:
         pending, last_symbol, word = (tensors[name] for name in ("pending", "last_symbol", "word"))
         frames, hop = 0 if cache is None else int(cache.get_seq_length()), self.features.hop
-        if len(pending) >= self.features.length or frames * hop + len(pending) != counts["num_samples"]:
+        tokens = 0 if cache is None else int(cache.get_seq_length(1))
+        if (
+            len(pending) >= self.features.length
+            or frames * hop + len(pending) != counts["num_samples"]
+            or tokens != frames // self.model.config.subsampling_factor
+        ):
             raise ValueError(
-                f"its decode state has {frames} frames and {len(pending)} samples are pending, but it counts "
-                f"{counts['num_samples']} samples"
+                f"its decode state has {frames} frames and {tokens} tokens, {len(pending)} samples are pending, and it "
+                f"counts {counts['num_samples']} samples"
             )
         symbols, vocab_size = [last_symbol.item(), *word.tolist()], self.model.config.vocab_size
         if len(word) != WORD_SYMBOLS or not all(0 <= symbol < vocab_size for symbol in symbols):

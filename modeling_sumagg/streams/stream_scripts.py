@@ -128,10 +128,10 @@ def user_errors(context: str = "") -> Iterator[None]:
 
 
 def one_line(error: Exception) -> str:
-    return printable(" ".join(str(error).split()))
+    return spell_out_controls(" ".join(str(error).split()))
 
 
-def printable(text: str) -> str:
+def spell_out_controls(text: str) -> str:
     r"""The text with control characters such as `\x1b` spelled out, so that no text steers the terminal."""
     return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda found: found.group().encode("unicode_escape").decode(), text)
 
@@ -152,4 +152,12 @@ def whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
     return parse
 
 
-__all__ = ["Interruptions", "StateFile", "one_line", "printable", "standard_input", "user_errors", "whole_number"]
+__all__ = [
+    "Interruptions",
+    "StateFile",
+    "one_line",
+    "spell_out_controls",
+    "standard_input",
+    "user_errors",
+    "whole_number",
+]
