@@ -50,8 +50,9 @@ class SumAggConfig(TextConfig):
             gate and decays are those of the token itself (`"terms"`), or the mixer with all three (`"mixer"`).
         sum_state_size (`int`, *optional*): N, the length of the keys and queries of the sums. The state of a head of p
             channels is then a matrix of `N * p` float32 numbers ([`~modeling_sumagg.ops.causal_keyed_sum`]), from which
-            a token recalls by key. `None`: no keys, a vector of state. Keys need decays, `sum_map="linear"` and
-            `is_causal=True`.
+            a token recalls by key. The convolution is then over values, keys and queries. `None`: no keys, a vector of
+            state. Keys need `is_causal=True`, decays, `sum_map="linear"`, `sum_normalization="mean"` and
+            `conv_before="terms"`; with these values the default is p, else `None`.
         num_sum_key_heads (`int`, *optional*, defaults to `num_sum_heads`): how many keys and queries a token has. Must
             divide `num_sum_heads`: consecutive heads share them.
         sum_output_norm (`bool`, defaults to `True`): whether sums with keys have an RMS norm over the channels of each
@@ -82,26 +83,26 @@ class SumAggConfig(TextConfig):
 
     model_type = "sumagg"
     recurrent_layer_types = ("summation",)
-    values_before_linear_terms = {
+    values_of_0_2 = {"sum_state_size": None}
+    values_of_0_1 = {
+        **TextConfig.values_of_0_1,
+        **values_of_0_2,
+        "position_embedding_type": "learned",
         "sum_map": "relu",
         "sum_skip": False,
+        "sum_gate": False,
         "conv_kernel_size": None,
         "conv_before": "mixer",
     }
-    values_before_mlp_gate = {**TextConfig.values_before_mlp_gate, **values_before_linear_terms}
-    values_before_decays = {
-        **TextConfig.values_before_decays,
-        **values_before_mlp_gate,
-        "position_embedding_type": "learned",
-        "sum_gate": False,
-    }
+    default_sliding_window = 64
     # Sums run channel by channel, so that each process sums, and keeps the decode state of, its own channels.
     base_model_tp_plan = {
         "embed_tokens": "embedding_rowwise",
         "layers.*.mixer.in_proj": "colwise_gather_output",
         "layers.*.mixer.hidden_proj": "colwise",
-        "layers.*.mixer.key_proj": "colwise",
-        "layers.*.mixer.query_proj": "colwise",
+        "layers.*.mixer.qkv_proj": "colwise",
+        "layers.*.mixer.conv.weight": "colwise",
+        "layers.*.mixer.conv.bias": "colwise",
         "layers.*.mixer.gate_proj": "colwise",
         "layers.*.mixer.decay.logit": "colwise",
         "layers.*.mixer.decay.proj": "colwise",
@@ -128,7 +129,7 @@ class SumAggConfig(TextConfig):
     conv_kernel_size: int | Literal["auto"] | None = "auto"
     conv_before: Literal["mixer", "terms"] = "terms"
     mlp_gate: bool = True
-    sum_state_size: int | None = None
+    sum_state_size: int | Literal["auto"] | None = "auto"
     num_sum_key_heads: int | None = None
     sum_output_norm: bool = True
     pooling: Literal["sum", "mean", "last"] = "sum"
@@ -144,18 +145,25 @@ class SumAggConfig(TextConfig):
             self.sum_normalization = "sqrt" if self.sum_decay == "none" else "mean"
         if self.conv_kernel_size == "auto":
             self.conv_kernel_size = 4 if self.is_causal else None
+        if self.sum_state_size == "auto":
+            options = self.is_causal, self.sum_map, self.sum_normalization, self.conv_before
+            is_keyed = options == (True, "linear", "mean", "terms") and self.sum_decay != "none"
+            is_keyed = is_keyed and self.num_sum_heads > 0 and self.hidden_size % self.num_sum_heads == 0
+            self.sum_state_size = self.hidden_size // self.num_sum_heads if is_keyed else None
         if self.sum_skip is None:
             self.sum_skip = self.conv_kernel_size is not None
-        # transformers warns of modules that a plan names and a model has not.
-        absent = () if self.sum_map == "relu" else (".in_proj",)
-        absent += () if self.sum_state_size is not None else (".key_proj", ".query_proj")
-        plan = {name: kind for name, kind in self.base_model_tp_plan.items() if not name.endswith(absent)}
+        # A plan names the modules that a model has: transformers warns of others. Without keys each process convolves
+        # all channels.
+        absent = [".hidden_proj"] if self.sum_state_size is not None else [".qkv_proj", ".conv.weight", ".conv.bias"]
+        absent += [] if self.sum_map == "relu" else [".in_proj"]
+        plan = {name: kind for name, kind in self.base_model_tp_plan.items() if not name.endswith(tuple(absent))}
         self.base_model_tp_plan = plan  # type: ignore[misc]
         super().__post_init__(**kwargs)
 
     def default_layer_types(self) -> list[str]:
-        """Every block sums but the last, which attends."""
-        return (["summation"] * (self.num_hidden_layers - 1) + ["full_attention"])[: self.num_hidden_layers]
+        """Every block sums but the last, which attends: beside sums with keys to a window, else to all tokens."""
+        last = "full_attention" if self.sum_state_size is None else "sliding_attention"
+        return (["summation"] * (self.num_hidden_layers - 1) + [last])[: self.num_hidden_layers]
 
     def validate_sums(self):
         """Part of `@strict`-powered validation: the options of the summation mixers fit together."""
@@ -185,7 +193,7 @@ class SumAggConfig(TextConfig):
             raise ValueError(
                 f"`num_sum_key_heads` must divide `num_sum_heads` = {self.num_sum_heads}, got {self.num_sum_key_heads}."
             )
-        needed = {"is_causal": True, "sum_map": "linear", "sum_normalization": "mean"}
+        needed = {"is_causal": True, "sum_map": "linear", "sum_normalization": "mean", "conv_before": "terms"}
         wrong = {name: getattr(self, name) for name, value in needed.items() if getattr(self, name) != value}
         if self.sum_decay == "none":
             wrong["sum_decay"] = "none"

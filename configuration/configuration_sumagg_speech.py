@@ -64,7 +64,7 @@ class SumAggSpeechConfig(SumAggConfig):
     model_type = "sumagg_speech"
     # What a batch is padded with is no prediction.
     keys_to_ignore_at_inference = ["cache", "past_key_values", "token_mask"]
-    values_before_decays: ClassVar[dict[str, Any]] = {}
+    values_of_0_1: ClassVar[dict[str, Any]] = SumAggConfig.values_of_0_2
     base_model_tp_plan = {
         name: plan for name, plan in SumAggConfig.base_model_tp_plan.items() if name != "embed_tokens"
     }
@@ -83,6 +83,7 @@ class SumAggSpeechConfig(SumAggConfig):
     position_bias: float | int = 1.0
     sum_map: Literal["relu", "linear"] = "relu"
     sum_skip: bool | None = False
+    sum_state_size: int | Literal["auto"] | None = None
     conv_kernel_size: int | Literal["auto"] | None = None
     conv_before: Literal["mixer", "terms"] = "mixer"
     mlp_gate: bool = False

@@ -69,14 +69,10 @@ class TextConfig(NamedFields, PreTrainedConfig):
     # Both names of the decode state in outputs, over the versions of transformers.
     keys_to_ignore_at_inference = ["cache", "past_key_values"]
     recurrent_layer_types: ClassVar[tuple[str, ...]] = ()
-    # What files mean that have none of these, the newest first, those of version 0.1 last.
-    values_before_linear_terms: ClassVar[dict[str, Any]] = {}
-    values_before_mlp_gate: ClassVar[dict[str, Any]] = {"mlp_gate": False}
-    values_before_decays: ClassVar[dict[str, Any]] = {
-        **values_before_mlp_gate,
-        "sum_decay": "none",
-        "rope_parameters": None,
-    }
+    # The values of fields that files of an earlier version do not have.
+    values_of_0_1: ClassVar[dict[str, Any]] = {"mlp_gate": False, "sum_decay": "none", "rope_parameters": None}
+    values_of_0_2: ClassVar[dict[str, Any]] = {}
+    default_sliding_window: ClassVar[int] = 512
     is_causal = True
 
     vocab_size: int = 50257
@@ -126,7 +122,7 @@ class TextConfig(NamedFields, PreTrainedConfig):
         if self.layer_types is None:
             self.layer_types = self.default_layer_types()
         if self.sliding_window is None and "sliding_attention" in self.layer_types:
-            self.sliding_window = 512
+            self.sliding_window = self.default_sliding_window
         if not self.has_position_limit():
             del self.max_position_embeddings
         elif self.max_position_embeddings is None:
@@ -141,12 +137,8 @@ class TextConfig(NamedFields, PreTrainedConfig):
         Raises:
             `ValueError`: a changed value is not allowed, or does not fit the others.
         """
-        if "sum_decay" not in config_dict:
-            config_dict = {**cls.values_before_decays, **config_dict}
-        elif "mlp_gate" not in config_dict:
-            config_dict = {**cls.values_before_mlp_gate, **config_dict}
-        elif "sum_skip" not in config_dict:
-            config_dict = {**cls.values_before_linear_terms, **config_dict}
+        earlier_values = cls.values_of_0_1 if "sum_decay" not in config_dict else cls.values_of_0_2
+        config_dict = {**earlier_values, **config_dict}
         changed = {f.name: kwargs.pop(f.name) for f in fields(cls) if f.name in kwargs and f.name != "dtype"}
         try:
             return super().from_dict({**config_dict, **changed}, **kwargs)

@@ -151,7 +151,7 @@ def _infer_sumagg(state_dict: StateDict) -> tuple[type[PreTrainedModel], dict[st
         "max_position_embeddings": state_dict["pos_embedding.weight"].shape[0],
         "norm_position": "post",
         "sum_normalization": "none",
-        **SumAggConfig.values_before_decays,
+        **SumAggConfig.values_of_0_1,
         "lm_head_bias": "output_projection.bias" in state_dict,
         "tie_word_embeddings": False,
     }

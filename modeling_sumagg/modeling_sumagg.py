@@ -16,7 +16,7 @@ from transformers import initialization as init
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
-from .common.decay import SumDecay
+from .common.decay import SumDecay, own_part
 from .common.position_modulation import PositionModulation
 from .configuration.configuration_sumagg import SumAggConfig
 from .decoder.heads import (
@@ -40,15 +40,15 @@ from .ops.weighted_mean.weighted_mean import bidirectional_mean, causal_mean
 class SumAggConvolution(nn.Module):
     """Depthwise causal convolution over the real tokens of a document, SiLU after it."""
 
-    def __init__(self, config: SumAggConfig, layer_idx: int):
+    def __init__(self, config: SumAggConfig, layer_idx: int, channels: int):
         super().__init__()
         self.layer_idx = layer_idx
-        self.weight = nn.Parameter(torch.empty(config.hidden_size, config.conv_kernel_size))
-        self.bias = nn.Parameter(torch.empty(config.hidden_size))
+        self.weight = nn.Parameter(torch.empty(channels, config.conv_kernel_size))
+        self.bias = nn.Parameter(torch.empty(channels))
 
     def forward(self, hidden_states: torch.Tensor, layout: SequenceLayout, cache: Cache | None = None) -> torch.Tensor:
-        """`hidden_states` `[B, T, d]` to the outputs of the same shape."""
-        parameters = {"weight": self.weight, "bias": self.bias}
+        """`hidden_states` `[B, T, channels]` to the outputs of the same shape."""
+        parameters = {"weight": own_part(self.weight), "bias": own_part(self.bias)}
         return F.silu(recur(causal_convolution, hidden_states, layout, cache, self.layer_idx, **parameters))
 
 
@@ -70,7 +70,7 @@ class SumAggSummation(nn.Module):
         self.conv_before = config.conv_before
         self.layer_idx = layer_idx
         width = config.hidden_size
-        self.conv = SumAggConvolution(config, layer_idx) if config.conv_kernel_size is not None else None
+        self.conv = SumAggConvolution(config, layer_idx, width) if config.conv_kernel_size is not None else None
         self.in_proj = nn.Linear(width, width, bias=False) if config.sum_map == "relu" else None
         self.hidden_proj = nn.Linear(width, width, bias=False)
         self.decay = SumDecay(config, config.num_sum_heads) if config.sum_decay != "none" else None
@@ -117,30 +117,29 @@ class SumAggKeyedSummation(nn.Module):
     """
     Summation mixer whose terms have keys, so that a token finds a value again by its query. Each head sums a matrix:
 
-        u = silu(conv(h)),    v, k, q = W_v u, W_k u, W_q u
+        v, k, q = silu(conv(W h))
         S_t = a_t S_{t-1} + (1 - a_t) k_t v_tᵀ,    y_t = S_tᵀ q_t / sqrt(N)
         output W_o (silu(W_g h_t) * norm(y_t + v_t)) + b_o
 
     The RMS norm over the channels of each head takes the place of the division by the sum of the weights. It has no
-    weights, since W_o holds them.
+    weights, since W_o holds them. The rows of W are ordered by keys: the values of the heads that share a key, the key, the
+    query. A part of the rows is then a part of the heads.
     """
 
     def __init__(self, config: SumAggConfig, layer_idx: int):
         super().__init__()
         self.layer_idx = layer_idx
-        self.conv_before = config.conv_before
+        self.head_dim = config.hidden_size // config.num_sum_heads
         self.state_size = config.sum_state_size
-        width = config.hidden_size
-        self.head_dim = width // config.num_sum_heads
-        self.norm_eps = config.layer_norm_eps if config.sum_output_norm else None
+        self.values_per_key = config.hidden_size // config.num_sum_key_heads
         self.sum_skip = config.sum_skip
-        self.conv = SumAggConvolution(config, layer_idx) if config.conv_kernel_size is not None else None
-        self.hidden_proj = nn.Linear(width, width, bias=False)
-        self.key_proj = nn.Linear(width, config.num_sum_key_heads * config.sum_state_size, bias=False)
-        self.query_proj = nn.Linear(width, config.num_sum_key_heads * config.sum_state_size, bias=False)
+        self.norm_eps = config.layer_norm_eps if config.sum_output_norm else None
+        channels = config.hidden_size + 2 * config.num_sum_key_heads * config.sum_state_size
+        self.qkv_proj = nn.Linear(config.hidden_size, channels, bias=False)
+        self.conv = None if config.conv_kernel_size is None else SumAggConvolution(config, layer_idx, channels)
         self.decay = SumDecay(config, config.num_sum_heads)
-        self.gate_proj = nn.Linear(width, width, bias=False) if config.sum_gate else None
-        self.out_proj = nn.Linear(width, width)
+        self.gate_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False) if config.sum_gate else None
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(
         self,
@@ -150,12 +149,14 @@ class SumAggKeyedSummation(nn.Module):
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, None]:
         """`hidden_states` `[B, T, d]` to the output of the same shape."""
-        inputs = hidden_states if self.conv is None else self.conv(hidden_states, layout, cache)
-        hidden_states = inputs if self.conv_before == "mixer" else hidden_states
+        inputs = self.qkv_proj(hidden_states)
+        if self.conv is not None:
+            inputs = self.conv(inputs, layout, cache)
         # In float32, so that the sums are rounded only after their norm.
-        dtype = torch.promote_types(hidden_states.dtype, torch.float32)
-        values = self.hidden_proj(inputs).to(dtype).unflatten(-1, (-1, self.head_dim))
-        keys, queries = (m(inputs).unflatten(-1, (-1, self.state_size)) for m in (self.key_proj, self.query_proj))
+        inputs = inputs.to(torch.promote_types(inputs.dtype, torch.float32))
+        sizes = [self.values_per_key, self.state_size, self.state_size]
+        values, keys, queries = inputs.unflatten(-1, (-1, sum(sizes))).split(sizes, dim=-1)
+        values = values.reshape(*values.shape[:2], -1, self.head_dim)
         log_decay, weight = self.decay(hidden_states)
         per_token = {
             "keys": keys,
@@ -171,7 +172,7 @@ class SumAggKeyedSummation(nn.Module):
         sums = sums.flatten(-2)
         if self.gate_proj is not None:
             sums = sums * F.silu(self.gate_proj(hidden_states))
-        return self.out_proj(sums.to(inputs.dtype)), None
+        return self.out_proj(sums.to(hidden_states.dtype)), None
 
 
 class SumAggDecoderLayer(DecoderLayer):

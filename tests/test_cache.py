@@ -210,7 +210,7 @@ def test_the_state_of_the_published_width_is_72_kib_a_sequence():
         num_hidden_layers=12,
         layer_types=["summation"] * 12,
         intermediate_size=8,
-        **SumAggConfig.values_before_decays,
+        **SumAggConfig.values_of_0_1,
     )
     model = SumAggForCausalLM(config).to(torch.bfloat16)
     cache = DynamicCache(config=config)

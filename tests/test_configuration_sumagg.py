@@ -122,28 +122,40 @@ def test_a_file_of_before_decays_means_what_it_meant(tmp_path):
     assert changed.sum_decay == "input" and not changed.sum_gate and not changed.mlp_gate
 
 
-def test_a_file_of_before_gated_feed_forward_layers_means_what_it_meant(tmp_path):
-    SumAggConfig(hidden_size=64, num_attention_heads=4, mlp_gate=False).save_pretrained(tmp_path)
+def test_a_file_of_0_2_means_what_it_meant(tmp_path):
+    SumAggConfig(hidden_size=64, num_attention_heads=4, sum_state_size=None).save_pretrained(tmp_path)
     old = json.loads((tmp_path / "config.json").read_text())
-    del old["mlp_gate"]
-    (tmp_path / "config.json").write_text(json.dumps(old))
-    config = AutoConfig.from_pretrained(tmp_path)
-    assert (config.mlp_gate, config.intermediate_size) == (False, 256)
-    assert (config.sum_decay, config.sum_gate) == ("input", True)
-    assert AutoConfig.from_pretrained(tmp_path, mlp_gate=True).mlp_gate
-
-
-@pytest.mark.parametrize("conv_kernel_size", [None, 3])
-def test_a_file_of_before_linear_terms_means_what_it_meant(conv_kernel_size, tmp_path):
-    before = {**SumAggConfig.values_before_linear_terms, "conv_kernel_size": conv_kernel_size}
-    SumAggConfig(hidden_size=64, num_attention_heads=4, **before).save_pretrained(tmp_path)
-    old = json.loads((tmp_path / "config.json").read_text())
-    for name in ("sum_map", "sum_skip", "conv_before"):
+    for name in ("sum_state_size", "num_sum_key_heads", "sum_output_norm"):
         del old[name]
-    (tmp_path / "config.json").write_text(json.dumps(old))
-    config = AutoConfig.from_pretrained(tmp_path)
-    assert {name: getattr(config, name) for name in before} == before
-    assert config.mlp_gate and config.sum_gate
+    for layer_types in (old["layer_types"], None):
+        old["layer_types"] = layer_types
+        (tmp_path / "config.json").write_text(json.dumps(old))
+        config = AutoConfig.from_pretrained(tmp_path)
+        assert config.sum_state_size is None and config.layer_types == ["summation"] * 11 + ["full_attention"]
+    assert AutoConfig.from_pretrained(tmp_path, sum_state_size=16).sum_state_size == 16
+
+
+def test_sums_have_keys_by_default_where_they_can():
+    config = SumAggConfig(hidden_size=64, num_attention_heads=4, num_hidden_layers=3)
+    assert (config.sum_state_size, config.num_sum_key_heads) == (16, 4)
+    assert config.layer_types == ["summation", "summation", "sliding_attention"] and config.sliding_window == 64
+    for options in ({"is_causal": False}, {"sum_decay": "none"}, {"sum_map": "relu"}, {"conv_before": "mixer"}):
+        config = SumAggConfig(num_hidden_layers=3, **options)
+        assert config.sum_state_size is None and config.layer_types[-1] == "full_attention"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sum_state_size": 0}, "`sum_state_size` must be at least 1, or None, got 0"),
+        ({"num_sum_key_heads": 5}, "`num_sum_key_heads` must divide `num_sum_heads` = 12, got 5"),
+        ({"sum_state_size": 8, "is_causal": False}, "`sum_state_size` = 8 needs .*got {'is_causal': False}"),
+        ({"sum_state_size": 8, "sum_decay": "none"}, "needs .*got .*'sum_decay': 'none'"),
+    ],
+)
+def test_keys_that_cannot_be_are_refused(options, message):
+    with pytest.raises(Exception, match=message):
+        SumAggConfig(**options)
 
 
 def test_a_convolution_and_a_skip_come_together_by_default():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from testing import LAYER_TYPES, assert_close, build, cache_tensors, sumagg_config
+from testing import LAYER_TYPES, RELU_TERMS, assert_close, build, cache_tensors, sumagg_config
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -35,17 +35,17 @@ from modeling_sumagg.configuration import preset_path
 
 
 POSITIONS = ["learned", "sinusoidal", "none"]
-UNDECAYED = SumAggConfig.values_before_decays
+UNDECAYED = SumAggConfig.values_of_0_1
 MIXERS = {
     "sum": {**UNDECAYED, "sum_normalization": "none"},
     "mean": {**UNDECAYED, "sum_normalization": "mean"},
     "sqrt": {**UNDECAYED, "sum_normalization": "sqrt"},
     "learned": {"sum_decay": "learned", "sum_normalization": "none", "sum_gate": False},
-    "input": {"sum_decay": "input", "num_sum_heads": 4},
-    "relu": {**SumAggConfig.values_before_linear_terms, "sum_decay": "input"},
-    "skip": {**SumAggConfig.values_before_linear_terms, "sum_decay": "none", "sum_skip": True},
-    "no convolution": {"conv_kernel_size": None},
-    "convolution": {"sum_decay": "learned", "conv_kernel_size": 3},
+    "input": {"sum_decay": "input", "num_sum_heads": 4, "sum_state_size": None},
+    "relu": {**RELU_TERMS, "sum_decay": "input"},
+    "skip": {**RELU_TERMS, "sum_decay": "none", "sum_skip": True},
+    "no convolution": {"conv_kernel_size": None, "sum_state_size": None},
+    "convolution": {"sum_decay": "learned", "conv_kernel_size": 3, "sum_state_size": None},
     "convolution first": {"conv_before": "mixer"},
 }
 BIDIRECTIONAL_MIXERS = [name for name in MIXERS if not name.startswith("convolution")]

@@ -29,6 +29,10 @@ TEXT_CLASSES = [
 ]
 # In the ids of every tokenizer and the vocabulary of every model here.
 WORDS = ["<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(57)), "<mask>"]
+# The mixer of version 0.1 but for its decays.
+RELU_TERMS = {
+    name: SumAggConfig.values_of_0_1[name] for name in ("sum_map", "sum_skip", "conv_kernel_size", "conv_before")
+}
 LAYER_TYPES = {
     "pure": ["summation", "summation"],
     "hybrid": ["summation", "full_attention", "summation"],

@@ -111,9 +111,9 @@ def configurations(arguments: LanguageModelArguments, max_length: int) -> dict[s
             **ours, layer_types=[*lower, "sliding_attention"], sliding_window=arguments.sliding_window
         ),
         "SumAgg, full attention last": SumAggConfig(**ours, layer_types=[*lower, "full_attention"]),
-        "SumAgg, plain sums": SumAggConfig(**ours, **pure, **SumAggConfig.values_before_decays),
+        "SumAgg, plain sums": SumAggConfig(**ours, **pure, **SumAggConfig.values_of_0_1),
         "SumAgg, plain sums, full attention last": SumAggConfig(
-            **ours, layer_types=[*lower, "full_attention"], **SumAggConfig.values_before_decays
+            **ours, layer_types=[*lower, "full_attention"], **SumAggConfig.values_of_0_1
         ),
         "ToST": ToSTTextConfig(**ours),
         "GPT-2": GPT2Config(

@@ -7,6 +7,11 @@ from transformers import PreTrainedConfig
 from transformers import initialization as init
 
 
+def own_part(parameter: torch.Tensor) -> torch.Tensor:
+    """The part of a bare parameter that this process holds: tensor parallelism shards it, and no module takes the part."""
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter
+
+
 class SumDecay(nn.Module):
     """
     The decay of each head, `a = sigmoid(l)`, or of each head and token, `a_t = sigmoid(W h_t + l)`, as its logarithm.
@@ -33,8 +38,7 @@ class SumDecay(nn.Module):
         `hidden_states` `[B, T, d]` to `log a` and `1 - a`, float32 at least, `[B, T, K]`; `[1, T, K]` if no token decides.
         """
         dtype = torch.promote_types(hidden_states.dtype, torch.float32)
-        # Tensor parallelism shards a bare parameter, and leaves it to its module to take its own part.
-        logit = self.logit.to_local() if hasattr(self.logit, "to_local") else self.logit
+        logit = own_part(self.logit)
         if self.proj is None:
             logits = logit.to(dtype).expand(1, hidden_states.shape[1], -1)
         else:

@@ -9,7 +9,7 @@ from modeling_sumagg import SumAggConfig, SumAggForSequenceClassification, SumAg
 from .kinds import INPUTS, KINDS, assert_near, logits, marked, tiny_model
 
 
-UNDECAYED = SumAggConfig.values_before_decays
+UNDECAYED = SumAggConfig.values_of_0_1
 MIXERS = {
     "mean": {**UNDECAYED, "sum_normalization": "mean"},
     "sqrt": {**UNDECAYED, "sum_normalization": "sqrt"},

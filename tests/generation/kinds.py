@@ -4,6 +4,7 @@ import copy
 from functools import lru_cache, partial
 
 import torch
+from testing import RELU_TERMS
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from modeling_sumagg import SumAggConfig, SumAggForCausalLM, ToSTForCausalLM, ToSTTextConfig
@@ -13,8 +14,9 @@ VOCAB_SIZE = 32
 SLIDING_WINDOW = 4
 
 _COMMON = {"vocab_size": VOCAB_SIZE, "hidden_size": 16, "num_attention_heads": 2, "max_position_embeddings": 128}
-_decayed_sums = partial(SumAggConfig, **_COMMON, intermediate_size=32, sum_decay_max=8.0)
-_sums = partial(_decayed_sums, **SumAggConfig.values_before_decays)
+_keyed_sums = partial(SumAggConfig, **_COMMON, intermediate_size=32, sum_decay_max=8.0)
+_decayed_sums = partial(_keyed_sums, sum_state_size=None)
+_sums = partial(_keyed_sums, **SumAggConfig.values_of_0_1)
 _TOST = {**_COMMON, "intermediate_size": 32, "use_bias": True}
 CONFIGS = {
     "sumagg-pure": _sums(num_hidden_layers=2, layer_types=["summation"] * 2),
@@ -33,7 +35,7 @@ CONFIGS = {
         position_embedding_type="sinusoidal",
         sum_normalization="mean",
     ),
-    "sumagg-hybrid": _sums(num_hidden_layers=3),
+    "sumagg-hybrid": _sums(num_hidden_layers=3, layer_types=["summation", "summation", "full_attention"]),
     "sumagg-attention-first": _sums(num_hidden_layers=2, layer_types=["full_attention", "summation"]),
     "sumagg-sliding": _sums(
         num_hidden_layers=3,
@@ -47,7 +49,9 @@ CONFIGS = {
         sliding_window=SLIDING_WINDOW,
     ),
     "sumagg-decayed": _decayed_sums(num_hidden_layers=2, layer_types=["summation"] * 2),
-    "sumagg-decayed-hybrid": _decayed_sums(num_hidden_layers=2, num_sum_heads=4, conv_kernel_size=3),
+    "sumagg-decayed-hybrid": _decayed_sums(
+        num_hidden_layers=2, layer_types=["summation", "full_attention"], num_sum_heads=4, conv_kernel_size=3
+    ),
     "sumagg-decayed-sliding": _decayed_sums(
         num_hidden_layers=2,
         layer_types=["sliding_attention", "summation"],
@@ -61,17 +65,16 @@ CONFIGS = {
     "sumagg-decayed-mean": _decayed_sums(
         num_hidden_layers=2,
         layer_types=["summation"] * 2,
-        **SumAggConfig.values_before_linear_terms,
+        **RELU_TERMS,
         sum_decay="learned",
         position_embedding_type="sinusoidal",
         rope_parameters=None,
     ),
-    "sumagg-keyed": _decayed_sums(num_hidden_layers=2, layer_types=["summation"] * 2, sum_state_size=3),
-    "sumagg-keyed-sliding": _decayed_sums(
+    "sumagg-keyed": _keyed_sums(num_hidden_layers=2, layer_types=["summation"] * 2),
+    "sumagg-keyed-sliding": _keyed_sums(
         num_hidden_layers=2,
-        layer_types=["summation", "sliding_attention"],
         sliding_window=SLIDING_WINDOW,
-        sum_state_size=4,
+        sum_state_size=3,
         num_sum_heads=4,
         num_sum_key_heads=2,
     ),

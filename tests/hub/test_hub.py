@@ -165,7 +165,7 @@ def test_state_size_is_what_the_cache_holds():
     # and 1 attention layer with 2 x 16 float32 a token.
     sizes = (2 * (18 * 8 + 3 * 16 * 4), 2 * 16 * 4)
     assert decode_state_size(build(SumAggForCausalLM, sumagg_config("hybrid"))) == sizes
-    plain = sumagg_config("pure", **SumAggConfig.values_before_decays)
+    plain = sumagg_config("pure", **SumAggConfig.values_of_0_1)
     assert decode_state_size(build(SumAggForCausalLM, plain)) == (2 * 16 * 8, 0)
     # 2 layers of 2 heads of 8 channels: two sums of squares a channel, and one of memberships a head.
     assert decode_state_size(build(ToSTForCausalLM, tost_text_config("pure"))) == (2 * (2 * 16 + 2) * 8, 0)

@@ -5,6 +5,7 @@ import os
 import random
 
 import torch
+from testing import RELU_TERMS
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -22,7 +23,6 @@ ENVIRONMENT = {
 VOCAB_SIZE = 500
 SIZES = {"vocab_size": VOCAB_SIZE, "hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}
 TABLE = {"position_embedding_type": "learned", "max_position_embeddings": 2304}
-RELU_TERMS = SumAggConfig.values_before_linear_terms
 UNDECAYED = {**RELU_TERMS, "sum_decay": "none", "sum_gate": False, "rope_parameters": None}
 PUBLISHED = {**TABLE, **UNDECAYED, "norm_position": "post", "sum_normalization": "none", "hidden_act": "relu"}
 

@@ -96,13 +96,13 @@ class _KeyedSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_y, grad_state):
-        *inputs, starts = ctx.saved_tensors[:6]
+        *inputs, starts = (saved := ctx.saved_tensors)[:6]
         if torch.is_grad_enabled():  # The gradient has gradients in turn.
             with torch.enable_grad():
                 leaves = [t if t.requires_grad else t.detach().requires_grad_() for t in inputs]
                 outputs = _forward(*leaves, starts)[:2]
             return *torch.autograd.grad(outputs, leaves, (grad_y, grad_state), create_graph=True), None
-        return *_vjp(grad_y, grad_state, *inputs, starts, ctx.saved_tensors[6:]), None
+        return *_vjp(grad_y, grad_state, *inputs, starts, saved[6:]), None
 
 
 def _vjp(grad_y, grad_state, values, keys, queries, log_decay, state, starts, states):
