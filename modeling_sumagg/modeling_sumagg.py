@@ -291,7 +291,7 @@ def sum_and_count(
     if attention_mask is None:
         count = terms.new_full((terms.shape[0], 1), terms.shape[1], dtype=dtype)
     else:
-        terms = terms.masked_fill(~attention_mask[..., None], 0)
+        terms = terms.masked_fill(~attention_mask.bool()[..., None], 0)
         count = attention_mask.sum(dim=1, keepdim=True, dtype=dtype)
     total = terms.sum(dim=1, dtype=dtype)
     if initial_state is not None:

@@ -16,8 +16,8 @@ from modeling_sumagg.configuration import preset_path
 
 
 def test_every_layer_sums_but_the_last_by_default():
-    assert SumAggConfig(num_hidden_layers=3).layer_types == ["summation", "summation", "full_attention"]
-    assert SumAggConfig(num_hidden_layers=1).layer_types == ["full_attention"]
+    assert SumAggConfig(num_hidden_layers=3).layer_types == ["summation", "summation", "sliding_attention"]
+    assert SumAggConfig(num_hidden_layers=1).layer_types == ["sliding_attention"]
     assert SumAggConfig(num_hidden_layers=0).layer_types == []
 
 

@@ -102,7 +102,7 @@ def cache_from_tensors(tensors: dict[str, torch.Tensor], model: PreTrainedModel)
     (batch_size,) = next(iter(batch_sizes))
     real_tokens = tensors.get("real_tokens")
     if real_tokens is not None:
-        _check("real_tokens", real_tokens, optional["real_tokens"], {1: length})
+        _check("real_tokens", real_tokens, optional["real_tokens"], length, {1: length})
         real_tokens = real_tokens.to(model.device)
     for i, layer in enumerate(cache.layers):
         length = blocks[0] if i == 1 and blocks else length

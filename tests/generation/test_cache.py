@@ -151,7 +151,7 @@ def test_a_cache_is_saved_as_safetensors(kind, tmp_path):
     cache = filled(model)
     held = cache_to_tensors(cache)
     save_file(held, tmp_path / "cache.safetensors")
-    loaded = cache_from_tensors(load_file(tmp_path / "cache.safetensors"), model.config)
+    loaded = cache_from_tensors(load_file(tmp_path / "cache.safetensors"), model)
     again = cache_to_tensors(loaded)
     assert held.keys() == again.keys()
     assert all(torch.equal(held[name], again[name]) for name in held)
@@ -167,9 +167,9 @@ def test_what_cannot_be_saved_or_loaded_says_why():
     cache = filled(model)
     held = cache_to_tensors(cache)
     with pytest.raises(ValueError, match="layers.0"):
-        cache_from_tensors({name: t for name, t in held.items() if not name.startswith("layers.0.")}, model.config)
-    with pytest.raises(ValueError, match="has no"):
-        cache_from_tensors({**held, "layers.3.causal_sum.0": held["length"]}, model.config)
+        cache_from_tensors({name: t for name, t in held.items() if not name.startswith("layers.0.")}, model)
+    with pytest.raises(ValueError, match="unknown"):
+        cache_from_tensors({**held, "layers.3.causal_sum.0": held["length"]}, model)
     cache.activate_past_recording()
     with torch.no_grad():
         model(torch.tensor([[1], [2]]), cache=cache)

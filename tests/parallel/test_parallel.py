@@ -51,12 +51,11 @@ def shard_tensors_and_compare(rank, directory):
             expected, actual = whole(**inputs), sharded(**inputs)
         assert_close(actual.logits, expected.logits)
         if model_class is SumAggForCausalLM:
-            # Each process keeps the running means of its own half of the channels, and the weights of its heads; and what
-            # the convolution before the map looks back on, which is every channel.
+            # Each process keeps the state of its own half of the heads, and the last inputs of the convolution over them.
             states, whole_states = (out.cache.layers[0].states for out in (actual, expected))
-            for state, whole_state in zip(states["causal_mean"], whole_states["causal_mean"], strict=True):
-                assert_close(state, whole_state.chunk(2, dim=1)[rank])
-            assert_close(states["causal_convolution"][0], whole_states["causal_convolution"][0])
+            for operator, dimension in (("causal_keyed_sum", 1), ("causal_convolution", 2)):
+                (state,), (whole_state,) = states[operator], whole_states[operator]
+                assert_close(state, whole_state.chunk(2, dim=dimension)[rank])
         if whole.can_generate():
             settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
             assert torch.equal(sharded.generate(**inputs, **settings), whole.generate(**inputs, **settings))
