@@ -209,7 +209,7 @@ def of_segment(columns: torch.Tensor, length: int, past_length: int | torch.Tens
     if not in_place:
         return columns[:, columns.shape[1] - length :]
     try:
-        return columns.index_select(1, torch.arange(length, device=columns.device) + past_length)
+        return columns[:, torch.arange(length, device=columns.device) + past_length]
     except IndexError:
         raise ValueError(
             f"`attention_mask` has {columns.shape[1]} columns, and there are {int(past_length)} tokens in the cache and "
