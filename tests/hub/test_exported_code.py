@@ -147,7 +147,7 @@ def test_only_what_a_family_needs_is_written(tmp_path):
     [
         ("from . import __version__", "imports __version__ from the package modeling_sumagg"),
         ("from modeling_sumagg import unknown", "imports unknown from the package modeling_sumagg"),
-        ("import modeling_sumagg.ops.summation as ops", "imports a module as a whole"),
+        ("import modeling_sumagg.ops.documents as ops", "imports a module as a whole"),
         ("import modeling_sumagg\nx = modeling_sumagg.SumAggConfig", "imports a module as a whole"),
         ("import math, modeling_sumagg as ours\nx = ours.SumAggConfig", "imports a module as a whole"),
     ],
@@ -170,14 +170,14 @@ def test_names_from_a_package_come_from_the_modules_that_define_them():
 
 
 def test_imports_inside_functions_are_flattened():
-    source = "def f():\n    from .ops.summation import causal_sum\n\n    return causal_sum\n"
+    source = "def f():\n    from .ops.running_sum.running_sum import causal_sum\n\n    return causal_sum\n"
     flat, modules = flatten_imports(source, "modeling_sumagg.modeling_x", "ours_")
-    assert flat == source.replace(".ops.summation", ".ours_summation")
-    assert modules == ["modeling_sumagg.ops.summation"]
+    assert flat == source.replace(".ops.running_sum.running_sum", ".ours_running_sum")
+    assert modules == ["modeling_sumagg.ops.running_sum.running_sum"]
 
 
-SUM = "from modeling_sumagg.ops.summation import causal_sum"
-FLAT_SUM = "from .p_summation import causal_sum"
+SUM = "from modeling_sumagg.ops.running_sum.running_sum import causal_sum"
+FLAT_SUM = "from .p_running_sum import causal_sum"
 REGISTER = "from .p_registration import register_family"
 FORMS = {
     "a form feed": (f"import math\n\x0c\n{SUM}\nx = 1\n", f"import math\n\x0c\n{FLAT_SUM}\nx = 1\n"),
@@ -190,8 +190,8 @@ FORMS = {
     "a semicolon at the end": (f"{SUM};\n", f"{FLAT_SUM};\n"),
     "a backslash": (f"{SUM.replace('from ', chr(92).join(['from ', chr(10) + ' ']))}\n", f"{FLAT_SUM}\n"),
     "parentheses and comments": (
-        "from modeling_sumagg.ops.summation import (  # sums\n    causal_mean,  # divided\n    causal_sum as plain,\n)\n",
-        "from .p_summation import (  # sums\n    causal_mean,  # divided\n    causal_sum as plain,\n)\n",
+        "from modeling_sumagg.ops.running_sum.running_sum import (  # sums\n    bidirectional_sum,  # both\n    causal_sum as plain,\n)\n",
+        "from .p_running_sum import (  # sums\n    bidirectional_sum,  # both\n    causal_sum as plain,\n)\n",
     ),
     "behind a colon": (
         f"def f():\n  if True: {SUM}; return causal_sum\n",
@@ -237,14 +237,14 @@ def test_every_form_of_python_is_flattened(form, tmp_path):
 
 def test_long_imports_are_wrapped_and_those_at_the_top_sorted():
     source = (
-        "from .ops.summation import bidirectional_mean, bidirectional_sum, causal_mean, causal_sum\n"
+        "from .ops.running_sum.running_sum import bidirectional_sum, causal_sum, check_sequence, masked_terms\n"
         "from .decoder.layers import DecoderLayer  # why\n"
         "\nx = 1\n"
     )
     flat, _ = flatten_imports(source, "modeling_sumagg.modeling_x", "a_prefix_of_a_really_considerable_length_")
     assert flat == (
         "from .a_prefix_of_a_really_considerable_length_layers import DecoderLayer  # why\n"
-        "from .a_prefix_of_a_really_considerable_length_summation import (\n"
-        "    bidirectional_mean,\n    bidirectional_sum,\n    causal_mean,\n    causal_sum,\n)\n"
+        "from .a_prefix_of_a_really_considerable_length_running_sum import (\n"
+        "    bidirectional_sum,\n    causal_sum,\n    check_sequence,\n    masked_terms,\n)\n"
         "\nx = 1\n"
     )

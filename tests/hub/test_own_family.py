@@ -85,14 +85,14 @@ def test_the_source_is_what_was_written(gated_sum):
             "from modeling_sumagg import SumAggConfig, SumAggForCausalLM\n",
             "from .configuration_sumagg import SumAggConfig\nfrom .modeling_sumagg import SumAggForCausalLM\n",
         )
-        .replace("from modeling_sumagg.ops.summation", "from .summation")
+        .replace("from modeling_sumagg.ops.running_sum.running_sum", "from .running_sum")
     )
     assert flat == expected
     assert set(modules) == {
         "gates",
         "modeling_sumagg.configuration.configuration_sumagg",
         "modeling_sumagg.modeling_sumagg",
-        "modeling_sumagg.ops.summation",
+        "modeling_sumagg.ops.running_sum.running_sum",
         "modeling_sumagg.registration",
     }
 
@@ -112,9 +112,9 @@ def in_module(name: str) -> tuple[type, type]:
         ("__main__", None, "OwnConfig was defined in a script or a notebook.*Move it to a module of its own"),
         ("sourceless", None, "The source of the module sourceless cannot be read"),
         (
-            "summation",
-            "from modeling_sumagg.ops.summation import causal_sum",
-            r"both be written to \*summation.py: rename",
+            "running_sum",
+            "from modeling_sumagg.ops.running_sum.running_sum import causal_sum",
+            r"both be written to \*running_sum.py: rename",
         ),
         (
             "whole",

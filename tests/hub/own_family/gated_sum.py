@@ -6,7 +6,7 @@ from torch import nn
 
 import modeling_sumagg
 from modeling_sumagg import SumAggConfig, SumAggForCausalLM
-from modeling_sumagg.ops.summation import causal_sum
+from modeling_sumagg.ops.running_sum.running_sum import causal_sum
 
 
 class GatedSumConfig(SumAggConfig):
