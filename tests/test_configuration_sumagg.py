@@ -194,27 +194,22 @@ def num_parameters(d, vocab, positions, mlp, sums, attentions, head, mlp_maps=2)
             AutoModelForSequenceClassification,
             num_parameters(256, 10000, 512, 0, 0, 0, head=256 * 256 + 2 * 256 + 2),
         ),
-        ("sumagg-hybrid-small", AutoModelForCausalLM, num_parameters(768, 50257, 1024, 3072, 11, 1, head=0)),
-        # A gate and the decays of the heads more in each mixer that sums, and a gate more in each feed-forward layer.
-        (
-            "sumagg-small",
-            AutoModelForCausalLM,
-            num_parameters(768, 50257, 0, 2304, 11, 1, 11 * (768 * 17 + 12), mlp_maps=3),
-        ),
-        (
-            "sumagg-pure-small",
-            AutoModelForCausalLM,
-            num_parameters(768, 50257, 0, 2304, 12, 0, 12 * (768 * 17 + 12), mlp_maps=3),
-        ),
-        (
-            "sumagg-medium",
-            AutoModelForCausalLM,
-            num_parameters(1024, 50257, 0, 3072, 23, 1, 23 * (1024 * 21 + 16), mlp_maps=3),
-        ),
-        (
-            "sumagg-large",
-            AutoModelForCausalLM,
-            num_parameters(1280, 50257, 0, 3840, 35, 1, 35 * (1280 * 25 + 20), mlp_maps=3),
+        # With keys, gates, decays and convolutions in the mixers that sum, and gates in the feed-forward layers.
+        *(
+            (
+                f"sumagg-{name}",
+                AutoModelForCausalLM,
+                num_parameters(
+                    d, 50257, 0, mlp, sums, windows, sums * (2 * d * d + (15 + heads) * d + heads), mlp_maps=3
+                ),
+            )
+            for name, d, mlp, sums, windows, heads in (
+                ("small", 768, 1792, 11, 1, 12),
+                ("hybrid-small", 768, 1792, 11, 1, 12),
+                ("pure-small", 768, 1792, 12, 0, 12),
+                ("medium", 1024, 2432, 23, 1, 16),
+                ("large", 1280, 3008, 35, 1, 20),
+            )
         ),
     ],
 )
