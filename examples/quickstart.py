@@ -47,8 +47,8 @@ class QuickstartArguments:
     context_length: int = field(default=256, metadata={"help": "Tokens of a training sequence."})
     vocab_size: int = field(default=4096, metadata={"help": "Tokens of the vocabulary to learn."})
     hidden_size: int = field(default=128, metadata={"help": "Width of the model."})
-    num_hidden_layers: int = field(default=4, metadata={"help": "Blocks: all sum but the last, which attends."})
-    num_attention_heads: int = field(default=4, metadata={"help": "Heads of the attention block."})
+    num_hidden_layers: int = field(default=4, metadata={"help": "Blocks. All sum but the last, which attends to a window."})
+    num_attention_heads: int = field(default=4, metadata={"help": "Heads of the blocks."})
     learning_rate: float = field(default=2e-3, metadata={"help": "Highest learning rate, after the warm-up."})
     train_files: list[str] | None = field(default=None, metadata={"help": "UTF-8 text files of your own."})
     held_out_files: list[str] | None = field(default=None, metadata={"help": "Text files to evaluate on."})
@@ -101,13 +101,13 @@ def main() -> None:
     datasets = {split: Dataset.from_dict({"input_ids": rows, "labels": rows}) for split, rows in blocks.items()}
 
     special_tokens = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    # Sums in every layer, no attention and no positions: the length has no limit, and the decode state no growth.
+    # Sums with keys in every layer but the last, which attends to 64 tokens: the length has no limit, and the decode state
+    # does not grow.
     config = SumAggConfig(
         vocab_size=len(tokenizer),
         hidden_size=arguments.hidden_size,
         num_hidden_layers=arguments.num_hidden_layers,
         num_attention_heads=arguments.num_attention_heads,
-        layer_types=["summation"] * arguments.num_hidden_layers,
         **special_tokens,
     )
     model = AutoModelForCausalLM.from_config(config)
