@@ -104,7 +104,7 @@ class SumAggSummation(nn.Module):
             sums = recur(operator, terms, layout, cache, self.layer_idx, per_token=per_token, relu=relu)
         else:
             operator = bidirectional_mean if "weight" in per_token else bidirectional_sum
-            delimiters = {"attention_mask": layout.attention_mask, "document_ids": layout.document_ids}
+            delimiters = {"attention_mask": layout.attention_mask, "document_ids": layout.documents}
             sums = operator(terms, **delimiters, **per_token)
         if self.sum_skip:
             sums = sums + terms
@@ -240,7 +240,7 @@ class SumAggModel(SumAggPreTrainedModel, DecoderModel):
             return shared
         count = layout.position_ids.float() + 1
         if not config.is_causal:
-            delimiters = {"attention_mask": layout.attention_mask, "document_ids": layout.document_ids}
+            delimiters = {"attention_mask": layout.attention_mask, "document_ids": layout.documents}
             rows = max(tensor.shape[0] for tensor in (count, *delimiters.values()) if tensor is not None)
             ones = torch.ones_like(count).expand(rows, -1)[..., None]
             count = bidirectional_sum(ones, **delimiters).clamp(min=1)[..., 0]

@@ -78,7 +78,7 @@ class ToSTTextTokenStatistics(nn.Module):
                 log_decay=log_decay,
                 initial_state=state,
                 attention_mask=layout.attention_mask,
-                document_ids=layout.document_ids,
+                document_ids=layout.documents,
             )
 
         output = recur(

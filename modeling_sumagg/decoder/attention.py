@@ -103,9 +103,15 @@ class Attention(nn.Module):
         if length == 0:
             # Not every implementation takes no queries.
             return query.transpose(1, 2), None
-        if self.is_sliding and mask is None and attends_in_blocks(config, length):
+        if self.is_sliding and (mask is None or mask.dim() == 2) and attends_in_blocks(config, length):
             output = sliding_window_attention(
-                query, key, value, sliding_window=config.sliding_window, scaling=self.scaling, dropout_p=dropout
+                query,
+                key,
+                value,
+                sliding_window=config.sliding_window,
+                scaling=self.scaling,
+                dropout_p=dropout,
+                positions=mask,
             )
             return output.transpose(1, 2), None
         interface = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager_attention_forward)

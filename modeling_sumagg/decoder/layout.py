@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from transformers import Cache, PreTrainedConfig
 
 from ..common.checks import is_concrete
+from ..ops.documents import Documents
 
 
 class SequenceLayout(NamedTuple):
@@ -23,7 +24,7 @@ class SequenceLayout(NamedTuple):
     Attributes:
         position_ids (`torch.Tensor` of shape `[1, T]` or `[B, T]`): the position of each token in its document.
         attention_mask (`torch.Tensor` of shape `[B, T]`, bool, or `None`): the real tokens; `None`: all.
-        document_ids (`torch.Tensor` of shape `[B, T]` or `None`): the documents of the segment; `None`: one a row.
+        documents (`Documents` or `None`): the documents of the segment, as all operators take them; `None`: one a row.
         restart (`torch.Tensor` of shape `[B]`, bool, or `None`): the rows whose first real token begins a document
             and so drops the state before the segment; `None`: no row.
         masks (`dict`): what each type of attention layer takes as its mask.
@@ -31,9 +32,14 @@ class SequenceLayout(NamedTuple):
 
     position_ids: torch.Tensor
     attention_mask: torch.Tensor | None
-    document_ids: torch.Tensor | None
+    documents: Documents | None
     restart: torch.Tensor | None
     masks: dict[str, Any]
+
+    @property
+    def document_ids(self) -> torch.Tensor | None:
+        """The document `[B, T]`, int64, of each token; `None`: one a row."""
+        return None if self.documents is None else self.documents.ids
 
     def to_masks(self) -> dict[str, Any]:
         """The same as what `generate` hands to a forward pass for its `attention_mask`."""
@@ -109,7 +115,7 @@ def sequence_layout(
 
     has_positions = position_ids is not None
     is_step = length == 1 and cache is not None
-    document_ids = restart = None
+    documents = restart = None
     if real is not None:
         count = of_segment(real.long().cumsum(dim=1) - 1, length, past_length, in_place)
     else:
@@ -124,13 +130,13 @@ def sequence_layout(
         begins = begins if mask is None else begins & mask
         first = torch.arange(length, device=device) == 0 if mask is None else mask & (mask.long().cumsum(dim=1) == 1)
         inner = begins & ~first
-        document_ids, restart = inner.long().cumsum(dim=1), (begins & first).any(dim=1)
+        documents, restart = Documents(inner.long().cumsum(dim=1), inner), (begins & first).any(dim=1)
     if cache is None:
         restart = None
     if length == 0 or is_step or (real is None and not has_positions) or not is_concrete(inputs):
         if recurrent is not None:
             recurrent.real_tokens = real
-        return SequenceLayout(position_ids, mask, document_ids, restart, {}), real, has_positions
+        return SequenceLayout(position_ids, mask, documents, restart, {}), real, has_positions
 
     vocab_size = config.vocab_size if config is not None and inputs.dim() == 2 else None
     facts: dict[str, torch.Tensor] = {}
@@ -184,7 +190,7 @@ def sequence_layout(
     layout = SequenceLayout(
         position_ids,
         None if read.get("segment_real", True) else mask,
-        document_ids if read.get("inner", False) else None,
+        documents if read.get("inner", False) else None,
         restart if read.get("restart", False) else None,
         {},
     )

@@ -35,7 +35,8 @@ def attention_masks(
         cache (`transformers.Cache`, *optional*): the cache.
 
     Returns:
-        `dict`: a mask by layer type; `None` stands for one that masks nothing but the future.
+        `dict`: a mask by layer type; `None` stands for one that masks nothing but the future. For sliding attention in
+            blocks it is `position_ids` `[B, T]`, by which these tell documents apart, or `None`.
 
     Raises:
         `ValueError`: the attention implementation cannot express the mask.
@@ -79,8 +80,8 @@ def _attention_mask(
     kv_offset = on_device(kv_offset, inputs.device)
     if isinstance(layer, SlidingWindowLayer):
         real = layer.real_columns(layout.attention_mask, inputs)
-    if real is None and positions is None and window is not None and attends_in_blocks(config, length):
-        return None
+    if real is None and window is not None and attends_in_blocks(config, length):
+        return positions
 
     function: Callable = causal_mask_function
     if not config.is_causal:

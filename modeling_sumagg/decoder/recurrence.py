@@ -11,7 +11,8 @@ A recurrence is a function of a segment and of the state before it, which return
 - `attention_mask` `[B, T]`, bool, or `None` where all tokens are real. A masked token is transparent: it leaves no trace
   in the state and in the outputs of real tokens, whatever its values, and its own output is read by nobody.
 - `document_ids` `[B, T]`, int64, or `None`. It counts up at each real token that begins another document, and nothing of
-  the documents before reaches that one. The state before belongs to the first id, the state after to the last.
+  the documents before reaches that one. The state before belongs to the first id, the state after to the last. An operator
+  that is marked by `takes_documents` gets `Documents` in their place, with the beginnings beside the ids.
 - It is a function of a module, so that it is found again by its name when a cache is copied or pickled.
 """
 
@@ -20,10 +21,12 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils._pytree import tree_map
 from transformers import Cache
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin
 from transformers.utils import is_torchdynamo_compiling
 
+from ..ops.documents import Documents, find_documents
 from .layout import SequenceLayout
 
 
@@ -56,7 +59,8 @@ def recur(
     Returns:
         The outputs of the operator.
     """
-    arguments = {"attention_mask": layout.attention_mask, "document_ids": layout.document_ids, **(per_token or {})}
+    documents = layout.documents if getattr(operator, "takes_documents", False) else layout.document_ids
+    arguments = {"attention_mask": layout.attention_mask, "document_ids": documents, **(per_token or {})}
     if cache is None:
         return operator(inputs, initial_state=None, **arguments, **parameters)[0]
     call = Call(operator, layout.position_ids.shape[1], (inputs,), arguments, parameters)
@@ -73,7 +77,7 @@ class Call:
     operator: Callable
     length: int
     inputs: tuple[torch.Tensor, ...]
-    arguments: dict[str, torch.Tensor | None]
+    arguments: dict[str, torch.Tensor | Documents | None]
     parameters: dict[str, Any]
 
     @property
@@ -91,7 +95,13 @@ class Call:
         kept = torch.arange(self.length, device=self.inputs[0].device)[None] < length
         mask = self.arguments["attention_mask"]
         mask = kept.expand(self.inputs[0].shape[0], -1) if mask is None else mask & kept
-        return replace(self, arguments={**self.arguments, "attention_mask": mask})
+        # What is masked begins no document.
+        documents = self.arguments["document_ids"]
+        if isinstance(documents, Documents):
+            documents = find_documents(documents.ids, mask)
+        elif documents is not None:
+            documents = find_documents(documents, mask).ids
+        return replace(self, arguments={**self.arguments, "attention_mask": mask, "document_ids": documents})
 
     def map_batch(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Call":
         batch_size = self.inputs[0].shape[0]
@@ -100,7 +110,7 @@ class Call:
             return tensor if tensor is None or tensor.shape[0] != batch_size else function(tensor)
 
         inputs = tuple(function(tensor) for tensor in self.inputs)
-        return replace(self, inputs=inputs, arguments={name: of_rows(t) for name, t in self.arguments.items()})
+        return replace(self, inputs=inputs, arguments=tree_map(of_rows, self.arguments))
 
 
 class Record(NamedTuple):

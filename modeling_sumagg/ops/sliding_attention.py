@@ -12,9 +12,10 @@ def sliding_window_attention(
     sliding_window: int,
     scaling: float,
     dropout_p: float = 0.0,
+    positions: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
-    Softmax attention in which each query sees the `sliding_window` keys that end with its own.
+    Softmax attention in which each query sees the `sliding_window` keys that end with its own, of its document.
 
     The queries are cut into blocks of one window. A block sees its own keys and those of the block before, so that a
     mask of two windows replaces the one of T × T.
@@ -26,9 +27,12 @@ def sliding_window_attention(
         sliding_window (`int`): the keys a query sees, its own included.
         scaling (`float`): factor of the scores.
         dropout_p (`float`, defaults to 0.0): dropout on the probabilities; for training only.
+        positions (`torch.Tensor` of shape `[B, T]`, integer, *optional*): those of the queries in their documents, counted
+            from 0. A query sees no key further back, so that several documents may stand in a row.
 
     Returns:
-        `torch.Tensor` of shape `[B, H, T, p]`.
+        `torch.Tensor` of shape `[B, H, T, p]`. With `positions` a NaN or an infinity in a key or value of one document
+        reaches no query of another.
 
     Raises:
         `ValueError`: more keys before the first query than the window reaches.
@@ -57,7 +61,15 @@ def sliding_window_attention(
     # Only the first block reaches back to where there is no key.
     exists = columns >= F.pad(columns.new_full((1,), sliding_window - past), (0, num_blocks - 1))[:, None, None]
     mask = (visible & exists)[None, :, None].expand(batch_size, -1, -1, -1, -1).flatten(0, 1)
-    output = F.scaled_dot_product_attention(
-        query, blocks(key), blocks(value), attn_mask=mask, scale=scaling, dropout_p=dropout_p
-    )
+    key, value = blocks(key), blocks(value)
+    is_lost = None
+    if positions is not None:
+        positions = F.pad(positions, (0, end)).reshape(mask.shape[0], 1, sliding_window, 1)
+        mask = mask & (rows + sliding_window - columns <= positions)
+        # Zero times NaN is NaN: what is no finite number is left out, and lost to the queries that see it.
+        is_bad = ~(key.isfinite() & value.isfinite()).all(dim=3).unsqueeze(2)
+        key, value = (x.masked_fill(is_bad.mT, 0) for x in (key, value))
+        is_lost = (mask & is_bad).any(dim=3, keepdim=True)
+    output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, dropout_p=dropout_p)
+    output = output if is_lost is None else output.masked_fill(is_lost, torch.nan)
     return output.unflatten(0, (batch_size, num_blocks)).transpose(1, 2).flatten(2, 3)[:, :, :length]

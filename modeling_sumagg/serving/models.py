@@ -26,6 +26,7 @@ from vllm.sequence import IntermediateTensors
 from ..decoder.layout import SequenceLayout
 from ..decoder.recurrence import recur
 from ..families import FAMILIES
+from ..ops.documents import find_documents
 from ..ops.running_sum.running_sum import causal_sum
 from .layers import put_in_engine_layers, shard_on_meta
 from .states import EngineCache, OperatorStates, RecurrentState, StateRecorder, StateSpec, page_size, pages
@@ -123,8 +124,8 @@ class Served(nn.Module, HasInnerState, IsHybrid, SupportsMambaPrefixCaching, Sup
         metadata = get_forward_context().attn_metadata
         if metadata is None or not self.states or not self.config.is_causal:
             # A trial run, attention alone, or whole prompts in one step: their positions tell them apart.
-            document_ids = (positions == 0).long().cumsum(dim=0)[None]
-            return SequenceLayout(positions[None], None, document_ids, None, {}), None
+            documents = find_documents((positions == 0).long().cumsum(dim=0)[None])
+            return SequenceLayout(positions[None], None, documents, None, {}), None
         step = metadata[next(iter(self.states.values())).prefix]
         return step.layout(positions), EngineCache(self.states, metadata)
 

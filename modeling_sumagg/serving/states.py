@@ -16,6 +16,7 @@ from vllm.v1.kv_cache_interface import MambaSpec
 
 from ..decoder.layout import SequenceLayout
 from ..decoder.recurrence import Call
+from ..ops.documents import find_documents
 
 
 BACKEND_NAME = "MODELING_SUMAGG"
@@ -33,7 +34,7 @@ class Step:
         is_decode (`bool`): every request brings one token.
         slots (`torch.Tensor` of shape `[R]`, int64): where the state of each request lives.
         restart (`torch.Tensor` of shape `[R]`, bool): the requests that begin with this step, whose slot is a left-over.
-        document_ids (`torch.Tensor` of shape `[1, T]`, int64): the request of each token.
+        request_ids (`torch.Tensor` of shape `[1, T]`, int64): the request of each token.
     """
 
     num_requests: int
@@ -41,7 +42,7 @@ class Step:
     is_decode: bool
     slots: torch.Tensor
     restart: torch.Tensor
-    document_ids: torch.Tensor
+    request_ids: torch.Tensor
 
     def layout(self, positions: torch.Tensor) -> SequenceLayout:
         """
@@ -51,11 +52,13 @@ class Step:
         length = positions.shape[0]
         if self.is_decode and length == self.num_requests:
             return SequenceLayout(positions[:, None], None, None, None, {})
-        mask, document_ids = None, self.document_ids
+        mask, request_ids = None, self.request_ids
         if length > self.num_tokens:
             mask = torch.arange(length, device=positions.device)[None] < self.num_tokens
-            document_ids = nn.functional.pad(document_ids, (0, length - self.num_tokens))
-        return SequenceLayout(positions[None], mask, document_ids, None, {})
+            request_ids = nn.functional.pad(request_ids, (0, length - self.num_tokens))
+        # Each request has a state of its own.
+        documents = find_documents(request_ids, mask, have_states=True)
+        return SequenceLayout(positions[None], mask, documents, None, {})
 
 
 class StepBuilder(AttentionMetadataBuilder[Step]):
@@ -83,7 +86,7 @@ class StepBuilder(AttentionMetadataBuilder[Step]):
             is_decode=common.max_query_len == 1 and num_tokens == common.num_reqs,
             slots=slots.long(),
             restart=common.seq_lens == lengths,
-            document_ids=requests.repeat_interleave(lengths, output_size=num_tokens)[None],
+            request_ids=requests.repeat_interleave(lengths, output_size=num_tokens)[None],
         )
 
 

@@ -41,7 +41,7 @@ def make_step(lengths: list[int], past: list[int], slots: list[int], device: str
         is_decode=set(lengths) == {1},
         slots=torch.tensor(slots, device=device),
         restart=torch.tensor([a == 0 for a in past], device=device),
-        document_ids=requests[None].to(device),
+        request_ids=requests[None].to(device),
     )
     return step, positions.to(device)
 
@@ -84,7 +84,7 @@ def test_steps_in_slots_are_the_whole(kind):
     exact = model.double()
     for row in (0, 1):
         step, positions = make_step([40], [0], [0], "cpu")
-        layout = step.layout(positions)._replace(document_ids=None)
+        layout = step.layout(positions)._replace(documents=None)
         hidden_states = exact.add_positions(exact.embed_tokens(ids[row : row + 1]), layout.position_ids)
         shared = exact.shared_arguments(layout)
         for i in states:
