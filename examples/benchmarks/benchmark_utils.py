@@ -31,6 +31,9 @@ COLORS = {
     "SumAgg, plain sums": "deepskyblue",
     "SumAgg, plain sums, full attention last": "slateblue",
     "SumAgg, streamed": "deepskyblue",
+    "SumAgg, in chunks": "deepskyblue",
+    "SumAgg, sliding window last, in chunks": "tab:cyan",
+    "ToST, in chunks": "tab:orange",
     "sum": "tab:blue",
     "causal_sum": "tab:blue",
     "causal_sum, decays": "tab:blue",
@@ -168,14 +171,14 @@ def time_interleaved(
     return seconds
 
 
-def peak_memory(
+def run_once(
     arguments: BenchmarkArguments,
     prepare_run: Callable[[Any, str, int], Callable[[], object]],
     name: str,
     size: int,
-) -> int:
+) -> Row:
     """
-    The most bytes held at a time while one run of a case is prepared and run.
+    One run of a case, and the most bytes held at a time while it is prepared and run.
 
     On a GPU allocated bytes beyond those before; on a CPU resident ones of a fresh process, PyTorch and Python included
     (Linux only).
@@ -183,18 +186,19 @@ def peak_memory(
     if torch.device(arguments.device).type == "cuda":
         torch.cuda.reset_peak_memory_stats(arguments.device)
         before = torch.cuda.memory_allocated(arguments.device)
-        prepare_run(arguments, name, size)()
-        return torch.cuda.max_memory_allocated(arguments.device) - before
+        run = prepare_run(arguments, name, size)
+        seconds = time_interleaved({name: run}, 1, arguments.device, warmup=0)[name]
+        return Row(name, size, seconds, torch.cuda.max_memory_allocated(arguments.device) - before)
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_peak_of_run, arguments, prepare_run, name, size).result()
+        return pool.submit(_run_alone, arguments, prepare_run, name, size).result()
 
 
-def _peak_of_run(arguments, prepare_run, name, size):
+def _run_alone(arguments, prepare_run, name, size):
     arguments.set_up()
-    prepare_run(arguments, name, size)()
+    seconds = time_interleaved({name: prepare_run(arguments, name, size)}, 1, arguments.device, warmup=0)[name]
     status = Path("/proc/self/status").read_text().splitlines()
     (peak,) = [line.split()[1] for line in status if line.startswith("VmHWM:")]
-    return int(peak) * 1024
+    return Row(name, size, seconds, int(peak) * 1024)
 
 
 def benchmark(
@@ -233,7 +237,7 @@ def benchmark(
         del runs
         if arguments.memory:
             for name in wanted:
-                last[name].peak_bytes = peak_memory(arguments, prepare_run, name, size)
+                last[name].peak_bytes = run_once(arguments, prepare_run, name, size).peak_bytes
         rows += [last[name] for name in wanted]
     return rows
 

@@ -77,8 +77,8 @@ def backward_in_chunks(
         `ValueError`: a bidirectional model; gradient checkpointing or prompt tuning; a wrong shape; an argument out of
             range; a label that only padding comes before.
     """
-    reader = _ChunkReader(model, input_ids, attention_mask, position_ids, chunk_length)
-    losses = _Losses(reader, labels, num_items_in_batch, ignore_index, label_smoothing)
+    reader = ChunkReader(model, input_ids, attention_mask, position_ids, chunk_length)
+    losses = Losses(reader, labels, num_items_in_batch, ignore_index, label_smoothing)
     num_chunks = len(reader.chunks)
     devices = list({parameter.device: parameter for parameter in model.parameters()}.values())
 
@@ -164,10 +164,10 @@ def evaluate_in_chunks(
 
     The arguments and the errors are those of [`backward_in_chunks`]. A language model needs `labels`.
     """
-    reader = _ChunkReader(model, input_ids, attention_mask, position_ids, chunk_length)
+    reader = ChunkReader(model, input_ids, attention_mask, position_ids, chunk_length)
     losses = None
     if labels is not None:
-        losses = _Losses(reader, labels, num_items_in_batch, ignore_index, label_smoothing)
+        losses = Losses(reader, labels, num_items_in_batch, ignore_index, label_smoothing)
     elif isinstance(reader.head, ForCausalLM):
         raise ValueError("A language model is evaluated by the loss of `labels`: pass them.")
     loss, state, rows = None, {}, []
@@ -191,13 +191,14 @@ def evaluate_in_chunks(
     return ChunkedEvaluation(loss, token_losses[:, : input_ids.shape[1]], None)
 
 
-class _ChunkReader:
+class ChunkReader:
     """
     A model and a sequence, of which one chunk is read at a time.
 
     Attributes:
         head (`nn.Module`): the model inside of what wraps it.
         chunks (`list[slice]`): the tokens of each chunk.
+        num_missing (`int`): how many masked tokens were added at the end.
         few_logits (`dict`): arguments for a reading of which nobody needs the logits.
     """
 
@@ -208,6 +209,7 @@ class _ChunkReader:
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
         chunk_length: int,
+        num_chunks: int | None = None,
     ):
         self.model = model
         self.head = checked_head(model)
@@ -230,14 +232,14 @@ class _ChunkReader:
             # Counted here, as a model without layers has no cache that knows how many tokens came before.
             ones = torch.ones_like(input_ids[:1]) if mask is None else mask.long()
             position_ids = (ones.cumsum(dim=1) - 1).clamp(min=0)
-        num_missing = _longest(model, input_ids) - input_ids.shape[1]
+        length = _longest(model, input_ids) if num_chunks is None else num_chunks * chunk_length
+        num_missing = length - input_ids.shape[1]
         if num_missing:
             mask = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask
             input_ids, mask, position_ids = (F.pad(x, (0, num_missing)) for x in (input_ids, mask, position_ids))
         self.num_missing = num_missing
         self.input_ids, self.position_ids = input_ids, position_ids
         self.mask = None if mask is None or mask.all() else mask
-        length = input_ids.shape[1]
         self.chunks = [slice(start, min(start + chunk_length, length)) for start in range(0, length, chunk_length)]
         self.few_logits = {"logits_to_keep": 1} if isinstance(self.head, ForCausalLM) else {}
 
@@ -247,27 +249,32 @@ class _ChunkReader:
 
     def read(self, index: int, state: State, **arguments) -> tuple[Any, State]:
         """The outputs of the model for a chunk, and the state after it, from the state before it."""
-        chunk, config = self.chunks[index], self.head.config
+        config = self.head.config
         held = {name.removeprefix("cache."): tensor for name, tensor in state.items() if name.startswith("cache.")}
         cache = None
         if config.num_hidden_layers > 0:
             cache = cache_from_tensors(held, config) if held else DynamicCache(config=config)
-        past = 0 if cache is None else cache.get_seq_length()
         after: State = {}
         # What autocast has kept of a weight is without a graph, or with that of another chunk.
         torch.clear_autocast_cache()
-        with self._handing_on(chunk, state, after):
-            outputs = self.model(
-                input_ids=self.input_ids[:, chunk],
-                attention_mask=None if self.mask is None else self.mask[:, chunk.start - past : chunk.stop],
-                position_ids=self.position_ids[:, chunk],
-                past_key_values=cache,
-                use_cache=cache is not None,
-                **arguments,
-            )
+        with self._handing_on(self.chunks[index], state, after):
+            outputs = self.forward(index, cache, **arguments)
         if cache is not None:
             after |= {f"cache.{name}": tensor for name, tensor in cache_to_tensors(cache).items()}
         return outputs, after
+
+    def forward(self, index: int, cache: DynamicCache | None, **arguments) -> Any:
+        """The outputs of the model for a chunk, with a cache that knows what is before it."""
+        chunk = self.chunks[index]
+        past = 0 if cache is None else cache.get_seq_length()
+        return self.model(
+            input_ids=self.input_ids[:, chunk],
+            attention_mask=None if self.mask is None else self.mask[:, chunk.start - past : chunk.stop],
+            position_ids=self.position_ids[:, chunk],
+            past_key_values=cache,
+            use_cache=cache is not None,
+            **arguments,
+        )
 
     @contextlib.contextmanager
     def _handing_on(self, chunk: slice, before: State, after: State) -> Iterator[None]:
@@ -312,12 +319,12 @@ class _ChunkReader:
         return own / all_chunks.clamp(min=1)
 
 
-class _Losses:
+class Losses:
     """The parts of the loss that the chunks add to it."""
 
     def __init__(
         self,
-        reader: _ChunkReader,
+        reader: ChunkReader,
         labels: torch.Tensor,
         num_items_in_batch: torch.Tensor | int | None,
         ignore_index: int,
@@ -405,7 +412,7 @@ def checked_head(model: nn.Module) -> nn.Module:
             "A bidirectional model (`is_causal=False` in its config) sees all tokens at once and cannot read them in "
             "chunks. Train it on the whole sequence, or make it causal."
         )
-    if head.training and head.is_gradient_checkpointing:
+    if head.training and any(getattr(module, "gradient_checkpointing", False) for module in head.modules()):
         raise ValueError(
             "Gradient checkpointing drops the state between chunks, which save the same memory without it: call "
             "`model.gradient_checkpointing_disable()`."

@@ -31,6 +31,7 @@ LANGUAGE_MODELS = {
     "pure": (SumAggForCausalLM, sumagg_config("pure")),
     "published": (SumAggForCausalLM, sumagg_config("pure", **PUBLISHED)),
     "decayed mean": (SumAggForCausalLM, sumagg_config("pure", sum_normalization="mean")),
+    "keys": (SumAggForCausalLM, sumagg_config("sliding", sum_state_size=4)),
     "sliding": (SumAggForCausalLM, sumagg_config("sliding")),
     "hybrid": (SumAggForCausalLM, sumagg_config("hybrid")),
     "token statistics": (ToSTForCausalLM, tost_text_config("pure")),
