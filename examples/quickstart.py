@@ -47,7 +47,9 @@ class QuickstartArguments:
     context_length: int = field(default=256, metadata={"help": "Tokens of a training sequence."})
     vocab_size: int = field(default=4096, metadata={"help": "Tokens of the vocabulary to learn."})
     hidden_size: int = field(default=128, metadata={"help": "Width of the model."})
-    num_hidden_layers: int = field(default=4, metadata={"help": "Blocks. All sum but the last, which attends to a window."})
+    num_hidden_layers: int = field(
+        default=4, metadata={"help": "Blocks. All sum but the last, which attends to a window."}
+    )
     num_attention_heads: int = field(default=4, metadata={"help": "Heads of the blocks."})
     learning_rate: float = field(default=2e-3, metadata={"help": "Highest learning rate, after the warm-up."})
     train_files: list[str] | None = field(default=None, metadata={"help": "UTF-8 text files of your own."})
