@@ -11,6 +11,7 @@ same width, depth and vocabulary, with random weights. The floor is the matrix p
 import dataclasses
 import functools
 import inspect
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -100,22 +101,27 @@ def configurations(arguments: LanguageModelArguments, max_length: int) -> dict[s
     tokens = {"vocab_size": arguments.vocab_size, "bos_token_id": 0, "eos_token_id": 0}
     size = {"hidden_size": width, "num_hidden_layers": depth, "num_attention_heads": arguments.num_attention_heads}
     size |= {"max_position_embeddings": max_length} | tokens
-    # The mixers of `presets/sumagg-small.json`, and the sums of 0.1, of as many parameters. Feed-forward
-    # layers are 4 times as wide as the model, or gated and 8/3 times, which are as many.
+    # The mixers of `presets/sumagg-small.json`, those without keys, and the sums of 0.1, of as many parameters: feed-forward
+    # layers are 4 times as wide as the model, or gated and 8/3 times, or 2 times beside keys.
     ours = size | {"fuse_linear_cross_entropy": arguments.fuse_linear_cross_entropy}
     lower = ["summation"] * (depth - 1)
     pure = {"layer_types": [*lower, "summation"]}
+    group = math.gcd(width, 128)
+    keyed = ours | {"intermediate_size": group * round(2 * width / group)}
+    ours = ours | {"sum_state_size": None}
     return {
+        "SumAgg, keys, window of 64 last": SumAggConfig(**keyed),
+        "SumAgg, keys": SumAggConfig(**keyed, **pure),
         "SumAgg": SumAggConfig(**ours, **pure),
         "SumAgg, sliding window last": SumAggConfig(
             **ours, layer_types=[*lower, "sliding_attention"], sliding_window=arguments.sliding_window
         ),
         "SumAgg, full attention last": SumAggConfig(**ours, layer_types=[*lower, "full_attention"]),
-        "SumAgg, plain sums": SumAggConfig(**ours, **pure, **SumAggConfig.values_of_0_1),
+        "SumAgg, plain sums": SumAggConfig(**{**ours, **pure, **SumAggConfig.values_of_0_1}),
         "SumAgg, plain sums, full attention last": SumAggConfig(
-            **ours, layer_types=[*lower, "full_attention"], **SumAggConfig.values_of_0_1
+            **{**ours, "layer_types": [*lower, "full_attention"], **SumAggConfig.values_of_0_1}
         ),
-        "ToST": ToSTTextConfig(**ours),
+        "ToST": ToSTTextConfig(**{name: value for name, value in ours.items() if name != "sum_state_size"}),
         "GPT-2": GPT2Config(
             n_embd=width, n_layer=depth, n_head=arguments.num_attention_heads, n_positions=max_length, **tokens
         ),

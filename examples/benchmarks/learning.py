@@ -45,6 +45,7 @@ from transformers import (
     Mamba2Config,
     PreTrainedConfig,
     PreTrainedModel,
+    Qwen3NextConfig,
     get_scheduler,
     set_seed,
 )
@@ -411,11 +412,35 @@ def _mamba2_candidates(sizes: dict[str, int]) -> list[dict[str, int]]:
     ]
 
 
-def _sums(attention_last: bool = False, **values) -> Callable[..., SumAggConfig]:
+def _gated_deltanet(context: int, num_attention_heads: int, **sizes) -> Qwen3NextConfig:
+    width = sizes["hidden_size"]
+    return Qwen3NextConfig(
+        layer_types=["linear_attention"] * sizes["num_hidden_layers"],
+        linear_num_value_heads=num_attention_heads,
+        linear_num_key_heads=num_attention_heads,
+        linear_key_head_dim=width // num_attention_heads,
+        linear_value_head_dim=width // num_attention_heads,
+        num_attention_heads=num_attention_heads,
+        num_key_value_heads=num_attention_heads,
+        head_dim=width // num_attention_heads,
+        num_experts=0,
+        tie_word_embeddings=True,
+        **sizes,
+    )
+
+
+def _sums(attention_last: bool = False, window_every: int | None = None, **values) -> Callable[..., SumAggConfig]:
+    """With full attention in the last layer, or a window in each `window_every`-th layer, 0 for the last one alone."""
+
     def config(context: int, **sizes) -> SumAggConfig:
-        layer_types = ["summation"] * sizes["num_hidden_layers"]
+        depth = sizes["num_hidden_layers"]
+        layer_types = ["summation"] * depth
         if attention_last:
             layer_types[-1] = "full_attention"
+        if window_every is not None:
+            step = window_every or depth
+            layer_types[step - 1 :: step] = ["sliding_attention"] * (depth // step)
+            sizes["sliding_window"] = WINDOW
         if values.get("position_embedding_type") != "none":
             sizes["max_position_embeddings"] = context
         return SumAggConfig(layer_types=layer_types, **values, **sizes)
@@ -440,6 +465,7 @@ UNDECAYED: dict[str, Any] = {
     "norm_position": "pre",
 }
 GATED: dict[str, Any] = {
+    "sum_state_size": None,
     "sum_decay": "input",
     "sum_map": "linear",
     "sum_skip": True,
@@ -460,6 +486,9 @@ PUBLISHED = {
     "mlp_gate": False,
     "hidden_act": "relu",
 }
+# A matrix of 32 × 32 a head at a width of 128.
+KEYED: dict[str, Any] = {**GATED, "num_sum_heads": 4, "sum_state_size": 32}
+WINDOW = 64
 # The first of our models with decays.
 RELU_TERMS = {**GATED, "sum_map": "relu", "sum_skip": False, "conv_kernel_size": None}
 UNLIMITED = {"position_embedding_type": "none", "use_membership_bias": False}
@@ -467,6 +496,15 @@ MODELS = {
     "llama": Model("Llama: rotary attention", lambda context, **sizes: LlamaConfig(tie_word_embeddings=True, **sizes)),
     "gpt2": Model("GPT-2: attention, learned positions", _gpt2),
     "mamba2": Model("Mamba2", _mamba2, _mamba2_candidates),
+    "gated-deltanet": Model("gated DeltaNet", _gated_deltanet),
+    "keyed-window": Model("sums with keys, a window of 64 last: the default", _sums(window_every=0, **KEYED)),
+    "keyed-window-convolution": Model(
+        "the same, its sums deleted, all else kept", _sums(window_every=0, **KEYED), mixer=Convolution
+    ),
+    "keyed-windows": Model("sums with keys, a window of 64 in every second layer", _sums(window_every=2, **KEYED)),
+    "keyed": Model("sums with keys, no attention", _sums(**KEYED)),
+    "keyed-hybrid": Model("sums with keys, rotary attention last", _sums(True, **KEYED)),
+    "pure-window": Model("pure, a window of 64 last", _sums(window_every=0, **GATED)),
     "pure": Model("pure: sums of convolved terms, decays from the input, skip, gate", _sums(**GATED)),
     "hybrid": Model("hybrid: the same, rotary attention last", _sums(True, **GATED)),
     "hybrid-convolution": Model("hybrid, its sums deleted, all else kept", _sums(True, **GATED), mixer=Convolution),
