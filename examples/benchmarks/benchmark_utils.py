@@ -151,7 +151,11 @@ def compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def time_interleaved(
-    cases: dict[str, Callable[[], object]], repetitions: int, device: str, warmup: int = 1
+    cases: dict[str, Callable[[], object]],
+    repetitions: int,
+    device: str,
+    warmup: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """
     Seconds of every run of every case, one run of each in turn, so that all meet the same disturbances.
@@ -163,11 +167,11 @@ def time_interleaved(
     for repetition in range(-warmup, repetitions):
         for name, run in cases.items():
             wait()
-            start = time.perf_counter()
+            start = clock()
             run()
             wait()
             if repetition >= 0:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     return seconds
 
 
@@ -181,7 +185,7 @@ def run_once(
     One run of a case, and the most bytes held at a time while it is prepared and run.
 
     On a GPU allocated bytes beyond those before; on a CPU resident ones of a fresh process, PyTorch and Python included
-    (Linux only).
+    (Linux only), and the seconds are those of the processor, of all threads together.
     """
     if torch.device(arguments.device).type == "cuda":
         torch.cuda.reset_peak_memory_stats(arguments.device)
@@ -195,7 +199,8 @@ def run_once(
 
 def _run_alone(arguments, prepare_run, name, size):
     arguments.set_up()
-    seconds = time_interleaved({name: prepare_run(arguments, name, size)}, 1, arguments.device, warmup=0)[name]
+    run = prepare_run(arguments, name, size)
+    seconds = time_interleaved({name: run}, 1, arguments.device, warmup=0, clock=time.process_time)[name]
     status = Path("/proc/self/status").read_text().splitlines()
     (peak,) = [line.split()[1] for line in status if line.startswith("VmHWM:")]
     return Row(name, size, seconds, int(peak) * 1024)

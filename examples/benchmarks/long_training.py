@@ -3,7 +3,7 @@
     python examples/benchmarks/long_training.py --output_dir examples/benchmarks/results/long_training
 
 The models have the sizes of `quickstart.py`, random weights, and read random tokens. A step is the gradients of one sequence and
-AdamW. `--whole_up_to` says up to which length a model also reads the whole, in memory that grows with it.
+AdamW, each in a process of its own, of which the seconds of the processor and the peak memory are taken.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from benchmark_utils import BenchmarkArguments, Row, benchmark, run_once, write_results
+from benchmark_utils import BenchmarkArguments, Row, run_once, write_results
 from transformers import AutoModelForCausalLM, GPT2Config, HfArgumentParser, PreTrainedConfig
 
 from modeling_sumagg import SumAggConfig, ToSTTextConfig
@@ -28,8 +28,9 @@ class LongTrainingArguments(BenchmarkArguments):
     lengths: list[int] = field(
         default_factory=lambda: [8192, 16384, 32768, 65536, 1048576], metadata={"help": "Tokens."}
     )
-    whole_up_to: int = field(
-        default=65536, metadata={"help": "Beyond so many tokens, only chunks, and one run of each."}
+    whole_up_to: int = field(default=65536, metadata={"help": "Beyond so many tokens, only in chunks."})
+    attention_up_to: int = field(
+        default=16384, metadata={"help": "Beyond so many tokens, no GPT-2, whose time grows with the square."}
     )
     chunk_length: int = field(default=2048, metadata={"help": "Tokens of a chunk."})
     models: list[str] | None = field(default=None, metadata={"help": "The cases by name; by default all."})
@@ -84,7 +85,7 @@ def prepare_run(arguments: LongTrainingArguments, name: str, length: int) -> Cal
     ids = torch.randint(arguments.vocab_size, (1, length), device=arguments.device)
     optimizer = torch.optim.AdamW(model.parameters())
 
-    def run() -> None:
+    def step(ids: torch.Tensor) -> None:
         if name.endswith(CHUNKS):
             backward_in_chunks(model, ids, ids, chunk_length=arguments.chunk_length)
         else:
@@ -92,7 +93,9 @@ def prepare_run(arguments: LongTrainingArguments, name: str, length: int) -> Cal
         optimizer.step()
         optimizer.zero_grad()
 
-    return run
+    # The first call of everything takes longer.
+    step(ids[:, :64])
+    return lambda: step(ids)
 
 
 def table_of_tokens(rows: list[Row]) -> str:
@@ -110,13 +113,17 @@ def table_of_tokens(rows: list[Row]) -> str:
 def main() -> None:
     (arguments,) = HfArgumentParser(LongTrainingArguments).parse_args_into_dataclasses()
     arguments.set_up()
-    shorter = [length for length in arguments.lengths if length <= arguments.whole_up_to]
-    rows = benchmark(arguments, shorter, arguments.models, prepare_run)
-    for length in sorted(set(arguments.lengths) - set(shorter)):
+    rows = []
+    for length in sorted(arguments.lengths):
         for name in arguments.models:
-            if name.endswith(CHUNKS):
-                rows.append(run_once(arguments, prepare_run, name, length))
-                print(f"{name} at {length}: {rows[-1].median:.0f} s", flush=True)
+            limit = arguments.attention_up_to if name == "GPT-2" else arguments.whole_up_to
+            if name.endswith(CHUNKS) or length <= limit:
+                runs = [run_once(arguments, prepare_run, name, length) for _ in range(arguments.repetitions)]
+                seconds = [run.seconds[0] for run in runs]
+                rows.append(Row(name, length, seconds, max(run.peak_bytes for run in runs)))
+                print(
+                    f"{name} at {length}: {rows[-1].median:.1f} s, {rows[-1].peak_bytes / 2**20:.0f} MiB", flush=True
+                )
     title = (
         f"Training step: gradients of one sequence, and AdamW; width {arguments.hidden_size}, "
         f"{arguments.num_hidden_layers} layers, {arguments.vocab_size:,} tokens in the vocabulary, chunks of "

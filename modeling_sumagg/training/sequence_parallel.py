@@ -197,8 +197,8 @@ def _window_before(call: Call, restart: torch.Tensor | None, group: dist.Process
         torch.zeros_like(count, dtype=torch.bool) if document_ids is None else document_ids[:, -1] > document_ids[:, 0]
     )
     count = count.masked_fill(begins if restart is None else begins | restart, past).clamp(max=past)
-    counts = _Gather.apply(count, group).long()
-    gathered = _Gather.apply(own, group)
+    gathered = _Gather.apply(torch.cat([count[:, None], own.flatten(1)], dim=1), group)
+    counts, gathered = gathered[..., 0].long(), gathered[..., 1:].unflatten(2, own.shape[1:])
     window = gathered[:0].sum(dim=0)
     steps = torch.arange(past, device=own.device)[None]
     for rank in range(dist.get_rank(group)):

@@ -26,11 +26,11 @@ def test_the_command(long_training, tmp_path, monkeypatch):
     long_training.main()
     rows = json.loads((tmp_path / "long_training.json").read_text())["rows"]
     assert [(row["case"], row["size"]) for row in rows] == [
-        *((model, length) for length in (32, 70) for model in models),
+        ("SumAgg", 70),
+        ("SumAgg, in chunks", 70),
         ("SumAgg, in chunks", 200),
     ]
-    # The one run of the longest in a process of its own.
-    assert [row["peak_bytes"] is not None for row in rows] == [False] * 6 + [True]
+    assert all(row["seconds"][0] > 0 and row["peak_bytes"] > 0 for row in rows)
     table = (tmp_path / "long_training.md").read_text()
     assert "| case | tokens | µs a token | to SumAgg at 70 |" in table
     assert (tmp_path / "long_training.png").read_bytes().startswith(b"\x89PNG")

@@ -38,14 +38,14 @@ KINDS = {
 
 def batches():
     """Inputs whose parts are longer and shorter than the window and the convolution; documents, padding."""
-    for length in (21, 5):
-        ids = torch.randint(61, (2, length))
-        yield {"input_ids": ids, "labels": ids % 5}
-        mask = torch.arange(length)[None] < torch.tensor([length, 2 * length // 3])[:, None]
-        yield {"input_ids": ids, "labels": (ids % 5).masked_fill(~mask, -100), "attention_mask": mask}
-        yield {"input_ids": ids, "labels": ids % 5, "attention_mask": torch.rand(2, length) < 0.6}
-        positions = torch.stack([torch.arange(length) % 4, torch.arange(length) % max(length // 2, 1)])
-        yield {"input_ids": ids, "labels": (ids % 5).masked_fill(positions == 0, -100), "position_ids": positions}
+    ids = torch.randint(61, (2, 5))
+    yield {"input_ids": ids, "labels": ids % 5}
+    ids, length = torch.randint(61, (2, 21)), 21
+    mask = torch.arange(length)[None] < torch.tensor([length, 2 * length // 3])[:, None]
+    yield {"input_ids": ids, "labels": (ids % 5).masked_fill(~mask, -100), "attention_mask": mask}
+    yield {"input_ids": ids, "labels": ids % 5, "attention_mask": torch.rand(2, length) < 0.6}
+    positions = torch.stack([torch.arange(length) % 4, torch.arange(length) % max(length // 2, 1)])
+    yield {"input_ids": ids, "labels": (ids % 5).masked_fill(positions == 0, -100), "position_ids": positions}
 
 
 def without_labels_behind_padding(batch):
@@ -65,12 +65,13 @@ def compare(rank, folder):
         for number, batch in enumerate(map(without_labels_behind_padding, batches())):
             set_seed(number)
             whole = build(model_class, copy.deepcopy(config)).double()
+            initial = copy.deepcopy(whole)
             loss = whole(**batch, use_cache=False).loss
             loss.backward()
             for group in (None, two):
                 if group is two and rank > 1:
                     continue
-                model = build(model_class, copy.deepcopy(config)).double()
+                model = copy.deepcopy(initial)
                 actual = backward_in_parallel(model, **batch, group=group)
                 assert_close(actual, loss, 1e-6)
                 for (name, parameter), expected in zip(model.named_parameters(), whole.parameters(), strict=True):
