@@ -1,4 +1,4 @@
-"""What a model is: the config classes, and the named architectures as data."""
+"""The config classes, and the named architectures (presets) as data."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ def preset_path(name: str) -> str:
     The JSON file of a named architecture, for `AutoConfig.from_pretrained`.
 
     Args:
-        name (`str`): the name of a file in `configuration/presets`, without its ending.
+        name (`str`): the name of a file in `configuration/presets`, without its extension.
 
     Raises:
         `ValueError`: there is no such preset; the message lists them.

@@ -1,4 +1,4 @@
-"""What the configs of all models refuse that transformers lets through."""
+"""Checks that all configs add to those of transformers."""
 
 import difflib
 import math
@@ -10,18 +10,18 @@ from transformers import PreTrainedConfig
 
 class NamedFields:
     """
-    Before [`~transformers.PreTrainedConfig`], which keeps or drops an argument that it does not know: one that is almost
-    the name of a field raises a `ValueError`, if it is not out of a file. So do the name of a preset as a checkpoint, and
-    NaN or infinity in any field.
+    A mixin before [`~transformers.PreTrainedConfig`], which keeps or drops unknown arguments. This one raises a `ValueError`
+    for an argument that is almost the name of a field (unless it was read from a file), for the name of a preset that is
+    given as a checkpoint, and for NaN or infinity in any field.
     """
 
-    # Of the package; a checkpoint has none.
+    # Set by the package. The code in a checkpoint has no presets.
     preset_names: ClassVar[tuple[str, ...]] = ()
-    # The modules that `LoraConfig()` adapts. Registering a family sets it.
+    # The modules that `LoraConfig()` adapts, set when a family is registered.
     lora_target_modules: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self, **kwargs):
-        # What was saved, by whatever version, names its type.
+        # A saved config names its `model_type`. It may hold fields of other versions.
         if "model_type" not in kwargs:
             self._refuse_slips(kwargs)
         super().__post_init__(**kwargs)  # type: ignore[misc]
@@ -40,13 +40,13 @@ class NamedFields:
             if name not in cls.preset_names:
                 raise
             raise ValueError(
-                f"{name!r} is a preset, an architecture without weights, and no checkpoint: make a new model of "
-                f"`AutoConfig.from_pretrained(preset_path({name!r}))` by `from_config` of an Auto class, with "
-                f"`preset_path` of `modeling_sumagg.configuration`. The presets are {list(cls.preset_names)}."
+                f"{name!r} is a preset, an architecture without weights, and no checkpoint. Create a new model by "
+                f"`from_config` of an Auto class with `AutoConfig.from_pretrained(preset_path({name!r}))`, where "
+                f"`preset_path` is in `modeling_sumagg.configuration`. The presets are {list(cls.preset_names)}."
             ) from error
 
     def to_dict(self) -> dict[str, Any]:
-        # PEFT asks a config for its model type as a dict, and looks up next which modules it adapts.
+        # PEFT converts a config to a dict for its `model_type`, and then looks up the modules to adapt.
         constants = sys.modules.get("peft.utils.constants")
         if self.lora_target_modules and constants is not None:
             targets = constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
@@ -54,7 +54,7 @@ class NamedFields:
         return super().to_dict()  # type: ignore[misc]
 
     def validate_all_numbers(self):
-        """Part of `@strict`-powered validation, by its name the first one: no field holds NaN or infinity."""
+        """Part of `@strict`-powered validation, first because of its name: no field holds NaN or infinity."""
         for name in self.__dataclass_fields__:
             value = getattr(self, name, None)
             if not _is_finite(value):
@@ -64,7 +64,7 @@ class NamedFields:
     def _refuse_slips(cls, names) -> None:
         own = cls.__dataclass_fields__.keys() - PreTrainedConfig.__dataclass_fields__
         for name in [name for name in names if not hasattr(cls, name)]:
-            # One wrong letter, or two in a long name. `pad_token`, which a tokenizer is given, is less like `pad_token_id`.
+            # One wrong letter, or two in a long name. The tokenizer's `pad_token` is less similar to `pad_token_id`.
             nearest = difflib.get_close_matches(name, own, n=1, cutoff=0.88)
             if nearest:
                 raise ValueError(f"{cls.__name__} has no field {name!r}. Did you mean {nearest[0]!r}?")

@@ -11,57 +11,59 @@ from .configuration_text import TextConfig
 @strict
 class SumAggConfig(TextConfig):
     r"""
-    Configuration of a [`SumAggModel`] and of the models with a head on it.
+    Configuration of a [`SumAggModel`] and of the models with a head on top of it.
 
     The architecture is that of P. Ekin, "Summation-Based Transformers: A Path Toward Linear Complexity Sequence
-    Modeling" (TechRxiv 2025, doi 10.36227/techrxiv.175790522.25734653). The defaults are what learns well: pre-norm blocks,
-    gated means of what the tokens themselves let decay, one attention layer with rotary positions at the end, and no
-    limit of length. The published form is in the presets `sumagg-published-lm` and `sumagg-published-classifier`. A
-    config file that has no `sum_decay`, as in version 0.1, no `mlp_gate` or no `sum_skip` means what it meant.
+    Modeling" (TechRxiv 2025, doi 10.36227/techrxiv.175790522.25734653). The defaults are the form that learns well:
+    pre-norm blocks, gated sums with keys and with decays computed from the tokens, a last layer that attends to a window
+    with rotary positions, a state of constant size, and no limit of length. The presets `sumagg-published-lm` and
+    `sumagg-published-classifier` are the published form. The config file of an older version keeps its meaning.
 
     Args:
         layer_types (`list[str]`, *optional*): the mixer of each block, `"summation"`, `"full_attention"` or
-            `"sliding_attention"`. By default every block sums but the last, which attends (the published hybrid).
-        is_causal (`bool`, defaults to `True`): whether a token sees only itself and the tokens before it. In a
-            bidirectional model `sliding_window` is how far a token sees on either side, and terms decay to both.
+            `"sliding_attention"`. By default the last block attends and all others sum: to a window of
+            `sliding_window` tokens if the sums have keys, else to all tokens (as in the published hybrid).
+        is_causal (`bool`, defaults to `True`): whether a token sees only itself and earlier tokens. In a bidirectional
+            model `sliding_window` is the reach on either side, and terms decay to both sides.
         position_embedding_type (`str`, defaults to `"none"`): the `P` of `E[x] * (P + b)`: `"learned"` (a table, as
             published), `"sinusoidal"` (computed, for unlimited length) or `"none"`.
         position_bias (`float`, defaults to 2.0): the `b` of `E[x] * (P + b)` (published: 2.0 in the language models,
             1.0 in the classifier).
-        norm_position (`str`, defaults to `"pre"`): LayerNorm before each sublayer (`"pre"`), or after each residual sum
-            (`"post"`, as published).
+        norm_position (`str`, defaults to `"pre"`): LayerNorm before each sublayer (`"pre"`), or after each residual
+            addition (`"post"`, as published).
         rope_parameters (`dict`, *optional*, defaults to rotary positions with `rope_theta=10000.0`): those of the
             attention layers ([`TextConfig`]); published: `None`.
         sum_decay (`str`, *optional*): the decays of the sums ([`TextConfig`]); `"input"` by default, and `"none"` with
             `sum_normalization="sqrt"`; published: `"none"`.
-        num_sum_heads (`int`, *optional*, defaults to `num_attention_heads`): heads of the sums, each with a decay of its
-            own; must divide `hidden_size`.
-        sum_normalization (`str`, *optional*): divide the sum over `n` tokens by `n` (`"mean"`, the default with decays), by
-            its square root (`"sqrt"`, the default without, and for them alone), or not (`"none"`, as published). With
-            decays `a` the mean is weighted by them and by `1 - a` ([`~modeling_sumagg.ops.causal_mean`]).
-        sum_map (`str`, defaults to `"linear"`): what makes a term of a token's vector `u`: `W u` (`"linear"`), or
+        num_sum_heads (`int`, *optional*, defaults to `num_attention_heads`): heads of the sums, each with its own decay;
+            must divide `hidden_size`.
+        sum_normalization (`str`, *optional*): the divisor of a sum over `n` tokens: `n` (`"mean"`, the default with
+            decays), its square root (`"sqrt"`, the default without decays, and allowed only there), or none (`"none"`, as
+            published). With decays `a`, `"mean"` divides by the sum of the weights `1 - a` after their own decay
+            ([`~modeling_sumagg.ops.causal_mean`]).
+        sum_map (`str`, defaults to `"linear"`): the term of a token's vector `u`: `W u` (`"linear"`), or
             `relu(W2 relu(W1 u))` (`"relu"`, as published).
-        sum_skip (`bool`, *optional*): whether the token's own term is added to the (normalised) sum (published: no). By
-            default only after a convolution: without one, models learned worse with it.
+        sum_skip (`bool`, *optional*): whether the token's own term is added to the (normalised) sum (published: no). The
+            default is true only after a convolution: without a convolution, models with a skip learned worse.
         sum_gate (`bool`, defaults to `True`): whether the sums are multiplied by `silu(W_g h)` (published: no).
-        conv_kernel_size (`int`, *optional*, defaults to 4 in causal models): a causal depthwise convolution over as many
-            tokens in each summation mixer, SiLU after it; none with `None` (published).
-        conv_before (`str`, defaults to `"terms"`): what the convolution stands before: the map of the terms alone, so that
-            gate and decays are those of the token itself (`"terms"`), or the mixer with all three (`"mixer"`).
+        conv_kernel_size (`int`, *optional*, defaults to 4 in causal models): the taps of a causal depthwise convolution
+            with SiLU in each summation mixer; `None`: no convolution (published).
+        conv_before (`str`, defaults to `"terms"`): the place of the convolution: before the terms only, so that gate and
+            decays are computed from the token alone (`"terms"`), or before terms, gate and decays (`"mixer"`).
         sum_state_size (`int`, *optional*): N, the length of the keys and queries of the sums. The state of a head of p
-            channels is then a matrix of `N * p` float32 numbers ([`~modeling_sumagg.ops.causal_keyed_sum`]), from which
-            a token recalls by key. The convolution is then over values, keys and queries. `None`: no keys, a vector of
-            state. Keys need `is_causal=True`, decays, `sum_map="linear"`, `sum_normalization="mean"` and
-            `conv_before="terms"`; with these values the default is p, else `None`.
-        num_sum_key_heads (`int`, *optional*, defaults to `num_sum_heads`): how many keys and queries a token has. Must
-            divide `num_sum_heads`: consecutive heads share them.
+            channels is then a matrix of `N * p` float32 numbers, from which a token recalls values by key
+            ([`~modeling_sumagg.ops.causal_keyed_sum`]). The convolution then runs over values, keys and queries. `None`:
+            no keys, and a vector as state. Keys need `is_causal=True`, decays, `sum_map="linear"`,
+            `sum_normalization="mean"` and `conv_before="terms"`. With these values the default is p, else `None`.
+        num_sum_key_heads (`int`, *optional*, defaults to `num_sum_heads`): the number of keys and of queries of a token.
+            Must divide `num_sum_heads`: consecutive heads share a key and a query.
         sum_output_norm (`bool`, defaults to `True`): whether sums with keys have an RMS norm over the channels of each
             head.
         pooling (`str`, defaults to `"sum"`): how a sequence classifier pools: the sum over `relu(W h_t)` (`"sum"`, as
             published), its mean (`"mean"`), or the hidden state of the last token (`"last"`).
         mlp_gate (`bool`, defaults to `True`): whether the feed-forward layers are gated (published: no).
-        kwargs: those of [`TextConfig`]: `vocab_size`, `hidden_size`, `num_hidden_layers` (0 leaves the embedding alone,
-            as in the published classifier), `num_attention_heads`, `intermediate_size`, `hidden_act` (published:
+        kwargs: the arguments of [`TextConfig`]: `vocab_size`, `hidden_size`, `num_hidden_layers` (0: the embedding
+            alone, as in the published classifier), `num_attention_heads`, `intermediate_size`, `hidden_act` (published:
             `"relu"`), `sliding_window`, `max_position_embeddings`, the dropouts, `layer_norm_eps`, `initializer_range`,
             `tie_word_embeddings` (published: no), `lm_head_bias` (published: yes), `fuse_linear_cross_entropy`,
             `use_cache` and the special tokens.
@@ -76,7 +78,7 @@ class SumAggConfig(TextConfig):
 
     >>> config = SumAggConfig(vocab_size=1000, hidden_size=64, num_hidden_layers=3, num_attention_heads=4)
     >>> config.layer_types
-    ['summation', 'summation', 'full_attention']
+    ['summation', 'summation', 'sliding_attention']
     >>> model = SumAggForCausalLM(config)
     ```
     """
@@ -95,7 +97,7 @@ class SumAggConfig(TextConfig):
         "conv_before": "mixer",
     }
     default_sliding_window = 64
-    # Sums run channel by channel, so that each process sums, and keeps the decode state of, its own channels.
+    # Sums run channel by channel: each process sums its own channels and keeps their decode state.
     base_model_tp_plan = {
         "embed_tokens": "embedding_rowwise",
         "layers.*.mixer.in_proj": "colwise_gather_output",
@@ -161,12 +163,12 @@ class SumAggConfig(TextConfig):
         super().__post_init__(**kwargs)
 
     def default_layer_types(self) -> list[str]:
-        """Every block sums but the last, which attends: beside sums with keys to a window, else to all tokens."""
+        """The last block attends, and all others sum. It attends to a window beside sums with keys, else to all tokens."""
         last = "full_attention" if self.sum_state_size is None else "sliding_attention"
         return (["summation"] * (self.num_hidden_layers - 1) + [last])[: self.num_hidden_layers]
 
     def validate_sums(self):
-        """Part of `@strict`-powered validation: the options of the summation mixers fit together."""
+        """Part of `@strict`-powered validation: the options of the summation mixers are consistent."""
         if not self.num_sum_heads or self.num_sum_heads < 1 or self.hidden_size % self.num_sum_heads:
             raise ValueError(
                 f"`num_sum_heads` must divide `hidden_size`, got {self.num_sum_heads} heads for a width of "
@@ -174,7 +176,7 @@ class SumAggConfig(TextConfig):
             )
         if self.sum_normalization == "sqrt" and self.sum_decay != "none":
             raise ValueError(
-                f"`sum_normalization='sqrt'` is for sums without decays, and `sum_decay` is {self.sum_decay!r}: choose "
+                f"`sum_normalization='sqrt'` needs sums without decays, but `sum_decay` is {self.sum_decay!r}: choose "
                 "'mean' or 'none'."
             )
         if self.sum_state_size is not None:

@@ -16,24 +16,24 @@ class SumAggMultimodalConfig(NamedFields, PreTrainedConfig):
 
     The architecture is that of P. Ekin, "Summation-Based Transformers: A Path Toward Linear Complexity Sequence
     Modeling" (TechRxiv 2025, doi 10.36227/techrxiv.175790522.25734653), with images as a further modality. The defaults
-    are the published ones. A modality whose size is not set is not part of the model.
+    are the published ones. The model has a modality only if its size is set.
 
     Args:
         vocab_size (`int`, *optional*, defaults to 10000): number of token ids; `None`: no text.
         num_numeric_features (`int`, defaults to 0): number `F` of scalar features; 0: no numbers.
         image_size (`int` or pair of `int` (height, width), *optional*): size of the images; `None`: no images.
-        hidden_size (`int`, defaults to 256): width `d` of every modality and of the latent they are added in.
-        max_position_embeddings (`int`, defaults to 512): longest text, the rows of the learned table of positions.
+        hidden_size (`int`, defaults to 256): width `d` of every modality and of their sum, the latent.
+        max_position_embeddings (`int`, defaults to 512): rows of the learned table of positions, the longest text.
         position_embedding_type (`str`, defaults to `"learned"`): the positions of tokens: `"learned"`, as published,
-            `"sinusoidal"` (computed, for unlimited length) or `"none"`. Those of patches are learned.
+            `"sinusoidal"` (computed, for unlimited length) or `"none"`. The positions of patches are learned.
         position_bias (`float`, defaults to 1.0): the `b` of `E[x] * (P + b)`.
-        patch_size (`int`, defaults to 16): side of the square patches that an image is cut into.
+        patch_size (`int`, defaults to 16): side of the square patches of an image.
         num_channels (`int`, defaults to 3): channels of the images.
         numeric_mean (`list[float]`, *optional*): mean of each numeric feature in the training data. With
-            `numeric_std`, the model standardises the features itself, so that it takes them in their own units.
+            `numeric_std`, the model standardises the features itself and takes them in their own units.
         numeric_std (`list[float]`, *optional*): their standard deviations.
         label_mean (`list[float]`, *optional*): mean of each label in the training data. With `label_std`, the
-            regression predicts in the labels' own units, while its loss is that of standardised labels.
+            regression predicts in the labels' own units, and computes its loss on standardised labels.
         label_std (`list[float]`, *optional*): their standard deviations.
         head_hidden_sizes (`list[int]`, *optional*, defaults to `[256, 64]`): widths of the layers from the latent to
             the output.

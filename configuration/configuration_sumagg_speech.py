@@ -11,26 +11,26 @@ from .configuration_sumagg import SumAggConfig
 @strict
 class SumAggSpeechConfig(SumAggConfig):
     r"""
-    Configuration of a [`SumAggSpeechModel`] and of the models with a head on it: log-mel frames, of which a causal front
-    end makes one token of every `subsampling_factor`, and the blocks of [`SumAggConfig`] over these tokens. By default
-    every block sums, so that the decode state of a stream has the same size however long it gets.
+    Configuration of a [`SumAggSpeechModel`] and of the models with a head on top of it. A causal front end makes one token
+    of every `subsampling_factor` log-mel frames, and the blocks of [`SumAggConfig`] run over these tokens. By default
+    every block sums, so the decode state of a stream has a constant size.
 
     Args:
         num_mel_bins (`int`, defaults to 80): values of a frame.
-        subsampling_factor (`int`, defaults to 4): frames that make a token.
-        subsampling_kernel_size (`int`, defaults to 12): frames that a token is made of, its own and those before them.
+        subsampling_factor (`int`, defaults to 4): frames from one token to the next.
+        subsampling_kernel_size (`int`, defaults to 12): frames that a token is computed from, its own and earlier ones.
         feature_mean (`list[float]`, *optional*): mean of each mel bin in the training data. With `feature_std`, the model
-            standardises the frames itself, the same way whatever follows them.
+            standardises the frames itself, independently of later frames.
         feature_std (`list[float]`, *optional*): their standard deviations.
         hop_length (`int`, defaults to 160): samples from one frame to the next.
         vocab_size (`int`, defaults to 32): number of symbols, the blank included.
         pad_token_id (`int`, defaults to 0): the blank of connectionist temporal classification (CTC).
         ctc_loss_reduction (`str`, defaults to `"mean"`): the losses of the rows of a batch are summed (`"sum"`), or divided
             by the lengths of their labels and averaged (`"mean"`).
-        ctc_zero_infinity (`bool`, defaults to `False`): whether a row whose audio is too short for its labels has no loss,
-            where it would be infinite.
+        ctc_zero_infinity (`bool`, defaults to `False`): whether a row whose audio is too short for its labels has a loss of
+            zero instead of infinity.
         apply_spec_augment (`bool`, defaults to `True`): whether frames and bins are masked in training (SpecAugment, arXiv
-            1904.08779), as in transformers' Wav2Vec2 and Whisper. What is masked becomes the mean.
+            1904.08779), as in transformers' Wav2Vec2 and Whisper. Masked values become the mean.
         mask_time_prob (`float`, defaults to 0.05): the share of the frames that are masked, before overlaps.
         mask_time_length (`int`, defaults to 10): frames masked together.
         mask_time_min_masks (`int`, defaults to 2): the fewest spans of frames that are masked.
@@ -38,13 +38,13 @@ class SumAggSpeechConfig(SumAggConfig):
         mask_feature_length (`int`, defaults to 10): bins masked together.
         mask_feature_min_masks (`int`, defaults to 0): the fewest spans of bins that are masked.
         layer_types (`list[str]`, *optional*): the mixer of each block, `"summation"` (by default everywhere),
-            `"sliding_attention"`, or, where nothing is streamed, `"full_attention"`.
+            `"sliding_attention"`, or `"full_attention"` in a model that does not stream.
         sum_map (`str`, defaults to `"relu"`), sum_skip (`bool`, defaults to `False`), conv_kernel_size (`int`,
             *optional*), conv_before (`str`, defaults to `"mixer"`): the summation mixers ([`SumAggConfig`]).
         mlp_gate (`bool`, defaults to `False`): whether the feed-forward layers are gated ([`TextConfig`]).
         pooling (`str`, defaults to `"mean"`): how an audio classifier pools ([`SumAggConfig`]).
-        use_cache (`bool`, defaults to `False`): whether the model returns its decode state where none is given.
-        kwargs: those of [`SumAggConfig`]. There is no position code beside that of attention layers.
+        use_cache (`bool`, defaults to `False`): whether the model returns its decode state if the call gives none.
+        kwargs: the arguments of [`SumAggConfig`]. Only attention layers have positions.
 
     Raises:
         `ValueError` or the strict dataclass's validation error: a value is of the wrong type or not allowed.
@@ -62,7 +62,7 @@ class SumAggSpeechConfig(SumAggConfig):
     """
 
     model_type = "sumagg_speech"
-    # What a batch is padded with is no prediction.
+    # The padding of a batch is no prediction.
     keys_to_ignore_at_inference = ["cache", "past_key_values", "token_mask"]
     values_of_0_1: ClassVar[dict[str, Any]] = SumAggConfig.values_of_0_2
     base_model_tp_plan = {
@@ -112,7 +112,7 @@ class SumAggSpeechConfig(SumAggConfig):
         return ["summation"] * self.num_hidden_layers
 
     def validate_frames(self):
-        """Part of `@strict`-powered validation: the frames, their statistics and what is masked of them."""
+        """Part of `@strict`-powered validation: the frames, their statistics and their masking."""
         for name in ("num_mel_bins", "subsampling_factor", "hop_length", "mask_time_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")

@@ -1,4 +1,4 @@
-"""What the configs of all models over tokens share."""
+"""The fields and checks that the configs of all models over tokens share."""
 
 import math
 from dataclasses import field, fields
@@ -18,8 +18,8 @@ ROPE_TYPES = ("default", "linear")
 @strict
 class TextConfig(NamedFields, PreTrainedConfig):
     r"""
-    The fields and checks that the configs of all decoders share. A family names its `recurrent_layer_types`, and
-    defines `default_layer_types` where not every layer is of the first of them.
+    The fields and checks that the configs of all decoders share. A family sets `recurrent_layer_types`. It overrides
+    `default_layer_types` if its default model does not consist of the first of these types alone.
 
     Args:
         vocab_size (`int`, defaults to 50257): number of token ids.
@@ -27,28 +27,28 @@ class TextConfig(NamedFields, PreTrainedConfig):
         num_hidden_layers (`int`, defaults to 12): number of blocks.
         num_attention_heads (`int`, defaults to 12): heads of the attention layers; must divide `hidden_size`.
         intermediate_size (`int`, *optional*, defaults to `4 * hidden_size`): width of the feed-forward layers. With
-            `mlp_gate` about two thirds of that, for as many parameters, and like `hidden_size` a multiple of 128, or of
-            a smaller power of two: groups of quantized weights that divide one divide the other.
+            `mlp_gate` the default is about two thirds of that, for equal parameters. It is then a multiple of the largest
+            power of two up to 128 that divides `hidden_size`, so that groups of quantized weights divide both.
         hidden_act (`str`, defaults to `"gelu"`): activation of the feed-forward layers.
         mlp_gate (`bool`, defaults to `False`): whether the feed-forward layers are gated linear units (arXiv 2002.05202),
             `W_b (act(W_g h) * (W_a h))` instead of `W_b act(W_a h)`.
         layer_types (`list[str]`, *optional*): the mixer of each block: a recurrent type of the family,
             `"full_attention"` or `"sliding_attention"`.
         sliding_window (`int`, *optional*, defaults to 512 where a layer needs one): tokens that a sliding attention
-            layer sees, the current one included.
+            layer attends to, the current one included.
         position_embedding_type (`str`, defaults to `"learned"`): `"learned"` (a table), `"sinusoidal"` (computed, for
             unlimited length) or `"none"`.
-        max_position_embeddings (`int`, *optional*, defaults to 1024 where something is learned a position): the longest
-            document in tokens. A model that has no limit has no such attribute, which is how clients tell.
-        rope_parameters (`dict`, *optional*): rotary positions (arXiv 2104.09864) in the attention layers, in the form that
-            transformers has for them: `{"rope_type": "default", "rope_theta": 10000.0}`, or `"linear"` with a `factor`.
-            `rope_theta=10000.0` as an argument stands for the former; `None` is no rotary positions.
-        sum_decay (`str`, defaults to `"none"`): what the sums of recurrent layers are multiplied by before a token is
-            added: nothing (`"none"`, as published), one decay for each head, learned (`"learned"`), or one for each head
-            and token, a learned function of the token (`"input"`).
-        sum_decay_min, sum_decay_max (`float`, default to 1.0 and 256.0): the time constants, in tokens, of the first and
-            of the last head at the start, the others between them in equal ratios: after as many tokens a term has
-            decayed to 1/e.
+        max_position_embeddings (`int`, *optional*, defaults to 1024 if the model has parameters for each position): the
+            longest document in tokens. A model without a limit has no such attribute. Clients detect it by that.
+        rope_parameters (`dict`, *optional*): rotary positions (arXiv 2104.09864) in the attention layers, as transformers
+            writes them: `{"rope_type": "default", "rope_theta": 10000.0}`, or `"linear"` with a `factor`. The argument
+            `rope_theta=10000.0` means the former. `None` means no rotary positions.
+        sum_decay (`str`, defaults to `"none"`): the factor of the sums of recurrent layers before a token is added: none
+            (`"none"`, as published), one learned decay for each head (`"learned"`), or one decay for each head and token,
+            a learned function of the token (`"input"`).
+        sum_decay_min, sum_decay_max (`float`, default to 1.0 and 256.0): the initial time constants of the first and of
+            the last head, in tokens: a term has decayed to 1/e after as many tokens. Those of the other heads lie
+            between, in equal ratios.
         embedding_dropout (`float`, defaults to 0.0): dropout on the embeddings.
         hidden_dropout (`float`, defaults to 0.0): dropout on the output of every mixer and feed-forward layer.
         attention_dropout (`float`, defaults to 0.0): dropout on the attention probabilities.
@@ -58,7 +58,8 @@ class TextConfig(NamedFields, PreTrainedConfig):
         tie_word_embeddings (`bool`, defaults to `True`): whether the output projection is the embedding table.
         lm_head_bias (`bool`, defaults to `False`): whether the output projection has a bias.
         fuse_linear_cross_entropy (`bool`, defaults to `False`): whether a language model in training computes its loss
-            without ever holding the logits of all tokens, and returns none. Needs PyTorch's `linear_cross_entropy`.
+            without ever holding the logits of all tokens. It then returns no logits. Needs PyTorch's
+            `linear_cross_entropy`.
         use_cache (`bool`, defaults to `True`): whether the model returns its decode state.
         bos_token_id, eos_token_id, pad_token_id (`int`, *optional*): the special tokens.
 
@@ -66,7 +67,7 @@ class TextConfig(NamedFields, PreTrainedConfig):
         `ValueError` or the strict dataclass's validation error: a value is of the wrong type or not allowed.
     """
 
-    # Both names of the decode state in outputs, over the versions of transformers.
+    # The names of the decode state in outputs, of newer and older transformers.
     keys_to_ignore_at_inference = ["cache", "past_key_values"]
     recurrent_layer_types: ClassVar[tuple[str, ...]] = ()
     # The values of fields that files of an earlier version do not have.
@@ -85,7 +86,7 @@ class TextConfig(NamedFields, PreTrainedConfig):
     layer_types: list[str] | None = None
     sliding_window: int | None = None
     position_embedding_type: Literal["learned", "sinusoidal", "none"] = "learned"
-    # Without a default of the class, an unlimited config has no such attribute.
+    # A default of the class would give an unlimited config this attribute.
     max_position_embeddings: int | None = field(default_factory=lambda: None)
     rope_parameters: dict[str, Any] | None = None
     sum_decay: Literal["none", "learned", "input"] = "none"
@@ -107,7 +108,7 @@ class TextConfig(NamedFields, PreTrainedConfig):
 
     def __init_subclass__(cls, *args, **kwargs):
         super().__init_subclass__(*args, **kwargs)
-        # `Trainer` reads the config of a checkpoint as a plain `PreTrainedConfig`, which must know the layer types.
+        # `Trainer` loads the config of a checkpoint as a plain `PreTrainedConfig`, which must know the layer types.
         known = configuration_utils.ALLOWED_ATTN_LAYER_TYPES
         new = tuple(kind for kind in cls.recurrent_layer_types if kind not in known)
         configuration_utils.ALLOWED_ATTN_LAYER_TYPES = (*known, *new)
@@ -132,10 +133,11 @@ class TextConfig(NamedFields, PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
         """
-        As in transformers, with what `from_pretrained(..., name=value)` changes derived and validated anew.
+        As in transformers. Values that `from_pretrained(..., name=value)` changes are validated again, and the fields that
+        depend on them are derived again.
 
         Raises:
-            `ValueError`: a changed value is not allowed, or does not fit the others.
+            `ValueError`: a changed value is not allowed, or contradicts other fields.
         """
         earlier_values = cls.values_of_0_1 if "sum_decay" not in config_dict else cls.values_of_0_2
         config_dict = {**earlier_values, **config_dict}
@@ -148,14 +150,14 @@ class TextConfig(NamedFields, PreTrainedConfig):
             raise ValueError(f"Changed in the config of the checkpoint: {changed}. {error}") from error
 
     def convert_rope_params_to_dict(self, **kwargs) -> dict[str, Any]:
-        """As in transformers, but `None` stays `None`: no rotary positions."""
+        """As in transformers, except that `None` stays `None`: no rotary positions."""
         self._check_rope_type(kwargs.get("rope_scaling") or self.rope_parameters or {})
         if self.rope_parameters is None and not {"rope_theta", "rope_scaling"} & kwargs.keys():
             return kwargs
         return super().convert_rope_params_to_dict(**kwargs)
 
     def validate_rope(self):
-        """Part of `@strict`-powered validation: rotary positions that a decode state can go on with."""
+        """Part of `@strict`-powered validation: rotary positions that do not depend on the length of the input."""
         if self.rope_parameters is None:
             return
         self._check_rope_type(self.rope_parameters)
@@ -175,7 +177,7 @@ class TextConfig(NamedFields, PreTrainedConfig):
             raise ValueError(
                 f"`rope_parameters` may have a `rope_type` of {list(ROPE_TYPES)}, `rope_theta` and, with 'linear', a "
                 f"`factor`, one of each for all attention layers; got {rope_parameters}. Other types change with the length "
-                "of the input, so that a decode state could not be gone on from."
+                "of the input, so a cached decode state could not be continued."
             )
 
     def validate_direction(self):
@@ -186,11 +188,11 @@ class TextConfig(NamedFields, PreTrainedConfig):
             )
 
     def default_layer_types(self) -> list[str]:
-        """The mixers of a model that names none."""
+        """The `layer_types` of a config that names none."""
         return [self.recurrent_layer_types[0]] * self.num_hidden_layers
 
     def has_position_limit(self) -> bool:
-        """Whether something is learned for each position, so that the context ends with it."""
+        """Whether the model has parameters for each position, so that the context cannot exceed them."""
         return self.position_embedding_type == "learned"
 
     def validate_layer_type(self):
@@ -198,7 +200,7 @@ class TextConfig(NamedFields, PreTrainedConfig):
         allowed = [*self.recurrent_layer_types, *ATTENTION_TYPES]
         if self.layer_types is None:
             raise ValueError(
-                "`layer_types` is None. It is derived when a config is made: change `num_hidden_layers` or `layer_types` "
+                "`layer_types` is None. A config derives it when it is created: change `num_hidden_layers` or `layer_types` "
                 "in the arguments of the config class, or set both."
             )
         unknown = sorted(set(self.layer_types) - set(allowed))
@@ -211,7 +213,7 @@ class TextConfig(NamedFields, PreTrainedConfig):
             )
 
     def validate_sizes(self):
-        """Part of `@strict`-powered validation: sizes are positive and fit together, probabilities are probabilities."""
+        """Part of `@strict`-powered validation: sizes are positive and consistent, probabilities are in [0, 1)."""
         for name in ("vocab_size", "hidden_size", "num_attention_heads", "intermediate_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
@@ -235,7 +237,9 @@ class TextConfig(NamedFields, PreTrainedConfig):
         if self.initializer_range < 0:
             raise ValueError(f"`initializer_range` must be at least 0, got {self.initializer_range}.")
         if self.sliding_window is None and "sliding_attention" in (self.layer_types or ()):
-            raise ValueError("`sliding_window` is None, and a layer of `layer_types` is 'sliding_attention'.")
+            raise ValueError(
+                "`sliding_window` is None, but `layer_types` holds 'sliding_attention': set a number of tokens."
+            )
         if self.sliding_window is not None and self.sliding_window < 1:
             raise ValueError(f"`sliding_window` must be at least 1, got {self.sliding_window}.")
         if self.position_embedding_type == "sinusoidal" and self.hidden_size % 2:

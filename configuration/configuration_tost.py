@@ -15,7 +15,7 @@ from .configuration_fields import NamedFields
 class ToSTConfig(NamedFields, BackboneConfigMixin, PreTrainedConfig):
     r"""
     Configuration of a ToST vision model: [`ToSTModel`], [`ToSTForImageClassification`], [`ToSTBackbone`]. The defaults
-    are the published small-12 model at patch 16; all published sizes are in `configuration/presets`.
+    are the published small-12 model at patch size 16. All published sizes are in `configuration/presets`.
 
     Args:
         hidden_size (`int`, *optional*, defaults to 384):
@@ -45,8 +45,8 @@ class ToSTConfig(NamedFields, BackboneConfigMixin, PreTrainedConfig):
         layer_norm_eps (`float`, *optional*, defaults to 1e-6):
             Epsilon of every layer norm.
         image_size (`int` or pair of `int` (height, width), *optional*, defaults to 224):
-            Size the image processor is set to. The model itself takes every size `patch_size` divides, since its
-            positions are computed.
+            Size of the images that the image processor makes. The model itself takes every size that `patch_size`
+            divides, because its positions are computed.
         patch_size (`int`, *optional*, defaults to 16):
             16 (four stride-2 convolutions) or 8 (three).
         num_channels (`int`, *optional*, defaults to 3):
@@ -54,8 +54,8 @@ class ToSTConfig(NamedFields, BackboneConfigMixin, PreTrainedConfig):
         qkv_bias (`bool`, *optional*, defaults to `True`):
             Whether the projection U of token statistics and the q, k, v projection of class attention have a bias.
         out_features (`list[str]`, *optional*):
-            Feature maps [`ToSTBackbone`] returns, among `"stem"`, `"stage1"`, ..., one stage a block. Defaults to the
-            last.
+            Feature maps that [`ToSTBackbone`] returns, among `"stem"`, `"stage1"`, ..., one stage for each block. Defaults
+            to the last.
         out_indices (`list[int]`, *optional*):
             The same choice by index.
 
@@ -69,7 +69,7 @@ class ToSTConfig(NamedFields, BackboneConfigMixin, PreTrainedConfig):
     ```"""
 
     model_type = "tost"
-    # The first are the encoder's, the others the model's own.
+    # `layers` are in the encoder, `class_attention_layers` in the model.
     base_model_fsdp_plan = {"layers.*": "free_full_weight", "class_attention_layers.*": "free_full_weight"}
 
     hidden_size: int = 384

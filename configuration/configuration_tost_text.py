@@ -9,8 +9,8 @@ from .configuration_text import TextConfig
 @strict
 class ToSTTextConfig(TextConfig):
     r"""
-    Configuration of a ToST language model: [`ToSTTextModel`] and the models with a head on it. The defaults are the
-    published base model; the published sizes are in `configuration/presets`.
+    Configuration of a ToST language model: [`ToSTTextModel`] and the models with a head on top of it. The defaults are the
+    published base model. The published sizes are in `configuration/presets`.
 
     Args:
         layer_types (`list[str]`, *optional*): the mixer of each block, `"token_statistics"` (by default everywhere),
@@ -18,13 +18,13 @@ class ToSTTextConfig(TextConfig):
         position_embedding_type (`str`, defaults to `"learned"`): positions added to the embeddings: `"learned"` (a
             table, as published), `"sinusoidal"` (computed, for unlimited length) or `"none"`.
         use_bias (`bool`, defaults to `False`): whether the linear maps and the layer norms have a bias.
-        use_membership_bias (`bool`, defaults to `True`): whether the membership has the learned bias β of each head and
-            position, as published. Like a position table it ends the context at `max_position_embeddings`: unlimited
-            length needs `False`, and positions that are not learned.
+        use_membership_bias (`bool`, defaults to `True`): whether the membership has a learned bias β for each head and
+            position, as published. Like a position table, β limits the context to `max_position_embeddings`. Unlimited
+            length needs `False` and positions that are not learned.
         layerscale_value (`float`, defaults to 1e-5): initial layer scale γ.
         sum_decay (`str`, defaults to `"none"`, as published): the decays of all three sums ([`TextConfig`]).
         rope_parameters (`dict`, *optional*): rotary positions of the attention layers ([`TextConfig`]).
-        kwargs: those of [`TextConfig`]: `vocab_size` (here 50304 by default), `hidden_size`, `num_hidden_layers`,
+        kwargs: the arguments of [`TextConfig`]: `vocab_size` (here 50304 by default), `hidden_size`, `num_hidden_layers`,
             `num_attention_heads` (also the number K of subspaces among which each token distributes its membership Π),
             `intermediate_size`, `hidden_act`, `sliding_window`, `max_position_embeddings` (of the table and of β), the
             dropouts (`attention_dropout` also drops entries of 1/(1 + m) in token statistics), `layer_norm_eps`,
@@ -45,7 +45,7 @@ class ToSTTextConfig(TextConfig):
 
     model_type = "tost_text"
     recurrent_layer_types = ("token_statistics",)
-    # The membership is a softmax over the heads: every process computes all of them, from sharded projections.
+    # The membership is a softmax over the heads, so every process needs all heads. Only the projections are sharded.
     base_model_tp_plan = {
         "embed_tokens": "embedding_rowwise",
         "layers.*.attention.w_proj": "colwise_gather_output",
@@ -64,7 +64,7 @@ class ToSTTextConfig(TextConfig):
     layerscale_value: float | int = 1e-5
 
     def has_position_limit(self) -> bool:
-        """The table of positions and β are learned for each position."""
+        """Both the table of positions and β have parameters for each position."""
         return self.use_membership_bias or super().has_position_limit()
 
 
