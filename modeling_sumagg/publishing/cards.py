@@ -52,12 +52,12 @@ def context_length(config: PreTrainedConfig) -> int | None:
 
 def decode_state_size(model: PreTrainedModel) -> tuple[int, int] | None:
     """
-    The bytes that decoding one sequence keeps, counted in the cache after a short and after a longer prompt.
+    The bytes that decoding one sequence keeps, counted in the cache after prompts of two lengths.
 
     Returns:
-        `tuple[int, int]` or `None`: the bytes that do not depend on the length (the states of the recurrent layers), and
-        those that each token adds (the keys and values of the attention layers, up to a sliding window); `None` for a
-        model that neither generates nor listens to a stream.
+        `tuple[int, int]` or `None`: the bytes that do not depend on the length (the states of recurrent layers, and the keys
+        and values of full windows), and the bytes that each token adds (the keys and values of full attention); `None` for
+        a model that neither generates nor listens to a stream.
     """
     config, streams = model.config, getattr(model, "can_stream", False)
     if not streams and not model.can_generate():
@@ -76,8 +76,10 @@ def decode_state_size(model: PreTrainedModel) -> tuple[int, int] | None:
         )
         return sum(tensor.numel() * tensor.element_size() for layer in tensors for tensor in layer)
 
-    per_token = held(2) - held(1)
-    return held(1) - per_token, per_token
+    # Every window is full after so many tokens.
+    length = getattr(config, "sliding_window", None) or 1
+    per_token = held(length + 1) - held(length)
+    return held(length) - length * per_token, per_token
 
 
 class Markdown(str):
