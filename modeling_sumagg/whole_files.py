@@ -6,7 +6,7 @@ import uuid
 from pathlib import Path
 
 
-def write_whole(path: str | os.PathLike, content: bytes) -> None:
+def write_whole(path: str | os.PathLike, content: bytes, like: Path | None = None) -> None:
     """
     Write a file, or replace one, in a single step: readers find the old content or the new one, even if this process is
     killed, the disk is full, or another process writes the same file. The content is on the disk when this returns.
@@ -17,12 +17,14 @@ def write_whole(path: str | os.PathLike, content: bytes) -> None:
     Args:
         path (`str` or `os.PathLike`): the file; its folder exists.
         content (`bytes`): everything that the file will hold.
+        like (`Path`, *optional*): a file whose mode and owner a new one gets; by default those of the process.
 
     Raises:
         `ValueError`: `path` is a folder, a device or a pipe.
         `OSError`: the file cannot be written, or its owner cannot be kept. Its old content is still there.
     """
     path = Path(path)
+    model = path if path.exists() else like
     if path.exists() and not path.is_file():
         raise ValueError(f"{path} is a folder, a device or a pipe: give the name of a file.")
     # A name of its own for every writer, in the same folder, since a rename cannot cross file systems.
@@ -30,8 +32,8 @@ def write_whole(path: str | os.PathLike, content: bytes) -> None:
     try:
         try:
             with open(temporary, "xb") as file:
-                if path.exists():
-                    _copy_owner_and_mode(path, temporary)
+                if model is not None:
+                    _copy_owner_and_mode(model, temporary)
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())

@@ -143,8 +143,11 @@ def test_8_khz_given_as_16_khz_is_refused_where_the_rate_is_named(extractor):
     [
         (b"", "is empty: 0 bytes"),
         (b"no audio at all" * 10, "no audio file that can be read"),
-        (file_of(np.zeros(0, dtype=np.float32)), "has 0 samples, 0.000 s: 0.025 s, one frame, are the least"),
-        (file_of(np.zeros(399, dtype=np.float32)), "has 399 samples, 0.025 s"),
+        (
+            file_of(np.zeros(0, dtype=np.float32)),
+            "has 0 samples at 16000 Hz, 0.0000 s: 0.025 s, one frame, are the least",
+        ),
+        (file_of(np.zeros(399, dtype=np.float32)), "has 399 samples at 16000 Hz, 0.0249 s"),
         (
             file_of(np.append(tone(0.1, 16000), np.float32(np.nan))),
             "not finite numbers, the first of them sample 1600",

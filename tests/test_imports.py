@@ -55,6 +55,7 @@ PUBLIC = {
     "modeling_sumagg.streams",
     "modeling_sumagg.streams.audio",
     "modeling_sumagg.streams.speech_stream",
+    "modeling_sumagg.streams.stream_scripts",
     "modeling_sumagg.streams.text_stream",
     "modeling_sumagg.training",
     "modeling_sumagg.training.baselines",

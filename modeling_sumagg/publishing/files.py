@@ -5,12 +5,12 @@ import json
 import os
 import re
 import shutil
-import stat
-import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from ..whole_files import write_whole
 
 
 # The names of a checkpoint's code files begin with this and a digest of the code: nobody else names files so.
@@ -116,32 +116,8 @@ def read_auto_map(config: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def write_text(path: Path, text: str, like: Path | None = None) -> None:
-    """
-    Write a file whole or not at all: it is written under a name of its own, which then becomes `path`.
-
-    A file that was there keeps its mode and its owner. A link that was there is replaced, and its target stays.
-
-    Args:
-        path (`Path`): the file to write.
-        text (`str`): what it holds.
-        like (`Path`, *optional*): a file whose mode and owner a new one gets; by default those of the process.
-
-    Raises:
-        `OSError`: the file cannot be written, or its owner cannot be kept.
-    """
-    model = path if path.exists() else like
-    fresh = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        with fresh.open("x", encoding="utf-8") as file:
-            file.write(text)
-        if model is not None:
-            status, own = model.stat(), fresh.stat()
-            if (status.st_uid, status.st_gid) != (own.st_uid, own.st_gid):
-                os.chown(fresh, status.st_uid, status.st_gid)
-            fresh.chmod(stat.S_IMODE(status.st_mode))
-        fresh.replace(path)
-    finally:
-        fresh.unlink(missing_ok=True)
+    """Write a text as UTF-8, whole or not at all, as [`~modeling_sumagg.whole_files.write_whole`] writes a file."""
+    write_whole(path, text.encode("utf-8"), like)
 
 
 def flush_to_disk(*paths: Path) -> None:

@@ -16,14 +16,16 @@ from safetensors import SafetensorError, safe_open
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
-from ..decoder.cache import SlidingWindowLayer, append_columns
+from ..decoder.cache import SlidingWindowLayer, adopt_cache, append_columns
 from ..decoder.recurrence import RecurrentLayer
-from ..modeling_sumagg_speech import FramesLayer
+from ..modeling_sumagg_speech import FramesLayer, adopt_cache_of_frames
 from ..whole_files import write_whole
 
 
 # Of the state of an operator, the tensors that hold counts, or sums of weights, squares or memberships.
 NEVER_NEGATIVE = {"causal_mean": (1,), "causal_token_statistics": (0, 1, 2), "stack_frames": (1,)}
+# How many tokens a cache has seen; that of a speech model, how many frames, and how many tokens.
+LENGTHS = ("length", "length_of_blocks")
 
 
 def cache_to_tensors(cache: DynamicCache) -> dict[str, torch.Tensor]:
@@ -82,42 +84,57 @@ def cache_from_tensors(tensors: dict[str, torch.Tensor], model: PreTrainedModel)
         `ValueError`: a tensor is missing or unknown, has another shape or dtype than in a state of this model, has
             entries that are not finite, or has negative entries where they cannot be.
     """
-    cache = _cache_after_one_token(model)
-    expected = cache_to_tensors(cache)
+    reference = _cache_after_one_token(model)
+    expected = cache_to_tensors(reference)
     optional = {"real_tokens": torch.empty(1, 0, dtype=torch.bool, device=model.device)}
     # Sliding attention also holds which of its columns are real, unless all are.
     optional |= {
         f"layers.{i}.{append_columns.__name__}.2": layer.keys.new_empty(1, 0, dtype=torch.bool)
-        for i, layer in enumerate(cache.layers)
+        for i, layer in enumerate(reference.layers)
         if isinstance(layer, SlidingWindowLayer)
     }
     known = {**expected, **optional}
     missing, unknown = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - known.keys())
     if missing or unknown:
         raise ValueError(f"Not the tensors of a state of this model: missing {missing}, unknown {unknown}.")
-    length, *blocks = [_length(name, tensors[name]) for name in expected if not name.startswith("layers.")]
-    batch_sizes = {tensor.shape[:1] for name, tensor in tensors.items() if name.startswith(("layers.", "real_tokens"))}
+    length, *blocks = [_length(name, tensors[name]) for name in LENGTHS if name in expected]
+    batch_sizes = {tensor.shape[:1] for name, tensor in tensors.items() if name not in LENGTHS}
     if len(batch_sizes) != 1 or sum(map(sum, batch_sizes)) < 1:
         raise ValueError(f"All tensors must have one batch size, at least 1, got {sorted(map(list, batch_sizes))}.")
-    (batch_size,) = next(iter(batch_sizes))
-    real_tokens = tensors.get("real_tokens")
-    if real_tokens is not None:
-        _check("real_tokens", real_tokens, optional["real_tokens"], length, {1: length})
-        real_tokens = real_tokens.to(model.device)
+    for name in [name for name in tensors if name not in LENGTHS]:
+        if name == "real_tokens":
+            _check(name, tensors[name], known[name], length, {1: length})
+            continue
+        i = int(name.split(".")[1])
+        seen = blocks[0] if i and blocks else length
+        _check(name, tensors[name], known[name], seen, _num_columns(reference.layers[i], seen, known[name]))
+    return build_cache({name: tensor.to(known[name].device) for name, tensor in tensors.items()}, model.config)
+
+
+def build_cache(tensors: dict[str, torch.Tensor], config: PreTrainedConfig) -> DynamicCache:
+    """
+    The cache that holds the tensors, which nobody has changed since [`cache_to_tensors`] took them from a cache of a model
+    with this config. Gradients pass through them. [`cache_from_tensors`] checks tensors of unknown origin.
+    """
+    cache = DynamicCache(config=config)
+    (adopt_cache_of_frames if "length_of_blocks" in tensors else adopt_cache)(cache, config)
+    length, real_tokens = int(tensors["length"]), tensors.get("real_tokens")
     for i, layer in enumerate(cache.layers):
-        length = blocks[0] if i == 1 and blocks else length
-        held: dict[str, list[torch.Tensor]] = {}
-        for name in [name for name in known if name.startswith(f"layers.{i}.") and name in tensors]:
-            _check(name, tensors[name], known[name], length, _num_columns(layer, length, known[name]))
-            held.setdefault(name.split(".")[2], []).append(tensors[name].to(known[name].device))
+        length = int(tensors["length_of_blocks"]) if i == 1 and "length_of_blocks" in tensors else length
+        names = [name for name in tensors if name.startswith(f"layers.{i}.")]
         if isinstance(layer, RecurrentLayer):
-            layer.states = {operator: tuple(state) for operator, state in held.items()}
+            states: dict[str, list[torch.Tensor]] = {}
+            for name in sorted(names, key=lambda name: int(name.rpartition(".")[2])):
+                states.setdefault(name.split(".")[2], []).append(tensors[name])
+            layer.lazy_initialization(tensors[names[0]])
+            layer.states = {operator: tuple(state) for operator, state in states.items()}
             layer.cumulative_length = length
-            layer.batch_size = batch_size
             # The first of these layers knows the padding of all.
             layer.real_tokens, real_tokens = real_tokens, None
         else:
-            (layer.keys,), (layer.values,) = held["keys"], held["values"]
+            keys, values = (tensors[f"layers.{i}.{name}"] for name in ("keys", "values"))
+            layer.lazy_initialization(keys, values)
+            layer.keys, layer.values = keys, values
     return cache
 
 
@@ -350,4 +367,4 @@ def _check_same_model(there: dict[str, Any], here: dict[str, Any]) -> None:
         raise ValueError("it is of a model of the same config with other weights: load the checkpoint that wrote it")
 
 
-__all__ = ["SavedStream", "cache_from_tensors", "cache_to_tensors", "fingerprint"]
+__all__ = ["SavedStream", "build_cache", "cache_from_tensors", "cache_to_tensors", "fingerprint"]

@@ -16,7 +16,7 @@ from transformers import DynamicCache
 from ..common.checks import check_ids, check_labels
 from ..decoder.heads import ForCausalLM, ForSequenceClassification, ForTokenClassification
 from ..decoder.model import DecoderModel
-from ..streams.saved_states import cache_from_tensors, cache_to_tensors
+from ..streams.saved_states import build_cache, cache_to_tensors
 
 
 # By name: the tensors of a cache, the hidden state of the last real token, and the vector pooled so far.
@@ -253,7 +253,7 @@ class ChunkReader:
         held = {name.removeprefix("cache."): tensor for name, tensor in state.items() if name.startswith("cache.")}
         cache = None
         if config.num_hidden_layers > 0:
-            cache = cache_from_tensors(held, config) if held else DynamicCache(config=config)
+            cache = build_cache(held, config) if held else DynamicCache(config=config)
         after: State = {}
         # What autocast has kept of a weight is without a graph, or with that of another chunk.
         torch.clear_autocast_cache()

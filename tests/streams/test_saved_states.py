@@ -191,7 +191,7 @@ def malformed(draw, tensors: dict[str, torch.Tensor], counts: dict) -> None:
 
 SETTINGS = settings(
     deadline=None,
-    max_examples=100,
+    max_examples=60,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.filter_too_much],
 )
 
