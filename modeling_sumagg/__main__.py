@@ -29,6 +29,18 @@ def convert(arguments: argparse.Namespace) -> None:
     convert_by_command(arguments)
 
 
+def export(arguments: argparse.Namespace) -> None:
+    _import_the_models()
+    try:
+        from .publishing.export import export_folder
+    except ImportError as error:
+        raise ValueError(error) from error
+
+    folder, target = arguments.folder.rstrip("/"), arguments.output_dir
+    options = {"to": arguments.to, "int8": arguments.int8, "max_length": arguments.max_length}
+    print(*export_folder(folder, target or f"{folder}-{arguments.to}", **options), sep="\n")
+
+
 def _import_the_models() -> None:
     """Import and register all families, which the package leaves out when it is run as a command."""
     package = sys.modules[__package__]
@@ -62,6 +74,18 @@ def make_parser() -> argparse.ArgumentParser:
         "--num_attention_heads", type=int, help="heads of the attention layers, for sumagg checkpoints that have some"
     )
     command.add_argument("--id2label", help="a JSON file with the name of every class: {index: name}")
+
+    what = "write a model as ONNX graphs, or as a web page that writes without a server"
+    command = add(export, help=what, description=what)
+    command.add_argument("folder", help="the folder that `save_pretrained` wrote")
+    command.add_argument("--to", choices=["onnx", "web"], default="onnx", help="graphs, or with them a page (onnx)")
+    command.add_argument(
+        "--output_dir", help="the folder to write, which must be new or empty; by default FOLDER-onnx or FOLDER-web"
+    )
+    command.add_argument("--int8", action="store_true", help="keep the weights of matrix products in 8 bits")
+    command.add_argument(
+        "--max_length", type=int, default=1024, help="tokens that layers of full attention keep (1024)"
+    )
     return parser
 
 

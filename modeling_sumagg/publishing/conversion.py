@@ -7,10 +7,7 @@
 import argparse
 import json
 import re
-import shutil
 import textwrap
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import safetensors.torch
@@ -18,15 +15,12 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
-from transformers.utils import CONFIG_NAME
 
 from ..families import FAMILIES, StateDict
-from .files import flush_to_disk
+from .files import refuse_what_is_there, unfinished_folder
 
 
 SUFFIXES = (".safetensors", ".pt", ".pth")
-# The folder inside of the new one in which a conversion writes.
-UNFINISHED = ".converting"
 
 
 def read_state_dict(checkpoint_path: str | Path) -> StateDict:
@@ -118,7 +112,7 @@ def convert_original_checkpoint(
     if family is None or family.original_format is None:
         convertible = sorted(name for name, known in FAMILIES.items() if known.original_format is not None)
         raise ValueError(f"`model_family` must be one of {', '.join(convertible)}, got {model_family!r}.")
-    _refuse_what_is_there(Path(output_dir))
+    refuse_what_is_there(Path(output_dir))
     state_dict = read_state_dict(checkpoint_path)
     try:
         model_class, config_arguments = family.original_format.infer(state_dict)
@@ -168,57 +162,11 @@ def convert_original_checkpoint(
             f"The tensors of {checkpoint_path} are not those of a {model_class.__name__}{heads}: {error}"
         ) from error
     model.tie_weights()
-    with _unfinished_folder(Path(output_dir)) as folder:
+    with unfinished_folder(Path(output_dir)) as folder:
         model.save_pretrained(folder)
         if family.image_processor is not None:
             family.image_processor(config).save_pretrained(folder)
     return model
-
-
-def _refuse_what_is_there(folder: Path, but: str = "") -> None:
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file: give the name of a folder to write.")
-    names = sorted(path.name for path in folder.iterdir() if path.name != but) if folder.is_dir() else []
-    if names:
-        raise ValueError(
-            f"{folder} is not empty, it holds {', '.join(names[:5])}{' …' if len(names) > 5 else ''}: give the name of a "
-            "new folder, or empty this one."
-        )
-
-
-@contextmanager
-def _unfinished_folder(target: Path) -> Iterator[Path]:
-    """
-    A folder inside of `target` to write files into. They become files of `target` when the block ends, `config.json` as
-    the last; if the block raises, `target` is what it was.
-
-    Raises:
-        `ValueError`: `target` holds something, such as what another conversion writes at this moment.
-    """
-    is_new = not target.exists()
-    target.mkdir(parents=True, exist_ok=True)
-    folder, moved = target / UNFINISHED, []
-    try:
-        folder.mkdir()
-    except FileExistsError:
-        raise ValueError(f"{folder} is there: another conversion writes to {target}, or one was killed.") from None
-    try:
-        _refuse_what_is_there(target, but=UNFINISHED)
-        yield folder
-        names = sorted((path.name for path in folder.iterdir()), key=lambda name: name == CONFIG_NAME)
-        flush_to_disk(*(folder / name for name in names))
-        for name in names:
-            (folder / name).rename(target / name)
-            moved.append(target / name)
-        flush_to_disk(target)
-    except BaseException:
-        for path in moved:
-            path.unlink()
-        shutil.rmtree(folder, ignore_errors=True)
-        if is_new:
-            target.rmdir()
-        raise
-    folder.rmdir()
 
 
 def read_labels(path: str | Path) -> dict[int, str]:

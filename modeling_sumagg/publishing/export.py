@@ -1,6 +1,5 @@
 """A saved model as ONNX graphs, or as a web page that writes without a server."""
 
-import argparse
 import hashlib
 import json
 import os
@@ -19,6 +18,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrai
 
 from ..families import FAMILIES
 from . import onnx_text
+from .files import refuse_what_is_there, unfinished_folder
 from .onnx_graphs import Step, quantize, save_graphs, step_graph, whole_graph
 
 
@@ -56,26 +56,6 @@ SEGMENT_LENGTH = 64
 TOLERANCE = 1e-3
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of the command `export`."""
-    parser.add_argument("folder", help="the folder that `save_pretrained` wrote")
-    parser.add_argument("--to", choices=FORMATS, default="onnx", help="ONNX graphs, or with them a web page")
-    parser.add_argument("--output_dir", help="a new or empty folder; by default the folder's name, with the format")
-    parser.add_argument("--int8", action="store_true", help="keep the weights of matrix products in 8 bits")
-    parser.add_argument(
-        "--max_length", type=int, default=1024, help="tokens that layers of full attention have columns for (1024)"
-    )
-
-
-def export_by_command(arguments: argparse.Namespace) -> None:
-    """Run the command `export`."""
-    target = arguments.output_dir or f"{arguments.folder.rstrip('/')}-{arguments.to}"
-    report = export_folder(
-        arguments.folder, target, to=arguments.to, int8=arguments.int8, max_length=arguments.max_length
-    )
-    print(*report, sep="\n")
-
-
 def export_folder(
     folder: str | os.PathLike,
     output_dir: str | os.PathLike,
@@ -106,15 +86,15 @@ def export_folder(
     Raises:
         `ValueError`: the folder is no checkpoint of this package, the target is not empty, the settings of `generate` are
             not known to the exported writer, or the page is wanted of another model than a causal language model.
-        `RuntimeError`: the graphs do not compute what the model does, or npm fails.
+        `OSError`: npm is missing or fails.
+        `RuntimeError`: the graphs do not compute the results of the model.
     """
     folder, target = Path(folder), Path(output_dir)
     if to not in FORMATS:
         raise ValueError(f"`to` must be one of {list(FORMATS)}, got {to!r}.")
     if max_length < 1:
         raise ValueError(f"`max_length` must be at least 1, got {max_length}.")
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"{target} is not empty: choose another folder with --output_dir.")
+    refuse_what_is_there(target)
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} holds no config.json: give a folder that `save_pretrained` wrote.")
     config = AutoConfig.from_pretrained(folder)
@@ -125,10 +105,7 @@ def export_folder(
     if writes and not (folder / "tokenizer.json").is_file():
         raise ValueError(f"{folder} holds no tokenizer.json: save the tokenizer there with `save_pretrained`.")
     model = model_class.from_pretrained(folder, dtype=torch.float32).eval()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".export-") as name:
-        written = Path(name) / "folder"
-        written.mkdir()
+    with unfinished_folder(target) as written:
         for file in COPIED:
             if (folder / file).is_file():
                 shutil.copyfile(folder / file, written / file)
@@ -138,7 +115,6 @@ def export_folder(
             report = _export_whole(model, written, int8)
         if to == "web":
             _add_page(written)
-        os.replace(written, target)
     size = sum(file.stat().st_size for file in target.iterdir() if file.suffix in (".onnx", ".bin"))
     files = ", ".join(sorted(file.name for file in target.iterdir()))
     hint = f"Look at it: python -m http.server --directory {target}" if to == "web" else ""
@@ -160,8 +136,8 @@ def _model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
 
 def _writer_settings(config: GenerationConfig) -> dict[str, Any]:
     """The settings by which tokens are chosen."""
-    changed = {name: value for name, value in config.to_diff_dict().items() if not name.startswith("_")}
-    unknown = sorted(changed.keys() - SETTINGS.keys() - set(NEUTRAL))
+    chosen = {name for name, value in config.to_diff_dict().items() if value not in (None, False)}
+    unknown = sorted(name for name in chosen - SETTINGS.keys() - set(NEUTRAL) if not name.startswith("_"))
     if unknown:
         raise ValueError(
             f"The exported writer knows the settings {sorted(SETTINGS)} of `generate`, and generation_config.json also "
@@ -173,9 +149,10 @@ def _writer_settings(config: GenerationConfig) -> dict[str, Any]:
 
 def _export_writer(model: PreTrainedModel, folder: Path, name: str, int8: bool, max_length: int) -> list[str]:
     config, settings = model.config, _writer_settings(model.generation_config)
-    has_table = config.position_embedding_type == "learned" or getattr(config, "use_membership_bias", False)
     limits = [max_length] if "full_attention" in config.layer_types else []
-    limits += [config.max_position_embeddings] if has_table else []
+    # Where something is learned for each position.
+    positions = getattr(config, "max_position_embeddings", None)
+    limits += [] if positions is None else [positions]
     limit = min(limits, default=None)
     # Without full attention the columns of a static cache have no bearing.
     step = Step(model, limit or 1)
@@ -308,14 +285,14 @@ def _add_page(folder: Path) -> None:
     for file in (Path(__file__).parent / "web").iterdir():
         shutil.copyfile(file, folder / file.name)
     if shutil.which("npm") is None:
-        raise RuntimeError("The web page needs npm, which fetches onnxruntime-web: install Node.js.")
+        raise OSError("The web page needs npm, which fetches onnxruntime-web: install Node.js.")
     licenses = []
     with tempfile.TemporaryDirectory() as name:
         for package, files in WEB_PACKAGES.items():
             command = ["npm", "pack", package, "--pack-destination", name, "--json"]
             result = subprocess.run(command, capture_output=True, text=True, cwd=name)
             if result.returncode:
-                raise RuntimeError(f"`{' '.join(command[:3])}` failed: {result.stderr.strip()[-500:]}")
+                raise OSError(f"`{' '.join(command[:3])}` failed: {result.stderr.strip()[-500:]}")
             (archive,) = Path(name).glob("*.tgz")
             with tarfile.open(archive) as tar:
                 for file in files:
@@ -326,4 +303,4 @@ def _add_page(folder: Path) -> None:
     (folder / "THIRD_PARTY.txt").write_text("\n".join(licenses) + "\n", encoding="utf-8")
 
 
-__all__ = ["add_arguments", "export_by_command", "export_folder"]
+__all__ = ["export_folder"]

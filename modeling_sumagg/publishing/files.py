@@ -4,9 +4,11 @@ import fnmatch
 import json
 import os
 import re
+import shutil
 import stat
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ HEADER_PATTERN = re.compile(r"# From the Python package .*modeling-sumagg ([^ ,]
 REFERENCE = re.compile(r"([\w./-]+--)?\w[\w/]*\.\w+")
 # The first line of a file of ours is shorter than this.
 LONGEST_HEADER = 500
+# The folder inside of a new one in which its files are written.
+UNFINISHED = ".converting"
 # What training scripts, `Trainer` and `save_pretrained` write at the top of their folder.
 RUN_FILES = (
     "config.json",
@@ -197,6 +201,56 @@ def remove_old_code(folder: Path, sources: dict[str, str]) -> list[str]:
     for name in old:
         (folder / name).unlink(missing_ok=True)
     return old
+
+
+def refuse_what_is_there(folder: Path, but: str = "") -> None:
+    """
+    Raises:
+        ValueError: `folder` is a file, or holds something else than `but`.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file: give the name of a folder to write.")
+    names = sorted(path.name for path in folder.iterdir() if path.name != but) if folder.is_dir() else []
+    if names:
+        raise ValueError(
+            f"{folder} is not empty, it holds {', '.join(names[:5])}{' …' if len(names) > 5 else ''}: give the name of a "
+            "new folder, or empty this one."
+        )
+
+
+@contextmanager
+def unfinished_folder(target: Path) -> Iterator[Path]:
+    """
+    A folder inside of `target` to write files into. They become files of `target` when the block ends, `config.json` as
+    the last; if the block raises, `target` is what it was.
+
+    Raises:
+        `ValueError`: `target` holds something, such as the files that another process writes at this moment.
+    """
+    is_new = not target.exists()
+    target.mkdir(parents=True, exist_ok=True)
+    folder, moved = target / UNFINISHED, []
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        raise ValueError(f"{folder} is there: another process writes to {target}, or one was killed.") from None
+    try:
+        refuse_what_is_there(target, but=UNFINISHED)
+        yield folder
+        names = sorted((path.name for path in folder.iterdir()), key=lambda name: name == "config.json")
+        flush_to_disk(*(folder / name for name in names))
+        for name in names:
+            (folder / name).rename(target / name)
+            moved.append(target / name)
+        flush_to_disk(target)
+    except BaseException:
+        for path in moved:
+            path.unlink()
+        shutil.rmtree(folder, ignore_errors=True)
+        if is_new:
+            target.rmdir()
+        raise
+    folder.rmdir()
 
 
 def check_output_dir(folder: str | os.PathLike) -> bool:

@@ -69,26 +69,27 @@ class TextModel:
         random, text = np.random.default_rng(seed), list(tokens)
         logits, state = self.read(tokens, state or self.empty_state())
         while True:
-            token = self.choose(logits, text, random)
+            token = int(random.choice(len(logits), p=self.probabilities(logits, text)))
             yield token, state
             if token in self.manifest["eos_token_ids"]:
                 return
             text.append(token)
             logits, state = self.read([token], state)
 
-    def choose(self, logits: np.ndarray, text: list[int], random: np.random.Generator) -> int:
-        """The next token after a text by its logits `[V]`: the likeliest, or a sample, in the order of `generate`."""
+    def probabilities(self, logits: np.ndarray, text: list[int]) -> np.ndarray:
+        """The probabilities `[V]` of the next token after a text by its logits `[V]`, in the order of `generate`."""
         settings, logits = self.manifest["generation"], logits.astype(np.float64)
-        seen = np.unique(text)
-        penalty = settings["repetition_penalty"]
+        seen, penalty = np.unique(text), settings["repetition_penalty"]
         logits[seen] = np.where(logits[seen] < 0, logits[seen] * penalty, logits[seen] / penalty)
         if not settings["do_sample"]:
-            return int(logits.argmax())
-        order = (-logits).argsort()[: settings["top_k"] or None]
+            return (np.arange(len(logits)) == logits.argmax()).astype(np.float64)
+        order = (-logits).argsort(kind="stable")[: settings["top_k"] or None]
         weights = np.exp((logits[order] - logits[order[0]]) / settings["temperature"])
         weights /= weights.sum()
         weights[weights.cumsum() - weights >= settings["top_p"]] = 0
-        return int(random.choice(order, p=weights / weights.sum()))
+        probabilities = np.zeros_like(logits)
+        probabilities[order] = weights / weights.sum()
+        return probabilities
 
 
 def main() -> None:

@@ -2,32 +2,34 @@
 
 import hashlib
 import inspect
+import json
 import os
 import re
 import threading
 import time
-import uuid
 from collections import OrderedDict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 import transformers
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from transformers import Cache, GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 from transformers.utils import ModelOutput, logging
 
 from ..compatibility import CACHE_NAME, find_cache
+from ..whole_files import write_whole
 from .cache_rows import RowState, join_rows, split_rows
+from .saved_states import fingerprint
 
 
 logger = logging.get_logger(__name__)
 
 # The number of tokens of a prefix, and a digest of the model and of these tokens.
 NAME = re.compile(r"(\d+)-[0-9a-f]{32}")
-# A file that was never renamed, because its process ended while it wrote.
+# When a file that has no name yet was left by a process that ended while it wrote.
 SECONDS_UNTIL_ABANDONED = 3600
 
 
@@ -77,7 +79,7 @@ class _Folder:
     def __init__(self, folder: Path, device: torch.device):
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.device = folder, device
-        for abandoned in folder.glob(".*.tmp"):
+        for abandoned in folder.glob(".*-*.*"):
             try:
                 if time.time() - abandoned.stat().st_mtime > SECONDS_UNTIL_ABANDONED:
                     abandoned.unlink()
@@ -113,7 +115,7 @@ class _Folder:
         path = self._path(name)
         self.touch(name)
         try:
-            row = load_file(path, device=str(self.device))
+            row = safetensors.torch.load_file(path, device=str(self.device))
         except FileNotFoundError:
             return None
         except SafetensorError as error:
@@ -123,9 +125,9 @@ class _Folder:
         return row
 
     def write(self, name: str, row: RowState) -> None:
-        temporary = self.folder / f".{name}.{uuid.uuid4().hex}.tmp"
-        save_file({key: tensor.contiguous() for key, tensor in row.items()}, temporary)
-        os.replace(temporary, self._path(name))
+        write_whole(
+            self._path(name), safetensors.torch.save({key: tensor.contiguous() for key, tensor in row.items()})
+        )
 
     def remove(self, name: str) -> None:
         self._path(name).unlink(missing_ok=True)
@@ -153,15 +155,10 @@ def _holds(cache: Cache, length: int) -> bool:
     return cache.get_seq_length() == length and not any(getattr(layer, "recorded", 0) for layer in cache.layers)
 
 
-def model_fingerprint(model: PreTrainedModel) -> str:
+def _fingerprint(model: PreTrainedModel) -> str:
     """A digest of all that decides a state: config, weights, the files of the model's code, and the libraries."""
-    digest = hashlib.blake2b(digest_size=16)
-    digest.update(f"torch {torch.__version__}, transformers {transformers.__version__}".encode())
-    digest.update(model.config.to_json_string(use_diff=False).encode())
-    for name, tensor in model.state_dict().items():
-        if isinstance(tensor, torch.Tensor):
-            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    libraries = {"torch": torch.__version__, "transformers": transformers.__version__}
+    digest = hashlib.blake2b(json.dumps([fingerprint(model), libraries], sort_keys=True).encode(), digest_size=16)
     folders = {Path(inspect.getfile(type(part))).parent for part in (model, model.config)}
     for path in sorted(path for folder in folders for path in folder.rglob("*.py")):
         digest.update(path.name.encode())
@@ -382,7 +379,7 @@ class PrefixStore:
         tensors = [tensor for tensor in self.model.state_dict().values() if isinstance(tensor, torch.Tensor)]
         versions = tuple((tensor.data_ptr(), tensor._version) for tensor in tensors if not tensor.is_inference())
         if versions != self._versions:
-            self._versions, self._fingerprint = versions, model_fingerprint(self.model)
+            self._versions, self._fingerprint = versions, _fingerprint(self.model)
 
     def _longest(self, tokens: list[int], names: set[str]) -> RowState | None:
         """The state after the longest stored prefix of the tokens."""
@@ -454,4 +451,4 @@ class PrefixStore:
         return split_rows(cache, real)
 
 
-__all__ = ["PrefixStore", "model_fingerprint"]
+__all__ = ["PrefixStore"]

@@ -236,14 +236,14 @@ def test_a_damaged_file_is_removed_and_an_abandoned_one_too(tmp_path, caplog):
     (path,) = tmp_path.glob("5-*.safetensors")
     whole = path.read_bytes()
     path.write_bytes(whole[:-4])
-    for name, age in {".1-0.old.tmp": 7200, ".1-0.new.tmp": 0}.items():
+    for name, age in {".1-0.old": 7200, ".1-0.new": 0}.items():
         (tmp_path / name).write_bytes(whole[:100])
         os.utime(tmp_path / name, (time.time() - age,) * 2)
     store = PrefixStore(model, tmp_path)
     assert store.generate(prompt, **GREEDY).equal(model.generate(prompt, **GREEDY))
     assert store.num_tokens_reused == 0
     assert path.read_bytes() == whole
-    assert not (tmp_path / ".1-0.old.tmp").exists() and (tmp_path / ".1-0.new.tmp").exists()
+    assert not (tmp_path / ".1-0.old").exists() and (tmp_path / ".1-0.new").exists()
 
 
 def test_errors():

@@ -77,9 +77,10 @@ const answers = {
     $("status").textContent = `Restored the state after ${length.toLocaleString("en")} tokens.`;
     show("ready");
   },
-  failed({ message }) {
+  failed({ task, message }) {
     $("status").textContent = message;
-    show(begun || !$("write").disabled ? "ready" : "loading");
+    if (task === "begin") begun = false;
+    show(task === "load" ? "loading" : "ready");
   },
 };
 
@@ -90,7 +91,7 @@ function temperature() {
 }
 
 worker.onmessage = ({ data }) => answers[data.type](data);
-worker.onerror = (event) => answers.failed({ message: `The worker failed: ${event.message}` });
+worker.onerror = (event) => answers.failed({ task: "load", message: `The worker failed: ${event.message}` });
 $("write").onclick = toggle;
 $("temperature").oninput = temperature;
 $("again").onclick = () => {

@@ -203,11 +203,11 @@ const tasks = {
 };
 
 // One task after the other; what acts at once is no task.
+const fail = (task) => (error) => postMessage({ type: "failed", task, message: error.message });
 let queue = load();
-const fail = (error) => postMessage({ type: "failed", message: error.message });
-queue.catch(fail);
+queue.catch(fail("load"));
 onmessage = ({ data }) => {
   writing = data.type === "begin" || data.type === "write" || (writing && data.type !== "pause");
   if (data.type === "temperature") temperature = data.value;
-  else if (data.type in tasks) queue = queue.then(() => tasks[data.type](data)).catch(fail);
+  else if (data.type in tasks) queue = queue.then(() => tasks[data.type](data)).catch(fail(data.type));
 };
