@@ -62,27 +62,28 @@ def _forward(values, keys, queries, log_decay, state, starts):
     outputs, before = [], []
     for block in _blocks(values, keys, queries, log_decay, starts):
         before.append(state)
-        v, k, q, decay = _chunks(*block, chunk=min(CHUNK, block[0].shape[1]))
+        v, k, q, decay = _chunks(*block, chunk=min(CHUNK, values.shape[1]))
         states = _walk(_increments(v, k, decay), decay.log_through, state)
-        outputs.append(_tokens(_read(v, k, q, decay, states[:, :, :, :-1]), block[0].shape[1]))
-        state = states[:, :, :, -1].reshape(state.shape)
-    return torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0], state, before
+        outputs.append(_read(v, k, q, decay, states[:-1]))
+        state = states[-1].reshape(state.shape)
+    return _tokens(outputs, values.shape[1]), state, before
 
 
 def _recorded(values, keys, queries, log_decay, state, starts):
     """[`_forward`] as one graph for every length: its chunks are joined by one matrix product instead of a loop."""
     v, k, q, decay = _chunks(values, keys, queries, log_decay, starts, chunk=RECORDED_CHUNK)
-    increments = _increments(v, k, decay).flatten(-2)
-    state = state.reshape(increments[:, :, :, 0].shape)
+    increments = _increments(v, k, decay)
+    sizes = increments.shape[1:]
+    terms, state = increments.flatten(-2).permute(1, 2, 3, 0, 4), state.reshape(*sizes[:3], 1, -1)
     # 1. The states after each chunk: of the terms of the chunks before it, and of the state before all of them.
-    weights = decay_weights(decay.log_through.movedim(3, -1).transpose(-1, -2))
-    reach = decay.log_through.cumsum(3).exp()[..., None]
-    states = weights @ increments + reach * state.unsqueeze(3)
+    log_through = decay.log_through.permute(1, 2, 0, 3)
+    reach = log_through.cumsum(2).exp().transpose(2, 3)[..., None]
+    after = decay_weights(log_through) @ terms + reach * state
     # 2. The states before each chunk.
-    states = torch.cat([state.unsqueeze(3), states], 3)
-    before = states[:, :, :, :-1].reshape(*states.shape[:3], -1, keys.shape[3], values.shape[3])
-    last = states[:, :, :, -1].reshape(values.shape[0], values.shape[2], keys.shape[3], values.shape[3])
-    return _tokens(_read(v, k, q, decay, before), values.shape[1]), last
+    states = torch.cat([state, after], 3).permute(3, 0, 1, 2, 4)
+    before = states[:-1].reshape(-1, *sizes)
+    last = states[-1].reshape(values.shape[0], values.shape[2], *sizes[3:])
+    return _tokens([_read(v, k, q, decay, before)], values.shape[1]), last
 
 
 class _KeyedSum(torch.autograd.Function):
@@ -111,14 +112,13 @@ def _vjp(grad_y, grad_state, values, keys, queries, log_decay, state, starts, st
     blocks = list(_blocks(values, keys, queries, log_decay, starts))
     grad_blocks = grad_y.split(BLOCK, 1)
     for block, grad_block, before in zip(reversed(blocks), reversed(grad_blocks), reversed(states), strict=True):
-        length = block[0].shape[1]
-        v, k, q, decay = _chunks(*block, chunk=min(CHUNK, length))
-        dy = _split(grad_block, v.shape[4], v.shape[1])
+        v, k, q, decay = _chunks(*block, chunk=min(CHUNK, values.shape[1]))
+        dy = _split(grad_block, v.shape[4], v.shape[2])
         # 1. The states before each chunk, and the gradients of those after it, from the last chunk to the first.
-        states = _walk(_increments(v, k, decay), decay.log_through, before)[:, :, :, :-1]
+        states = _walk(_increments(v, k, decay), decay.log_through, before)[:-1]
         reads = (decay.into[..., None] * q).mT @ dy
-        grad_states = _walk(reads.flip(3), decay.log_through.flip(3), grad_state).flip(3)
-        grad_after, grad_state = grad_states[:, :, :, 1:], grad_states[:, :, :, 0].reshape(grad_state.shape)
+        grad_states = _walk(reads.flip(0), decay.log_through.flip(0), grad_state).flip(0)
+        grad_after, grad_state = grad_states[1:], grad_states[0].reshape(grad_state.shape)
         # 2. Within a chunk.
         scores = q @ k.mT
         grad_weighted = (dy @ v.mT) * decay.within
@@ -138,10 +138,10 @@ def _vjp(grad_y, grad_state, values, keys, queries, log_decay, state, starts, st
         grad_log = grad_log.flip(-1).cumsum(-1).flip(-1) + whole[..., None]
         if decay.starts is not None:
             grad_log = grad_log.masked_fill(decay.starts, 0)
-        sums = grad_v, grad_k.sum(2, keepdim=True), grad_q.sum(2, keepdim=True), grad_log[..., None]
-        for found, grad in zip(grads, sums, strict=True):
-            found.append(_tokens(grad, length))
-    grad_v, grad_k, grad_q, grad_log = (torch.cat(found[::-1], 1) for found in grads)
+        found = grad_v, grad_k.sum(3, keepdim=True), grad_q.sum(3, keepdim=True), grad_log[..., None]
+        for parts, grad in zip(grads, found, strict=True):
+            parts.insert(0, grad)
+    grad_v, grad_k, grad_q, grad_log = (_tokens(parts, values.shape[1]) for parts in grads)
     return grad_v, grad_k, grad_q, grad_log[..., 0], grad_state
 
 
@@ -150,11 +150,11 @@ class _Decay(NamedTuple):
     What is left of each term; n chunks of C tokens, K = G · R heads.
 
     Attributes:
-        within (`[B, G, R, n, C, C]`): of the term of token j at token i of its chunk; 0 for j > i.
-        into (`[B, G, R, n, C]`): of the state before the chunk at each token.
-        out (`[B, G, R, n, C]`): of the term of each token after the chunk.
-        log_through (`[B, G, R, n]`): of the state before the chunk after it, the logarithm.
-        starts (`[B, 1, 1, n, C]`, bool, or `None`): where a document begins.
+        within (`[n, B, G, R, C, C]`): of the term of token j at token i of its chunk; 0 for j > i.
+        into (`[n, B, G, R, C]`): of the state before the chunk at each token.
+        out (`[n, B, G, R, C]`): of the term of each token after the chunk.
+        log_through (`[n, B, G, R]`): of the state before the chunk after it, the logarithm.
+        starts (`[n, B, 1, 1, C]`, bool, or `None`): where a document begins.
     """
 
     within: torch.Tensor
@@ -165,7 +165,7 @@ class _Decay(NamedTuple):
 
 
 def _decay(log_decay: torch.Tensor, starts: torch.Tensor | None) -> _Decay:
-    """Of `log_decay` `[B, G, R, n, C]`, in its dtype."""
+    """Of `log_decay` `[n, B, G, R, C]`, in its dtype."""
     if starts is not None:
         log_decay = log_decay.masked_fill(starts, 0)
     # In float64, since the difference of two long sums is a short sum.
@@ -194,38 +194,46 @@ def _chunks(values, keys, queries, log_decay, starts, *, chunk: int) -> tuple:
 
 
 def _split(tokens: torch.Tensor, chunk: int, groups: int) -> torch.Tensor:
-    """`[B, T, G · R, X]` to `[B, G, R, n, C, X]`, zeros after the last token."""
+    """`[B, T, G · R, X]` to `[n, B, G, R, C, X]`, zeros after the last token."""
+    batch, length, heads, width = tokens.shape
     if is_recorded():
-        chunks = to_chunks(tokens, chunk)
-    else:
-        chunks = F.pad(tokens, (0, 0, 0, 0, 0, -tokens.shape[1] % chunk))
-        chunks = chunks.reshape(tokens.shape[0], -1, chunk, *tokens.shape[2:])
-    chunks = chunks.reshape(*chunks.shape[:3], groups, tokens.shape[2] // groups, tokens.shape[3])
-    return chunks.permute(0, 3, 4, 1, 2, 5).contiguous()
+        tokens = to_chunks(tokens, chunk)
+    elif length % chunk:
+        tokens = F.pad(tokens, (0, 0, 0, 0, 0, -length % chunk))
+    tokens = tokens.reshape(batch, -1, chunk, groups, heads // groups, width)
+    return tokens.permute(1, 0, 3, 4, 2, 5).contiguous()
 
 
-def _tokens(chunks: torch.Tensor, length: int) -> torch.Tensor:
-    """`[B, G, R, n, C, X]` to `[B, T, G · R, X]`."""
-    tokens = chunks.permute(0, 3, 4, 1, 2, 5)
-    batch, size, groups, heads, width = tokens.shape[0], tokens.shape[2], *tokens.shape[3:]
-    tokens = tokens.reshape(batch, tokens.shape[1] * size, groups * heads, width)
+def _tokens(blocks: list[torch.Tensor], length: int) -> torch.Tensor:
+    """Blocks `[n, B, G, R, C, X]` to `[B, T, G · R, X]`."""
+    _, batch, groups, heads, _, width = blocks[0].shape
+    tokens = torch.cat([chunks.permute(1, 0, 4, 2, 3, 5) for chunks in blocks], 1)
+    tokens = tokens.reshape(batch, -1, groups * heads, width)
     return first_tokens(tokens, length) if is_recorded() else tokens[:, :length]
 
 
 def _increments(v, k, decay: _Decay) -> torch.Tensor:
-    """What each chunk adds to the state, `[B, G, R, n, N, P]`."""
+    """What each chunk adds to the state, `[n, B, G, R, N, P]`."""
     return k.mT @ (decay.out[..., None] * v)
 
 
 def _walk(increments: torch.Tensor, log_through: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
-    """The states `[B, G, R, n + 1, N, P]` before each chunk and after the last, from `state` `[B, K, N, P]`."""
-    states = [state.reshape(increments[:, :, :, 0].shape)]
+    """The states `[n + 1, B, G, R, N, P]` before each chunk and after the last, from `state` `[B, K, N, P]`."""
     losses = log_through.expm1()
-    for i in range(increments.shape[3]):
-        states.append(_advanced(states[-1], increments[:, :, :, i], losses[:, :, :, i]))
-    return torch.stack(states, 3)
+    state = state.reshape(increments.shape[1:])
+    if torch.is_grad_enabled() or is_transformed(increments):
+        states = [state]
+        for loss, increment in zip(losses, increments, strict=True):
+            states.append(_advanced(states[-1], increment, loss))
+        return torch.stack(states)
+    states = increments.new_empty(len(increments) + 1, *state.shape)
+    states[0] = state
+    for i, increment in enumerate(increments):
+        torch.addcmul(increment, losses[i, ..., None, None], states[i], out=states[i + 1])
+        states[i + 1] += states[i]
+    return states
 
 
 def _read(v, k, q, decay: _Decay, states: torch.Tensor) -> torch.Tensor:
-    """The outputs `[B, G, R, n, C, P]`: of the terms of the same chunk, and of the states before it."""
+    """The outputs `[n, B, G, R, C, P]`: of the terms of the same chunk, and of the states before it."""
     return ((q @ k.mT) * decay.within) @ v + decay.into[..., None] * (q @ states)
