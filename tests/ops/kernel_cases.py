@@ -4,6 +4,7 @@ import os
 
 import pytest
 import test_decays
+import test_documents
 import test_keyed_sum
 import test_summation
 import test_token_statistics
@@ -323,6 +324,30 @@ def test_nothing_of_an_earlier_document_is_left_in_the_sum(border, many_processo
     alone, alone_state = causal_sum_reference(x[:, border:].double())
     assert_close(packed[:, border:], alone, 1e-6)
     assert_close(packed_state, alone_state, 1e-6)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("call", test_documents.OPERATORS)
+def test_what_is_no_number_stays_in_its_document(call, value, many_processors):
+    test_documents.check_isolation(call, value, device=DEVICE)
+
+
+@pytest.mark.parametrize("call", test_documents.STATES)
+def test_what_is_no_number_stays_in_its_document_with_a_state_of_its_own(call):
+    test_documents.check_isolation(call, torch.nan, device=DEVICE, with_states=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_no_number_reaches_no_token_before_it(value, dtype):
+    x = torch.randn(1, 40, 4, dtype=dtype, device=DEVICE)
+    x[0, 20, 1] = value
+    y, _ = causal_sum(x)
+    decayed, _ = causal_sum(x, log_decay=torch.full((1, 40, 2), -1e3, device=DEVICE))
+    for result in (y, decayed):
+        assert result[:, :20].isfinite().all() and result[..., [0, 2, 3]].isfinite().all()
+        assert not result[:, 20:, 1].isfinite().any()
+    assert_close(y[:, :20].cpu(), x[:, :20].double().cumsum(1).cpu(), max(2e-6, torch.finfo(dtype).eps))
 
 
 def test_half_precision_sums_keep_growing():

@@ -119,11 +119,12 @@ def _isolated(chunks, values, keys, queries, log_decay, state, documents):
     is_lost = reached == ids + 1
     bad = ~is_finite[..., None]
     values, keys = (tensor.masked_fill(bad[..., None], 0) for tensor in (values, keys))
-    queries = queries.masked_fill(~queries.isfinite(), torch.nan)
+    query_is_finite = queries.isfinite().all((2, 3))
+    queries = queries.masked_fill(~query_is_finite[..., None, None], 0)
     state = state.masked_fill(~state_is_finite[:, None, None, None], 0)
     y, state = chunks(values, keys, queries, log_decay.masked_fill(bad, 0), state, starts)
-    state = state.masked_fill(is_lost[:, -1, None, None, None], torch.nan)
-    return y.masked_fill(is_lost[..., None, None], torch.nan), state
+    y = y.masked_fill((is_lost | ~query_is_finite)[..., None, None], torch.nan)
+    return y, state.masked_fill(is_lost[:, -1, None, None, None], torch.nan)
 
 
 def _check(values, keys, queries, log_decay, weight, initial_state):
