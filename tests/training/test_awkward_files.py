@@ -370,4 +370,6 @@ def test_a_local_data_set_with_new_content_is_read_anew(tmp_path, monkeypatch):
         assert ["".join(row["letters"]) for row in lengths["train"]] == [text]
     folder.rename(tmp_path / "data[1]")
     with pytest.raises(ValueError, match=r"data\[1\]: `datasets` takes .* for a pattern. Rename the folder"):
-        scripts.load_splits(scripts.DataArguments(dataset_name=str(tmp_path / "data[1]")), None, {"text": "text"}, seed=0)
+        scripts.load_splits(
+            scripts.DataArguments(dataset_name=str(tmp_path / "data[1]")), None, {"text": "text"}, seed=0
+        )
