@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import os
 import sys
 from typing import Any, ClassVar
 
@@ -33,17 +34,15 @@ class NamedFields:
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
-        try:
-            return super().get_config_dict(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
-        except OSError as error:
-            name = str(pretrained_model_name_or_path)
-            if name not in cls.preset_names:
-                raise
+        name = str(pretrained_model_name_or_path)
+        # Before the Hub is asked for such a name, again and again.
+        if name in cls.preset_names and not os.path.exists(name):
             raise ValueError(
                 f"{name!r} is a preset, an architecture without weights, and no checkpoint. Create a new model by "
                 f"`from_config` of an Auto class with `AutoConfig.from_pretrained(preset_path({name!r}))`, where "
                 f"`preset_path` is in `modeling_sumagg.configuration`. The presets are {list(cls.preset_names)}."
-            ) from error
+            )
+        return super().get_config_dict(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
 
     def to_dict(self) -> dict[str, Any]:
         # PEFT converts a config to a dict for its `model_type`, and then looks up the modules to adapt.
@@ -62,6 +61,11 @@ class NamedFields:
 
     @classmethod
     def _refuse_slips(cls, names) -> None:
+        if "preset" in names:
+            raise ValueError(
+                f"{cls.__name__} has no field 'preset': `AutoConfig.from_pretrained(preset_path(name))` is its config, with "
+                "`preset_path` of `modeling_sumagg.configuration`."
+            )
         own = cls.__dataclass_fields__.keys() - PreTrainedConfig.__dataclass_fields__
         for name in [name for name in names if not hasattr(cls, name)]:
             # One wrong letter, or two in a long name. The tokenizer's `pad_token` is less similar to `pad_token_id`.

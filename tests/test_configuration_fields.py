@@ -72,6 +72,16 @@ def test_what_transformers_and_users_add_to_a_config_is_kept(config_class):
     assert config_class.from_dict(later).hiden_size == config_class(**later).hiden_size == 3
 
 
+@pytest.mark.parametrize("config_class", CONFIGS)
+def test_a_preset_is_no_field(config_class, tmp_path):
+    message = rf"{config_class.__name__} has no field 'preset': `AutoConfig.from_pretrained\(preset_path"
+    with pytest.raises(ValueError, match=message):
+        config_class(preset="sumagg-small")
+    tiny_config(next(cls for cls in MODEL_CLASSES if cls.config_class is config_class)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        AutoConfig.from_pretrained(tmp_path, preset="sumagg-small")
+
+
 def test_the_name_of_a_preset_is_no_checkpoint(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -81,6 +91,11 @@ def test_the_name_of_a_preset_is_no_checkpoint(tmp_path, monkeypatch):
     for cls in (SumAggConfig, SumAggForCausalLM):
         with pytest.raises(ValueError, match=message):
             cls.from_pretrained("sumagg-published-lm")
+    with monkeypatch.context() as patch:
+        # The Hub is not asked.
+        patch.setattr("transformers.configuration_utils.cached_file", None)
+        with pytest.raises(ValueError, match=message):
+            SumAggConfig.from_pretrained("sumagg-published-lm")
     # A folder of this name is one of the user's.
     build(SumAggForCausalLM, sumagg_config()).save_pretrained("sumagg-published-lm")
     assert AutoModelForCausalLM.from_pretrained("sumagg-published-lm").config.hidden_size == 16

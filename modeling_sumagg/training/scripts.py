@@ -214,8 +214,8 @@ def parse_arguments(types: Sequence[type], documentation: str, **defaults) -> tu
             f"Every option of transformers' TrainingArguments is taken too. This script sets {given}. The others are "
             f"{others}. They are explained at https://huggingface.co/docs/transformers/main_classes/trainer."
         )
-        HfArgumentParser(types, description=documentation.partition("\n\n")[0], epilog=epilog, **options).print_help()
-        sys.exit()
+        description = documentation.partition("\n\n")[0]
+        HfArgumentParser(types, description=description, epilog=epilog, **options).parse_args(["--help"])
     parser = HfArgumentParser((*types, TrainingArguments), **options)
     parser.set_defaults(**defaults)
     *own, training_arguments = parser.parse_args_into_dataclasses()

@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 import torch
-from running import EXAMPLES, Run, environment, run_alone
+from running import EXAMPLES, Run, environment, read_card, run_alone
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
 
 
@@ -68,10 +68,15 @@ def test_the_model_beats_the_unigram_baseline_as_it_says(quickstart):
     assert state == held_bytes(model, 7) == held_bytes(model, 1000)
     # Keys and values of two layers.
     assert f"hold {2 * 2 * 4 * 32:,} bytes a token" in printed
-    assert "def" in printed.partition("The model writes:")[2]
+    assert "def" in printed.partition("The model writes, token by token drawn at random:")[2]
     assert (folder / "training.png").read_bytes().startswith(b"\x89PNG")
-    card = (folder / "README.md").read_text()
-    assert "unigram frequencies" in card and f"{math.exp(loss):.4g}" in card
+    card = read_card(folder)
+    for name, nats in (("**this model**", loss), ("unigram frequencies", unigram)):
+        assert float(card.results[name][0]) == pytest.approx(math.exp(nats), rel=1e-3)
+    assert card.data.eval_results[0].metric_value == pytest.approx(math.exp(loss), rel=1e-5)
+    assert (card.training["data"], card.training["optimizer steps"]) == ("text files, 1 files", "60")
+    assert (card.measured_on, card.num_examples) == ("1 other files", len(blocks))
+    assert 'tokenizer("def", return_tensors="pt")' in card.text and not (folder / "training_args.bin").exists()
 
 
 def test_the_model_has_no_limit_of_length_and_a_state_that_does_not_grow(quickstart):

@@ -2,6 +2,8 @@ import importlib.util
 import json
 import math
 import re
+import shlex
+import signal
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftConfig
 from PIL import Image
-from running import EXAMPLES, config_overrides, losses, metrics
+from running import EXAMPLES, assert_card_is_true, config_overrides, losses, metrics, read_card
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -24,7 +26,8 @@ from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from modeling_sumagg import SumAggConfig, ToSTTextConfig
 from modeling_sumagg.families import FAMILIES
-from modeling_sumagg.training import decay_parameter_names
+from modeling_sumagg.training import decay_parameter_names, scripts
+from modeling_sumagg.training.scripts import DecayTrainer
 
 
 @pytest.fixture(scope="module")
@@ -61,13 +64,27 @@ def test_perplexity_is_that_of_each_document_alone(language_model, csv_files, fa
     # Sums that decay need no positions, and so have no limit.
     longest = VERY_LARGE_INTEGER if family == "sumagg" else 128
     assert (tokenizer.padding_side, tokenizer.model_max_length) == ("left", longest)
-    assert re.search(r"unigram frequencies: [\d.]+ \(the model is no better\)", run.printed)
+    assert re.search(r"Perplexity +validation\n +[\d.]+  this model\n +[\d.]+  unigram frequencies", run.printed)
+    assert "The model is no better than: unigram frequencies." in run.printed
     assert np.asarray(Image.open(run.folder / "training.png").convert("L")).std() > 5
-    card = run.folder / "README.md"
-    if family in FAMILIES:
-        assert "unigram frequencies" in card.read_text()
-    else:
-        assert not card.exists()
+    if family not in FAMILIES:
+        assert not (run.folder / "README.md").exists()
+        return
+    measured = {"perplexity": metrics(run.folder)["eval_perplexity"]}
+    card = assert_card_is_true(
+        run.folder, run.printed, measured, ["unigram frequencies"], learning_rate=0.002, per_device_train_batch_size=4
+    )
+    # Documents in pieces of 24 tokens, of which a single one predicts nothing.
+    lengths = {}
+    for split, file in (("train", csv_files[1]), ("validation", csv_files[3])):
+        texts = load_dataset("csv", data_files=str(file), split="train", keep_default_na=False)["text"]
+        counts = [len(tokenizer(text)["input_ids"]) + 1 for text in texts]
+        lengths[split] = sum(count // 24 + (count % 24 > 1) for count in counts)
+    assert card.training["data"] == f"train.csv, {lengths['train']:,} examples"
+    assert (card.measured_on, card.num_examples) == ("validation.csv", lengths["validation"])
+    assert card.data.eval_results[0].dataset_name == "validation.csv"
+    prompt = re.search(r'tokenizer\("(.*)", return_tensors', card.text)[1]
+    assert prompt and texts[0].startswith(prompt)
 
 
 @pytest.mark.parametrize("packing", ["blocks", "flattened"])
@@ -84,9 +101,12 @@ def test_chunks_train_and_evaluate_as_whole_sequences_do(run_script, csv_files, 
 
 
 def test_the_first_line_says_what_it_will_do(language_model, csv_files):
-    first, second, *_ = language_model("sumagg", "flattened").printed.splitlines()
-    assert first == f"Trains a language model on {csv_files[1]} and saves it to out (the progress bar shows how long)."
-    assert re.fullmatch(r"SumAggForCausalLM, [\d,]+ parameters; a tokenizer of \d+ tokens\.", second)
+    first, *warnings, fourth = language_model("sumagg", "flattened").printed.splitlines()[:4]
+    assert first == "Trains a language model on train.csv and saves it to out (the progress bar shows how long)."
+    # The fourth row of each file has no text.
+    for warning, file in zip(warnings, (csv_files[1], csv_files[3]), strict=True):
+        assert warning.startswith(f"warning: {file}, line 5: 'text' is empty; --drop_incomplete_rows")
+    assert re.fullmatch(r"SumAggForCausalLM, [\d,]+ parameters; a tokenizer of \d+ tokens\.", fourth)
 
 
 def test_unigram_perplexity(script):
@@ -161,14 +181,16 @@ def test_lora_goes_on_from_a_checkpoint_and_is_merged(
     )  # fmt: skip
     before, after = (metrics(each.folder)["eval_perplexity"] for each in (base, run))
     assert after < before - 1
-    assert f"before training: {before:.4g}" in run.printed
+    assert f"{before:.4g}  before training" in run.printed
     assert PeftConfig.from_pretrained(run.folder).target_modules == set(FAMILIES["sumagg"].lora_target_modules)
     # Merged into plain weights, it is the same model.
     texts = load_dataset("csv", data_files=str(csv_files[3]), split="train", keep_default_na=False)["text"]
     assert held_out_perplexity(run.folder / "merged", texts, 24) == pytest.approx(after, rel=1e-3)
-    # Cards of ours, for the adapters too.
+    # Cards of ours, for the adapters too, which name the base without the folders above it.
     for folder in (run.folder, run.folder / "merged"):
-        assert "unigram frequencies" in (folder / "README.md").read_text()
+        card = read_card(folder)
+        assert "unigram frequencies" in card.results and card.data.base_model == base.folder.name
+        assert str(base.folder) not in (folder / "README.md").read_text()
     assert [str(folder) for folder in in_a_clean_process[-2:]] == ["out", "out/merged"]
     assert not [line for line in run.printed.splitlines() if "Warning" in line]
 
@@ -218,7 +240,9 @@ def test_flattened_documents_have_the_loss_and_gradients_of_the_padded_batch(con
 
 
 @pytest.mark.parametrize("family", ["sumagg", pytest.param("tost_text", marks=pytest.mark.slow)])
-def test_training_resumes_on_the_same_loss_curve(run_script, csv_files, short_run, family):
+def test_training_resumes_on_the_same_loss_curve(
+    run_script, error_of, csv_files, short_run, family, monkeypatch, capsys
+):
     arguments = [
         *short_run, "--max_steps", 8, *csv_files, *config_overrides(family, hidden_dropout=0.1), "--logging_steps", 1,
         "--block_size", 16, "--save_strategy", "steps", "--save_steps", 3,
@@ -231,6 +255,48 @@ def test_training_resumes_on_the_same_loss_curve(run_script, csv_files, short_ru
     assert len(losses(whole)) == 8 and losses(whole)[-1] < losses(whole)[0]
     assert losses(resumed) == losses(whole)
     assert (resumed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+    # At Ctrl-C in the sixth step a checkpoint is written, and the line at the end resumes it.
+    step = DecayTrainer.training_step
+    calls = []
+
+    def interrupted_step(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 6:
+            signal.raise_signal(signal.SIGINT)
+        return step(*args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="130"):
+        patch.setattr(DecayTrainer, "training_step", interrupted_step)
+        run_script("run_clm.py", *arguments[:-4], output_dir="stopped")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    said, command = message.split(" Resume with: python run_clm.py ")
+    assert said == "interrupted: checkpoint-6 is in stopped."
+    folder = run_script("run_clm.py", *shlex.split(command), output_dir="stopped").folder
+    assert losses(folder) == losses(whole)
+    assert (folder / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    # A new run does not mix its checkpoints with those.
+    error = error_of("run_clm.py", *arguments, output_dir="stopped")
+    assert "stopped holds checkpoint-6 of an earlier run: resume it with --resume_from_checkpoint last" in error
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c_ends_with_one_line(run_script, csv_files, short_run, monkeypatch, capsys, times):
+    """Before the training, and twice in it."""
+
+    def interrupt(*args, **kwargs):
+        for _ in range(times):
+            signal.raise_signal(signal.SIGINT)
+
+    target = (DecayTrainer, "training_step") if times == 2 else (scripts, "load_splits")
+    monkeypatch.setattr(*target, interrupt)
+    with pytest.raises(SystemExit, match="130"):
+        run_script("run_clm.py", *short_run, *csv_files, *config_overrides("sumagg"), "--block_size", 16)
+    errors = capsys.readouterr().err
+    assert "Traceback" not in errors
+    expected = "interrupted: no checkpoint was written, so that the training can only start again."
+    assert errors.strip().splitlines()[-1] == (expected if times == 2 else "interrupted.")
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from running import metrics
+from running import assert_card_is_true, metrics
 from safetensors.torch import load_file
 from sklearn.linear_model import Ridge
 from sklearn.metrics import r2_score
@@ -92,8 +92,11 @@ def test_a_csv_in_its_own_units(run_script, houses, tmp_path):
 
     for name in ("training.png", "predictions.png"):
         assert np.asarray(Image.open(folder / name).convert("L")).std() > 5
-    card = (folder / "README.md").read_text()
-    assert "attention and concatenation" in card and f"{results['eval_r2']:.4g}" in card and "price" in card
+    measured = {name: results[f"eval_{name}"] for name in ("r2", "rmse")}
+    baselines = ["attention and concatenation", "ridge on the numbers"]
+    card = assert_card_is_true(folder, printed, measured, baselines, data="train.csv, 300 examples")
+    assert (card.measured_on, card.num_examples) == ("validation.csv", 60)
+    assert "# In this order: rooms, year, country." in card.text and "rmse (price)" in card.text
 
 
 def test_a_worse_model_is_said_to_be_worse_and_is_adapted_to_other_columns(run_script, houses, tmp_path):
@@ -102,7 +105,7 @@ def test_a_worse_model_is_said_to_be_worse_and_is_adapted_to_other_columns(run_s
         "run_multimodal_regression.py", *houses, "--config_overrides", TINY, "--vocab_size", 300, "--max_steps", 1,
         "--learning_rate", 0, "--disable_tqdm", True, "--eval_strategy", "no", output_dir="base",
     )  # fmt: skip
-    assert re.search("SumAggForMultimodalRegression is no better than: .*ridge on the numbers", base.printed)
+    assert re.search("The model is no better than: .*ridge on the numbers", base.printed)
     run = run_script(
         "run_multimodal_regression.py", *houses[:-1], "--model_name_or_path", base.folder, "--lora_rank", 4,
         "--max_steps", 40, "--learning_rate", 1e-2, "--disable_tqdm", True, "--eval_strategy", "no",
@@ -127,7 +130,7 @@ def test_a_worse_model_is_said_to_be_worse_and_is_adapted_to_other_columns(run_s
     [
         (["--numeric_column_names", "rooms"], r"no column 'rooms'. Its columns are \['text', 'size', 'label'\]"),
         ([], "--numeric_column_names"),
-        (["--numeric_column_names", "size"], "Row 1 has no label"),
+        (["--numeric_column_names", "size"], r"a\.csv, line 3: 'label' is empty"),
     ],
 )
 def test_bad_data_is_refused(error_of, tmp_path, arguments, message):

@@ -3,7 +3,7 @@ import re
 
 import pytest
 import torch
-from running import config_overrides, metrics
+from running import assert_card_is_true, config_overrides, metrics
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
@@ -24,7 +24,9 @@ def test_a_csv_with_text_and_label(run_script, csv_folder, csv_files, short_run,
     assert "" in [row["text"] for row in rows]
     right = 0
     for row in rows:
-        ids = tokenizer(row["text"])["input_ids"][:63] + [tokenizer.eos_token_id]
+        *ids, end = tokenizer(row["text"])["input_ids"]
+        assert end == tokenizer.eos_token_id
+        ids = [*ids[:63], end]
         with torch.no_grad():
             predicted = model(torch.tensor([ids])).logits[0].argmax().item()
         right += model.config.id2label[predicted] == row["label"]
@@ -43,8 +45,9 @@ def test_the_model_of_the_defaults_has_no_limit_of_length(run_script, csv_files,
     classifier = pipeline("text-classification", model=str(run.folder), truncation=True)
     document = "meow purr claw " * 2000
     assert len(tokenizer(document)["input_ids"]) > 4000
-    (answer,) = classifier([document])
-    assert answer["label"] in ("cat", "dog") and 0.5 <= answer["score"] <= 1
+    # An empty text ends too, and so has a token.
+    for answer in (*classifier([document, ""], batch_size=2), *classifier(["", ""], batch_size=2)):
+        assert answer["label"] in ("cat", "dog") and 0.5 <= answer["score"] <= 1
 
 
 def test_numbers_as_labels_other_column_names_and_a_test_file(run_script, tmp_path, short_run):
@@ -57,7 +60,15 @@ def test_numbers_as_labels_other_column_names_and_a_test_file(run_script, tmp_pa
     )  # fmt: skip
     assert {"eval_accuracy", "test_accuracy"} <= set(metrics(run.folder))
     assert re.search(r"Accuracy +validation +test\n +[\d.]+% +[\d.]+%  this model", run.printed)
-    assert "train.csv, test split" in (run.folder / "README.md").read_text()
+    card = assert_card_is_true(
+        run.folder,
+        run.printed,
+        {"accuracy": metrics(run.folder)["test_accuracy"]},
+        ["most frequent class", "TF-IDF and logistic regression"],
+        data="train.csv, 27 examples",
+        max_length=1024,
+    )
+    assert (card.measured_on, card.num_examples) == ("test.csv", 30)
     assert AutoModelForSequenceClassification.from_pretrained(run.folder).config.id2label == {0: "2", 1: "10"}
 
 
@@ -72,7 +83,9 @@ def test_a_causal_checkpoint_is_the_start_of_a_classifier(language_model, run_sc
     assert len(shared) > 20
     for name in shared:
         torch.testing.assert_close(after[name], before[name], rtol=0, atol=0)
-    assert (folder / "tokenizer.json").read_text() == (base / "tokenizer.json").read_text()
+    tokenizer, ending = (AutoTokenizer.from_pretrained(place) for place in (base, folder))
+    assert ending("cat")["input_ids"] == [*tokenizer("cat")["input_ids"], tokenizer.eos_token_id]
+    assert ending.get_vocab() == tokenizer.get_vocab()
 
 
 @pytest.mark.parametrize("family", [pytest.param("sumagg", marks=pytest.mark.slow), "tost_text"])
@@ -96,7 +109,7 @@ def test_a_language_model_is_adapted(language_model, run_script, csv_files, shor
     [
         ("title,label", ["a,b", "c,d"], r"no column 'text'. Its columns are \['title', 'label'\]"),
         ("text,class", ["a,b", "c,d"], r"no column 'label'. Its columns are \['text', 'class'\].*_column_name"),
-        ("text,label", ["a,b", "c,", "d,b"], "Row 1 of the train split has no label"),
+        ("text,label", ["a,b", "c,", "d,b"], r"a\.csv, line 3: 'label' is empty\. Fill it, or"),
         ("text,label", ["a,b", "c,b", "d,b"], r"at least two classes, the data has \['b'\]"),
     ],
 )

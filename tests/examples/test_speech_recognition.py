@@ -156,7 +156,7 @@ def test_the_embedded_data(run_script):
         "--max_steps", 2,
     )  # fmt: skip
     assert {"eval_wer", "test_wer", "new_voices_wer"} <= set(metrics(run.folder))
-    assert re.search(r"validation +test +new_voices\nWord errors( +[\d.]+%){3}  this model", run.printed)
+    assert re.search(r"Word errors +validation +test +new_voices\n( +[\d.]+%){3}  this model", run.printed)
 
 
 def test_a_data_set_of_the_hub_is_read_without_torchcodec(run_script, tmp_path):
