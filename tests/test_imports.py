@@ -33,7 +33,7 @@ PARTS = {
     # A plugin for an engine: nobody imports it, and it knows the models.
     "serving": ["decoder", "families", "ops.documents", "ops.running_sum.running_sum"],
     "streams": ["compatibility", "decoder", "modeling_sumagg_speech", "whole_files"],
-    "training": ["configuration", "decoder", "families", "publishing", "streams"],
+    "training": ["common", "configuration", "decoder", "families", "ops", "publishing"],
     # Each of the commands imports what it needs.
     "__main__": ["publishing"],
     "hub": ["__main__", "publishing"],

@@ -14,12 +14,13 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 from transformers import DynamicCache
 
 from ..common.checks import check_ids, check_labels
+from ..decoder.cache import adopt_cache
 from ..decoder.heads import ForCausalLM, ForSequenceClassification, ForTokenClassification
 from ..decoder.model import DecoderModel
-from ..streams.saved_states import build_cache, cache_to_tensors
+from ..decoder.recurrence import RecurrentLayer
 
 
-# By name: the tensors of a cache, the hidden state of the last real token, and the vector pooled so far.
+# By name: the tensors of a cache, and the hidden state of the last real token.
 State = dict[str, torch.Tensor]
 Progress = Callable[[int, int], None]
 
@@ -228,15 +229,12 @@ class ChunkReader:
                 f"`position_ids` must have the shape [1, T] or [B, T] = {shapes[1]}, got {list(position_ids.shape)}."
             )
         mask = None if attention_mask is None else attention_mask.to(input_ids.device, torch.bool)
-        if position_ids is None:
-            # Counted here, as a model without layers has no cache that knows how many tokens came before.
-            ones = torch.ones_like(input_ids[:1]) if mask is None else mask.long()
-            position_ids = (ones.cumsum(dim=1) - 1).clamp(min=0)
         length = _longest(model, input_ids) if num_chunks is None else num_chunks * chunk_length
         num_missing = length - input_ids.shape[1]
         if num_missing:
             mask = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask
-            input_ids, mask, position_ids = (F.pad(x, (0, num_missing)) for x in (input_ids, mask, position_ids))
+            input_ids, mask = F.pad(input_ids, (0, num_missing)), F.pad(mask, (0, num_missing))
+            position_ids = None if position_ids is None else F.pad(position_ids, (0, num_missing))
         self.num_missing = num_missing
         self.input_ids, self.position_ids = input_ids, position_ids
         self.mask = None if mask is None or mask.all() else mask
@@ -249,74 +247,78 @@ class ChunkReader:
 
     def read(self, index: int, state: State, **arguments) -> tuple[Any, State]:
         """The outputs of the model for a chunk, and the state after it, from the state before it."""
-        config = self.head.config
-        held = {name.removeprefix("cache."): tensor for name, tensor in state.items() if name.startswith("cache.")}
-        cache = None
-        if config.num_hidden_layers > 0:
-            cache = build_cache(held, config) if held else DynamicCache(config=config)
         after: State = {}
+        cache = self.cache(index, state)
         # What autocast has kept of a weight is without a graph, or with that of another chunk.
         torch.clear_autocast_cache()
         with self._handing_on(self.chunks[index], state, after):
             outputs = self.forward(index, cache, **arguments)
-        if cache is not None:
-            after |= {f"cache.{name}": tensor for name, tensor in cache_to_tensors(cache).items()}
-        return outputs, after
+        return outputs, {**tensors_of(cache), **after}
 
-    def forward(self, index: int, cache: DynamicCache | None, **arguments) -> Any:
+    def cache(self, index: int, state: State) -> DynamicCache:
+        """The cache before a chunk, of the tensors that it holds."""
+        start = self.chunks[index].start
+        cache = DynamicCache(config=self.head.config)
+        adopt_cache(cache, self.head.config)
+        for i, layer in enumerate(cache.layers if start else ()):
+            names = [name for name in state if name.startswith(f"{i}.")]
+            layer.lazy_initialization(*[state[name] for name in names[:2]])
+            if isinstance(layer, RecurrentLayer):
+                for name in names:
+                    operator = name.split(".")[1]
+                    layer.states[operator] = (*layer.states.get(operator, ()), state[name])
+                layer.cumulative_length = start
+                layer.real_tokens = None if self.mask is None else self.mask[:, :start]
+            else:
+                layer.keys, layer.values = (state[name] for name in names)
+        return cache
+
+    def forward(self, index: int, cache: DynamicCache, **arguments) -> Any:
         """The outputs of the model for a chunk, with a cache that knows what is before it."""
         chunk = self.chunks[index]
-        past = 0 if cache is None else cache.get_seq_length()
         return self.model(
             input_ids=self.input_ids[:, chunk],
-            attention_mask=None if self.mask is None else self.mask[:, chunk.start - past : chunk.stop],
-            position_ids=self.position_ids[:, chunk],
+            attention_mask=None if self.mask is None else self.mask[:, : chunk.stop],
+            position_ids=None if self.position_ids is None else self.position_ids[:, chunk],
             past_key_values=cache,
-            use_cache=cache is not None,
+            use_cache=True,
             **arguments,
         )
 
     @contextlib.contextmanager
     def _handing_on(self, chunk: slice, before: State, after: State) -> Iterator[None]:
-        """Let the model go on with what it had of the chunks before beside its cache, and take from it what it has now."""
-        hooks = []
-        if self.mask is not None:
-            real, seen = self.mask[:, chunk], self.mask[:, : chunk.start].any(dim=1)
-            # Padding repeats the last real token, which is in a chunk before.
-            is_repeated = (real.long().cumsum(dim=1) == 0) & seen[:, None]
+        """Let padding at the beginning of a chunk repeat the last real token, which is in a chunk before."""
+        if self.mask is None:
+            yield
+            return
+        real, seen = self.mask[:, chunk], self.mask[:, : chunk.start].any(dim=1)
+        is_repeated = (real.long().cumsum(dim=1) == 0) & seen[:, None]
 
-            def hand_on_last_token(module, args, output):
-                hidden_states = output.last_hidden_state
-                if "last_token" in before:
-                    hidden_states = torch.where(is_repeated[..., None], before["last_token"][:, None], hidden_states)
-                    output.last_hidden_state = hidden_states
-                after["last_token"] = hidden_states[:, -1]
+        def hand_on_last_token(module, args, output):
+            hidden_states = output.last_hidden_state
+            if "last_token" in before:
+                hidden_states = torch.where(is_repeated[..., None], before["last_token"][:, None], hidden_states)
+                output.last_hidden_state = hidden_states
+            after["last_token"] = hidden_states[:, -1]
 
-            decoder = next(module for module in self.head.modules() if isinstance(module, DecoderModel))
-            hooks.append(decoder.register_forward_hook(hand_on_last_token))
-        if isinstance(self.head, ForSequenceClassification) and getattr(self.head.config, "pooling", "last") != "last":
-
-            def hand_on_pooled(module, args, pooled):
-                # Sums in float32 at least.
-                total = pooled.to(torch.promote_types(pooled.dtype, torch.float32))
-                if self.head.config.pooling == "mean":
-                    total = total * self._share(chunk, total.dtype)
-                after["pooled"] = total + before["pooled"] if "pooled" in before else total
-                return after["pooled"].to(pooled.dtype)
-
-            hooks.append(self.head.pooler.register_forward_hook(hand_on_pooled))
+        decoder = next(module for module in self.head.modules() if isinstance(module, DecoderModel))
+        hook = decoder.register_forward_hook(hand_on_last_token)
         try:
             yield
         finally:
-            for hook in hooks:
-                hook.remove()
+            hook.remove()
 
-    def _share(self, chunk: slice, dtype: torch.dtype) -> torch.Tensor | float:
-        """Which part of the real tokens of each row is in the chunk, `[B, 1]`."""
-        if self.mask is None:
-            return (chunk.stop - chunk.start) / self.input_ids.shape[1]
-        own, all_chunks = (mask.sum(dim=1, keepdim=True).to(dtype) for mask in (self.mask[:, chunk], self.mask))
-        return own / all_chunks.clamp(min=1)
+
+def tensors_of(cache: DynamicCache) -> State:
+    """The tensors of a cache, `{layer}.{operator}.{i}` of a recurrence, `{layer}.keys` and `{layer}.values` of full attention."""
+    held: State = {}
+    for i, layer in enumerate(cache.layers):
+        if isinstance(layer, RecurrentLayer):
+            for operator, state in layer.states.items():
+                held |= {f"{i}.{operator}.{j}": tensor for j, tensor in enumerate(state)}
+        else:
+            held |= {f"{i}.keys": layer.keys, f"{i}.values": layer.values}
+    return held
 
 
 class Losses:
@@ -412,6 +414,8 @@ def checked_head(model: nn.Module) -> nn.Module:
             "A bidirectional model (`is_causal=False` in its config) sees all tokens at once and cannot read them in "
             "chunks. Train it on the whole sequence, or make it causal."
         )
+    if head.config.num_hidden_layers == 0:
+        raise ValueError("A model without layers hands no state from chunk to chunk: train it on the whole sequence.")
     if head.training and any(getattr(module, "gradient_checkpointing", False) for module in head.modules()):
         raise ValueError(
             "Gradient checkpointing drops the state between chunks, which save the same memory without it: call "

@@ -23,9 +23,10 @@ from transformers.cache_utils import DynamicLayer
 
 from ..decoder.cache import SlidingWindowLayer, append_columns
 from ..decoder.recurrence import Call, RecurrentLayer, State
-from ..ops.causal_convolution import causal_convolution
-from ..ops.summation import causal_sum
-from ..ops.token_statistics.operators import causal_token_statistics
+from ..ops.causal_convolution.causal_convolution import causal_convolution
+from ..ops.documents import Documents
+from ..ops.running_sum.running_sum import causal_sum
+from ..ops.token_statistics.token_statistics import causal_token_statistics
 from .chunks import ChunkReader, Losses
 
 
@@ -103,13 +104,16 @@ def parallel_cache(
         group (`ProcessGroup`, *optional*): the processes.
     """
     cache = DynamicCache(config=config)
-    for index, layer_type in enumerate(config.layer_types[: config.num_hidden_layers]):
+    before = None if mask is None else mask[:, : dist.get_rank(group) * length]
+    for index, layer_type in enumerate(config.layer_types):
         if layer_type == "full_attention":
             cache.layers[index] = _ParallelAttentionLayer(length, group)
         elif layer_type == "sliding_attention":
             cache.layers[index] = _ParallelSlidingLayer(config.sliding_window, mask, length, group)
         else:
             cache.layers[index] = _ParallelRecurrentLayer(length, group)
+        if layer_type != "full_attention":
+            cache.layers[index].real_tokens = before
     return cache
 
 
@@ -190,7 +194,8 @@ def _window_before(call: Call, restart: torch.Tensor | None, group: dist.Process
     """The last inputs of a convolution before a part, `[B, k - 1, D]`."""
     own = call.run(None)[1][0]
     batch_size, past = own.shape[:2]
-    mask, document_ids = call.arguments["attention_mask"], call.arguments["document_ids"]
+    mask, documents = call.arguments["attention_mask"], call.arguments["document_ids"]
+    document_ids = documents.ids if isinstance(documents, Documents) else documents
     count = own.new_full((batch_size,), call.length) if mask is None else mask.sum(dim=1).to(own.dtype)
     # Of a document that begins in the part, what is before it is zero.
     begins = (

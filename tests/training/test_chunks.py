@@ -44,10 +44,6 @@ CLASSIFIERS = {
     "mean": (SumAggForSequenceClassification, sumagg_config("pure", num_labels=3, pooling="mean")),
     "last": (SumAggForSequenceClassification, sumagg_config("sliding", num_labels=3, pooling="last")),
     "regression": (SumAggForSequenceClassification, sumagg_config("pure", num_labels=1, pooling="sum")),
-    "no layers": (
-        SumAggForSequenceClassification,
-        sumagg_config("pure", num_hidden_layers=0, layer_types=[], num_labels=3, pooling="sum"),
-    ),
     "token statistics": (ToSTTextForSequenceClassification, tost_text_config("hybrid", num_labels=3)),
 }
 TAGGERS = {
@@ -279,8 +275,7 @@ def test_dropout_is_the_same_in_both_readings(kind):
     for start in starts:
         chunk = slice(start, start + 6)
         positions = torch.arange(LENGTH)[None, chunk]
-        arguments = {"past_key_values": cache} if config.num_hidden_layers else {}
-        hidden_states = model.model(ids[:, chunk], position_ids=positions, **arguments).last_hidden_state
+        hidden_states = model.model(ids[:, chunk], position_ids=positions, past_key_values=cache).last_hidden_state
         if hasattr(model, "lm_head"):
             losses.append(F.cross_entropy(model.lm_head(hidden_states).mT, shifted[:, chunk], reduction="sum"))
             count = LENGTH * 2 - 2
@@ -376,6 +371,7 @@ def test_progress_counts_every_reading():
         ({"attention_mask": padding("left")[:2]}, ValueError, "Padding on the left has a label"),
         ({"label_smoothing": 1.0}, ValueError, r"must be in \[0, 1\), got 1.0"),
         ({"model": "bidirectional"}, ValueError, "bidirectional"),
+        ({"model": "no layers"}, ValueError, "A model without layers"),
         ({"model": "checkpointing"}, ValueError, "gradient_checkpointing_disable"),
         ({"model": "prompts"}, ValueError, "'default' is a learned prompt"),
         ({"model": "parallel"}, TypeError, "got a DataParallel"),
@@ -388,6 +384,8 @@ def test_errors_come_before_any_work(change, error, message):
     inputs = {"model": model, "input_ids": text(), "labels": text(), "chunk_length": 4, **change}
     if inputs["model"] == "bidirectional":
         inputs["model"] = build(SumAggForTokenClassification, sumagg_config("pure", is_causal=False))
+    elif inputs["model"] == "no layers":
+        inputs["model"] = build(SumAggForCausalLM, sumagg_config("pure", num_hidden_layers=0, layer_types=[]))
     elif inputs["model"] == "checkpointing":
         model.gradient_checkpointing_enable()
         inputs["model"] = model
