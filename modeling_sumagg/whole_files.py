@@ -37,7 +37,7 @@ def write_whole(path: str | os.PathLike, content: bytes, like: Path | None = Non
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(temporary, path)
+            temporary.replace(path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
