@@ -115,11 +115,6 @@ def read_auto_map(config: dict[str, Any], path: Path) -> dict[str, Any]:
     return auto_map
 
 
-def write_text(path: Path, text: str, like: Path | None = None) -> None:
-    """Write a text as UTF-8, whole or not at all, as [`~modeling_sumagg.whole_files.write_whole`] writes a file."""
-    write_whole(path, text.encode("utf-8"), like)
-
-
 def flush_to_disk(*paths: Path) -> None:
     """Have the system write files, or the entries of folders, to the disk now."""
     if os.name != "posix":
@@ -166,7 +161,7 @@ def write_code(folder: Path, sources: dict[str, str], like: Path | None = None) 
     for name, source in sources.items():
         path = folder / name
         if not path.exists() or path.read_text(encoding="utf-8") != source:
-            write_text(path, source, like)
+            write_whole(path, source.encode(), like=like)
             written.append(name)
     return written
 

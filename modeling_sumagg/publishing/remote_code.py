@@ -34,7 +34,8 @@ from transformers.utils import CONFIG_NAME, is_vision_available
 from ..configuration.configuration_fields import NamedFields
 from ..families import FAMILIES, Family
 from ..registration import register_class_names
-from .files import PREFIX, refuse_foreign_files, remove_old_code, write_code, write_text
+from ..whole_files import write_whole
+from .files import PREFIX, refuse_foreign_files, remove_old_code, write_code
 from .flattening import PACKAGE, REGISTRATION, flatten_imports, last_name
 
 
@@ -155,7 +156,7 @@ def _writing_code(write_json):
         refuse_foreign_files(path.parent, [*sources, *names])
         write_code(path.parent, sources)
         self.auto_map = {**(getattr(self, "auto_map", None) or {}), **auto_map(family)}
-        write_text(path, self.to_json_string(use_diff=use_diff))
+        write_whole(path, self.to_json_string(use_diff=use_diff).encode())
         write_code(path.parent, names)
         remove_old_code(path.parent, sources)
 

@@ -7,15 +7,14 @@ from pathlib import Path
 from transformers.utils import CONFIG_NAME
 
 from ..families import FAMILIES, Family
+from ..whole_files import write_whole
 from .files import (
     code_files,
-    flush_to_disk,
     read_auto_map,
     read_header,
     read_json,
     refuse_foreign_files,
     write_code,
-    write_text,
 )
 from .remote_code import auto_map, flat_sources, own_names, package_version
 
@@ -53,11 +52,10 @@ def update_folder(folder: str | os.PathLike) -> list[str]:
 
     written = write_code(folder, sources, like=config_path)
     if new_map != references:
-        flush_to_disk(*(folder / name for name in written), folder)
         if config_path.read_text(encoding="utf-8") != before:
             raise ValueError(f"{config_path} was written by another process meanwhile: run the update again.")
-        write_text(config_path, json.dumps(config | {"auto_map": new_map}, indent=2, sort_keys=True) + "\n")
-        flush_to_disk(config_path, folder)
+        text = json.dumps(config | {"auto_map": new_map}, indent=2, sort_keys=True) + "\n"
+        write_whole(config_path, text.encode())
     written += write_code(folder, names, like=config_path)
     removed = sorted(set(headers) - set(sources) - set(names))
     for name in removed:

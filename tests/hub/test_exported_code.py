@@ -25,6 +25,7 @@ CONFIGS = {
 MODULES = {
     "collections",
     "contextlib",
+    "copy",
     "dataclasses",
     "difflib",
     "functools",

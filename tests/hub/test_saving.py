@@ -50,7 +50,7 @@ def test_every_way_of_saving_writes_the_code(tmp_path):
     adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
 
     expected = {path.name for path in (tmp_path / "config").glob("*.py")}
-    assert {"modeling_sumagg", "configuration_sumagg", "registration", "summation"} <= code_modules(
+    assert {"modeling_sumagg", "configuration_sumagg", "registration", "recurrence"} <= code_modules(
         tmp_path / "config"
     )
     for folder in ("trainer/checkpoint-1", "trainer/checkpoint-2", "saved", "merged"):
@@ -189,8 +189,8 @@ def test_broken_checkpoints_are_refused(tmp_path):
     assert "middle" in str(raised.value)
 
     folder = broken("missing module")
-    code_file(folder, "summation").unlink()
-    with pytest.raises(OSError, match="summation.py"):
+    code_file(folder, "recurrence").unlink()
+    with pytest.raises(OSError, match="recurrence.py"):
         load(auto_map(folder)["AutoModelForCausalLM"], str(folder))
 
 

@@ -268,16 +268,16 @@ def test_two_updates_at_once_end_as_one(old_folder, tmp_path):
 
 @pytest.mark.parametrize("files_before_it_is_full", [0, 3, -1])
 def test_a_full_disk_leaves_the_old_folder(old_folder, monkeypatch, files_before_it_is_full):
-    before, replace, left = snapshot(old_folder), Path.replace, [files_before_it_is_full]
+    before, replace, left = snapshot(old_folder), os.replace, [files_before_it_is_full]
 
-    def replace_while_there_is_room(self, target):
+    def replace_while_there_is_room(source, target):
         last = Path(target).name == "config.json"
         left[0] -= 1
         if left[0] == -1 or (files_before_it_is_full < 0 and last):
             raise OSError(errno.ENOSPC, "No space left on device")
-        return replace(self, target)
+        return replace(source, target)
 
-    monkeypatch.setattr(Path, "replace", replace_while_there_is_room)
+    monkeypatch.setattr(os, "replace", replace_while_there_is_room)
     with pytest.raises(OSError, match="No space left on device"):
         update_folder(old_folder)
     assert before.items() <= snapshot(old_folder).items()
