@@ -216,6 +216,12 @@ def test_compiled_mean():
         assert_close(actual, reference, 4e-6)
 
 
+@pytest.mark.parametrize("shut", ["first", "all"])
+@pytest.mark.parametrize("logit", [44.4, 80.0])
+def test_gates_that_are_nearly_shut(shut, logit, many_processors):
+    test_decays.check_gates(shut, logit, device=DEVICE)
+
+
 def draw_convolution(length, size, taps, dtype, masked, packed):
     x, arguments = test_summation.draw(2, length, size, masked=masked, packed=packed, dtype=dtype, seed=4)
     leaves = x, torch.randn(size, taps), torch.randn(size), torch.randn(2, taps - 1, size).to(dtype)

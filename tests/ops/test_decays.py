@@ -13,6 +13,7 @@ from modeling_sumagg.ops import (
     bidirectional_mean,
     bidirectional_sum,
     causal_mean,
+    causal_mean_reference,
     causal_sum,
     causal_sum_reference,
     document_runs,
@@ -316,6 +317,79 @@ def test_derivatives_of_the_mean():
 
     assert torch.autograd.gradcheck(function, (x, log_decay))
     assert torch.autograd.gradgradcheck(function, (x, log_decay))
+
+
+def draw_gates(shut, logit):
+    """Logits of decays `[1, 60, 2]`; shut are the first tokens of three documents, all tokens, or none."""
+    logits, ids = (
+        2 * torch.randn(1, 60, 2),
+        torch.bucketize(torch.arange(60), torch.tensor([20, 41]), right=True)[None],
+    )
+    is_first = torch.tensor([t in (0, 20, 41) for t in range(60)])
+    is_shut = {"first": is_first, "all": torch.ones(60).bool(), "none": torch.zeros(60).bool()}[shut]
+    return torch.where(is_shut[None, :, None], logit + logits / 10, logits), ids
+
+
+def check_gates(shut, logit, device="cpu"):
+    """Means whose gates `1 - a` are nearly shut, and their gradients, against the loop in float64."""
+    logits, ids = draw_gates(shut, logit)
+    x, state = torch.randn(1, 60, 4), (torch.randn(1, 4) * 1e-30, torch.full((1, 2), 1e-30))
+    weights = torch.randn(1, 60, 4)
+    results = []
+    for operator, dtype, place in (
+        (causal_mean_reference, torch.float64, "cpu"),
+        (causal_mean, torch.float32, device),
+    ):
+        leaves = [tensor.to(place, dtype).requires_grad_() for tensor in (x, logits)]
+        decays, gates = torch.nn.functional.logsigmoid(leaves[1]), (-leaves[1]).sigmoid()
+        arguments = {"document_ids": ids.to(place), "initial_state": [t.to(place, torch.float64) for t in state]}
+        mean, (sums, total) = operator(leaves[0], log_decay=decays, weight=gates, **arguments)
+        grads = torch.autograd.grad((mean * weights.to(mean)).sum(), leaves)
+        results.append([mean, sums, total, *grads])
+    for expected, actual in zip(*results, strict=True):
+        assert_close(actual.cpu(), expected, 1e-5)
+
+
+@pytest.mark.parametrize("shut", ["first", "all"])
+@pytest.mark.parametrize("logit", [20.0, 44.4, 60.0, 80.0])
+def test_gates_that_are_nearly_shut(shut, logit):
+    check_gates(shut, logit)
+
+
+@pytest.mark.parametrize("operator", [causal_mean, bidirectional_mean])
+@pytest.mark.parametrize("length", [1, 2, 40])
+@pytest.mark.parametrize("logit", [44.4, 87.0, 95.0, 110.0])
+def test_gates_of_any_logit_have_finite_gradients(logit, length, operator):
+    x = torch.randn(2, length, 4, requires_grad=True)
+    logits = torch.full((2, length, 2), logit, requires_grad=True)
+    mean = operator(x, log_decay=torch.nn.functional.logsigmoid(logits), weight=(-logits).sigmoid())
+    mean = mean if operator is bidirectional_mean else mean[0]
+    grads = torch.autograd.grad(mean.square().sum(), (x, logits))
+    assert all(tensor.isfinite().all() for tensor in (mean, *grads))
+    # A mean of the first token alone is that token, however small its weight, unless that is zero.
+    first = torch.zeros(2, 4) if (-logits).sigmoid().max() == 0 else x[:, 0]
+    if length == 1:
+        assert_close(mean[:, 0], first)
+
+
+def test_both_sides_of_gates_that_are_nearly_shut():
+    logits, ids = draw_gates("all", 60.0)
+    x, weights, results = torch.randn(1, 60, 4), torch.randn(1, 60, 4), []
+    for dtype in (torch.float64, torch.float32):
+        leaves = [tensor.to(dtype).requires_grad_() for tensor in (x, logits)]
+        decays, gates = torch.nn.functional.logsigmoid(leaves[1]), (-leaves[1]).sigmoid()
+        # In float64 gates of 1e-26 are large enough for a quotient of two plain sums.
+        if dtype == torch.float64:
+            sums, totals = (
+                bidirectional_sum(terms, log_decay=decays, document_ids=ids)
+                for terms in ((leaves[0].unflatten(2, (2, 2)) * gates[..., None]).flatten(2), gates)
+            )
+            mean = sums / totals.repeat_interleave(2, dim=2)
+        else:
+            mean = bidirectional_mean(leaves[0], log_decay=decays, weight=gates, document_ids=ids)
+        results.append([mean, *torch.autograd.grad((mean * weights.to(mean)).sum(), leaves)])
+    for expected, actual in zip(*results, strict=True):
+        assert_close(actual, expected, 1e-5)
 
 
 @pytest.mark.parametrize("masked, packed", [pytest.param(False, False, marks=pytest.mark.slow), (True, True)])

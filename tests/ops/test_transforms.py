@@ -8,6 +8,7 @@ from torch.utils._pytree import tree_leaves
 
 from modeling_sumagg.ops import (
     bidirectional_sum,
+    causal_convolution,
     causal_mean,
     causal_sum,
     causal_token_statistics,
@@ -49,6 +50,10 @@ def bidirectional(x, **arguments):
     return bidirectional_sum(x, scale=x.detach()[:1, :1, 0], **arguments)
 
 
+def convolution(x, **arguments):
+    return causal_convolution(x, weight=x[0, :4].T, bias=x[0, 0], **arguments)
+
+
 def causal_statistics(x, **arguments):
     w = to_heads(x)
     return causal_token_statistics(w, x[0, 0, :HEADS].abs(), x[..., :HEADS].transpose(1, 2), **arguments)
@@ -64,7 +69,7 @@ def sliding(x, **arguments):
     return sliding_window_attention(w, w * 2, w * 3, sliding_window=7, scaling=0.5)
 
 
-OPERATORS = [plain, decayed, mean, bidirectional, causal_statistics, statistics, sliding]
+OPERATORS = [plain, decayed, mean, bidirectional, convolution, causal_statistics, statistics, sliding]
 
 
 def loss(outputs):
@@ -95,6 +100,17 @@ def test_gradients_of_each_sample(operator, tokens):
         expected.append(torch.autograd.grad(loss_of_one(leaf), leaf)[0])
     assert_close(grad(loss_of_one)(x[0]), expected[0], 1e-10)
     assert_close(vmap(grad(loss_of_one))(x), torch.stack(expected), 1e-10)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_batches_of_gradients(operator, tokens):
+    x = torch.randn(2, LENGTH, SIZE, dtype=torch.float64, requires_grad=True)
+    outputs = [t for t in tree_leaves(operator(x, **shape_arguments(x, *tokens))) if t.requires_grad]
+    batch = [torch.randn(3, *t.shape, dtype=t.dtype) for t in outputs]
+    (actual,) = torch.autograd.grad(outputs, x, batch, is_grads_batched=True, retain_graph=True)
+    for i in range(3):
+        (expected,) = torch.autograd.grad(outputs, x, [grads[i] for grads in batch], retain_graph=True)
+        assert_close(actual[i], expected, 1e-10)
 
 
 # PyTorch's attention has no forward derivative on a CPU.
