@@ -2,7 +2,6 @@
 
 import difflib
 import math
-import os
 import sys
 from typing import Any, ClassVar
 
@@ -35,14 +34,18 @@ class NamedFields:
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
         name = str(pretrained_model_name_or_path)
-        # Before the Hub is asked for such a name, again and again.
-        if name in cls.preset_names and not os.path.exists(name):
+        if name not in cls.preset_names:
+            return super().get_config_dict(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
+        try:
+            # A folder may have the name. The Hub is not asked for it, again and again.
+            kwargs["local_files_only"] = True
+            return super().get_config_dict(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
+        except OSError as error:
             raise ValueError(
                 f"{name!r} is a preset, an architecture without weights, and no checkpoint. Create a new model by "
                 f"`from_config` of an Auto class with `AutoConfig.from_pretrained(preset_path({name!r}))`, where "
                 f"`preset_path` is in `modeling_sumagg.configuration`. The presets are {list(cls.preset_names)}."
-            )
-        return super().get_config_dict(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
+            ) from error
 
     def to_dict(self) -> dict[str, Any]:
         # PEFT converts a config to a dict for its `model_type`, and then looks up the modules to adapt.

@@ -139,8 +139,6 @@ class SumAggConfig(TextConfig):
     def __post_init__(self, **kwargs):
         if self.num_sum_heads is None:
             self.num_sum_heads = self.num_attention_heads
-        if self.num_sum_key_heads is None:
-            self.num_sum_key_heads = self.num_sum_heads
         if self.sum_decay is None:
             self.sum_decay = "none" if self.sum_normalization == "sqrt" else "input"
         if self.sum_normalization is None:
@@ -191,7 +189,8 @@ class SumAggConfig(TextConfig):
     def _validate_keys(self) -> None:
         if self.sum_state_size < 1:
             raise ValueError(f"`sum_state_size` must be at least 1, or None, got {self.sum_state_size}.")
-        if self.num_sum_key_heads < 1 or self.num_sum_heads % self.num_sum_key_heads:
+        key_heads = self.num_sum_key_heads
+        if key_heads is not None and (key_heads < 1 or self.num_sum_heads % key_heads):
             raise ValueError(
                 f"`num_sum_key_heads` must divide `num_sum_heads` = {self.num_sum_heads}, got {self.num_sum_key_heads}."
             )

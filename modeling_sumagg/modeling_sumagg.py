@@ -131,10 +131,11 @@ class SumAggKeyedSummation(nn.Module):
         self.layer_idx = layer_idx
         self.head_dim = config.hidden_size // config.num_sum_heads
         self.state_size = config.sum_state_size
-        self.values_per_key = config.hidden_size // config.num_sum_key_heads
+        num_keys = config.num_sum_key_heads or config.num_sum_heads
+        self.values_per_key = config.hidden_size // num_keys
         self.sum_skip = config.sum_skip
         self.norm_eps = config.layer_norm_eps if config.sum_output_norm else None
-        channels = config.hidden_size + 2 * config.num_sum_key_heads * config.sum_state_size
+        channels = config.hidden_size + 2 * num_keys * config.sum_state_size
         self.qkv_proj = nn.Linear(config.hidden_size, channels, bias=False)
         self.conv = None if config.conv_kernel_size is None else SumAggConvolution(config, layer_idx, channels)
         self.decay = SumDecay(config, config.num_sum_heads)

@@ -222,7 +222,6 @@ def create_model_card(
         "dtype": str(base.dtype).removeprefix("torch."),
         "config": base.config,
         "layers": Markdown(", ".join(f"{count} of the type {_code(kind)}" for kind, count in layer_types.items())),
-        "attends": sorted({"full_attention", "sliding_attention"}.intersection(layer_types)),
         "context_length": context_length(base.config) if hasattr(base.config, "vocab_size") else None,
         "dataset_name": dataset_name,
         "evaluated_on": evaluated_on,

@@ -91,7 +91,7 @@ def test_the_code_in_a_card_runs(model_class, config, tmp_path, monkeypatch, cap
         assert scope["inputs"]["numeric_features"].tolist() == [NUMBERS["numeric_mean"]]
         assert "# In this order: rooms, # area, built in, 'x'." in code
     elif model_class in (SumAggForCausalLM, ToSTForCausalLM):
-        assert printed.startswith("w1 w2 ")
+        assert f"{printed} ".startswith("w1 w2 ")
     elif model_class in (SumAggForSequenceClassification, ToSTForImageClassification, SumAggForAudioClassification):
         assert printed == model.config.id2label[outputs.logits.argmax().item()]
     elif model_class is SumAggForTokenClassification:
@@ -219,7 +219,7 @@ def test_every_paragraph_of_a_card_is_one_line(layers):
         "hybrid": "2 of the type `summation`, 1 of the type `full_attention`.",
     }
     assert counts.get(layers, "1 of the type `summation`, 1 of the type `sliding_attention`.") in text
-    assert ("in sliding ones for at most 5 tokens" in text) == (layers == "sliding")
+    assert ("bytes a token for the keys and values of full attention" in text) == (layers == "hybrid")
 
 
 def test_printable_escapes_what_a_terminal_obeys():

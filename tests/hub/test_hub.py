@@ -161,10 +161,16 @@ def test_cards_of_other_tasks_do_not_generate():
 
 
 def test_state_size_is_what_the_cache_holds():
-    # 2 summation layers of 16 float64, the weights of 2 heads and the 3 tokens, float32, that a convolution looks back on;
-    # and 1 attention layer with 2 x 16 float32 a token.
-    sizes = (2 * (18 * 8 + 3 * 16 * 4), 2 * 16 * 4)
+    # 2 summation layers with 2 matrices of 8 x 8 float32, and the last 3 inputs of a convolution over 16 values, 16 entries
+    # of keys and 16 of queries; and 1 attention layer with 2 x 16 float32 a token.
+    sizes = (2 * (2 * 8 * 8 * 4 + 3 * 48 * 4), 2 * 16 * 4)
     assert decode_state_size(build(SumAggForCausalLM, sumagg_config("hybrid"))) == sizes
+    # A full window of 5 tokens holds the keys and values of 4 before the next one.
+    sizes = (2 * 8 * 8 * 4 + 3 * 48 * 4 + 4 * 2 * 16 * 4, 0)
+    assert decode_state_size(build(SumAggForCausalLM, sumagg_config("sliding"))) == sizes
+    # Without keys: 16 float64, the weights of 2 heads, and the last 3 inputs of a convolution of 16 channels.
+    vector = sumagg_config("pure", sum_state_size=None)
+    assert decode_state_size(build(SumAggForCausalLM, vector)) == (2 * (18 * 8 + 3 * 16 * 4), 0)
     plain = sumagg_config("pure", **SumAggConfig.values_of_0_1)
     assert decode_state_size(build(SumAggForCausalLM, plain)) == (2 * 16 * 8, 0)
     # 2 layers of 2 heads of 8 channels: two sums of squares a channel, and one of memberships a head.

@@ -59,9 +59,9 @@ def test_a_checkpoints_code_leaves_the_installed_classes_as_they_are(tmp_path):
     build(SumAggForCausalLM, text_config()).save_pretrained(tmp_path)
     modeling = code_file(tmp_path, "modeling_sumagg")
     older = modeling.read_text().replace("SumAggForCausalLM", "SumAggOlderForCausalLM")
-    modeling.write_text(older.replace(".hidden_proj", ".inner_proj"))
+    modeling.write_text(older.replace(".qkv_proj", ".inner_proj"))
     configuration = code_file(tmp_path, "configuration_sumagg")
-    configuration.write_text(configuration.read_text().replace('"hidden_proj"', '"inner_proj"'))
+    configuration.write_text(configuration.read_text().replace('"qkv_proj"', '"inner_proj"'))
     names = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     older_class = dynamic.get_class_from_dynamic_module(f"{modeling.stem}.SumAggOlderForCausalLM", str(tmp_path))
     try:
@@ -73,7 +73,7 @@ def test_a_checkpoints_code_leaves_the_installed_classes_as_they_are(tmp_path):
         # Each copy adapts its own layers, in turn.
         for _ in range(2):
             assert "inner_proj" in adapted_layers(older_class(older_class.config_class(**text_config().to_dict())))
-            assert "hidden_proj" in adapted_layers(SumAggForCausalLM(text_config()))
+            assert "qkv_proj" in adapted_layers(SumAggForCausalLM(text_config()))
     finally:
         names.pop("SumAggOlderForCausalLM")
 
@@ -174,7 +174,7 @@ def test_modules_to_adapt_need_a_config_that_can_tell_them():
 
 def test_who_registers_again_saves_what_was_registered_last(own_module, tmp_path, monkeypatch):
     config_class, models = own_module("first", 'model_type = "first"')
-    register_family(config_class, models, lora_target_modules=["hidden_proj"])
+    register_family(config_class, models, lora_target_modules=["qkv_proj"])
     (tmp_path / "second.py").write_text(
         "from first import FirstForCausalLM\n\n\nclass SharperForCausalLM(FirstForCausalLM):\n    pass\n"
     )
@@ -186,7 +186,7 @@ def test_who_registers_again_saves_what_was_registered_last(own_module, tmp_path
     # A save does no more than one after one registration.
     assert config_class.to_json_file is write_json
     model = AutoModelForCausalLM.from_config(config_class(**text_config().to_dict() | {"model_type": "first"}))
-    assert type(model) is second.SharperForCausalLM and adapted_layers(model) == {"hidden_proj"}
+    assert type(model) is second.SharperForCausalLM and adapted_layers(model) == {"qkv_proj"}
     model.save_pretrained(tmp_path / "saved")
     named = auto_map(tmp_path / "saved")["AutoModelForCausalLM"]
     assert named == f"{code_file(tmp_path / 'saved', 'second').stem}.SharperForCausalLM"
