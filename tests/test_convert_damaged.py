@@ -195,7 +195,7 @@ def test_of_two_conversions_into_one_folder_one_is_refused(tmp_path):
         thread.join()
     results.sort()
     assert results.count("converted") == 1 and any(
-        "is not empty" in it or "another conversion" in it for it in results
+        "is not empty" in it or "another process" in it for it in results
     )
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "converted")).__name__ == "SumAggForCausalLM"
 

@@ -493,6 +493,6 @@ def test_weights_that_do_not_fit_and_missing_code_fail_the_check(tmp_path):
         check(folder)
     with pytest.raises(ValueError, match="do not fit"):
         save_model_card(build(SumAggForCausalLM, text_config()), folder, **without_model_id_and_type())
-    code_file(folder, "summation").unlink()
-    with pytest.raises(SystemExit, match="error: .*summation.py"):
+    code_file(folder, "recurrence").unlink()
+    with pytest.raises(SystemExit, match="error: .*recurrence.py"):
         check(folder)
