@@ -91,7 +91,8 @@ def backward_in_chunks(
             random_states.append(_random_state(devices))
             _, state = reader.read(index, {**states[index], **growing}, **reader.few_logits)
             growing = {name: tensor for name, tensor in state.items() if _grows(name)}
-            states.append({name: tensor for name, tensor in state.items() if not _grows(name)})
+            # Copies: a view would keep the activations of its chunk in memory.
+            states.append({name: tensor.clone() for name, tensor in state.items() if not _grows(name)})
             _report(progress, index + 1, 2 * num_chunks - 1)
 
     loss = None

@@ -23,6 +23,7 @@ from modeling_sumagg import (
     ToSTTextForTokenClassification,
 )
 from modeling_sumagg.training import backward_in_chunks, evaluate_in_chunks
+from modeling_sumagg.training.chunks import ChunkReader
 
 
 FREE_TOST = {"position_embedding_type": "none", "use_membership_bias": False}
@@ -346,6 +347,23 @@ def test_fused_loss():
     config.fuse_linear_cross_entropy = True
     model, ids = make((model_class, config)).train(), text()
     assert_same_as_whole(model, ids, ids, 4)
+
+
+@pytest.mark.parametrize("kind", LANGUAGE_MODELS)
+def test_what_is_kept_of_a_chunk_is_its_state(kind, monkeypatch):
+    """No tensor keeps the memory of others alive, as a view of all tokens of a chunk would."""
+    kept, cache = [], ChunkReader.cache
+    monkeypatch.setattr(
+        ChunkReader, "cache", lambda self, *arguments: kept.append(arguments) or cache(self, *arguments)
+    )
+    model, ids = make(LANGUAGE_MODELS[kind]), text(1, 64)
+    backward_in_chunks(model, ids, ids, chunk_length=16)
+    # In the second reading.
+    states = [state for index, state in kept[3:] if index > 0]
+    assert len(states) == 3
+    for name, tensor in ((name, tensor) for state in states for name, tensor in state.items()):
+        if not name.endswith((".keys", ".values")):
+            assert tensor.untyped_storage().nbytes() == tensor.nbytes, name
 
 
 def test_progress_counts_every_reading():
