@@ -227,5 +227,5 @@ def test_the_memory_of_sliding_attention_is_constant():
         with torch.no_grad():
             model(torch.randint(0, 61, (1, length)), cache=cache)
         sizes.add(sum(tensor.numel() for tensor in cache_tensors(cache)))
-    # The sums, the weights of the two heads, what the convolution looks back on, and the keys and values.
-    assert sizes == {16 + 2 + 3 * 16 + 2 * 4 * 16}
+    # The sums of two heads, the last inputs of the convolution over values, keys and queries, and the keys and values.
+    assert sizes == {2 * 8 * 8 + 3 * 48 + 2 * 4 * 16}

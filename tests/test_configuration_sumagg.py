@@ -70,7 +70,7 @@ def test_round_trip_through_a_file(layers, tmp_path):
         ({"num_sum_heads": 5}, "`num_sum_heads` must divide `hidden_size`, got 5 heads for a width of 768"),
         (
             {"sum_normalization": "sqrt", "sum_decay": "input"},
-            "for sums without decays, and `sum_decay` is 'input': choose 'mean' or 'none'",
+            "needs sums without decays, but `sum_decay` is 'input': choose 'mean' or 'none'",
         ),
         ({"conv_kernel_size": 1}, "`conv_kernel_size` must be at least 2, or None, got 1"),
         ({"conv_kernel_size": 4, "is_causal": False}, "`conv_kernel_size` = 4 is for causal models"),

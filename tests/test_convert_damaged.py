@@ -194,9 +194,7 @@ def test_of_two_conversions_into_one_folder_one_is_refused(tmp_path):
     for thread in threads:
         thread.join()
     results.sort()
-    assert results.count("converted") == 1 and any(
-        "is not empty" in it or "another process" in it for it in results
-    )
+    assert results.count("converted") == 1 and any("is not empty" in it or "another process" in it for it in results)
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "converted")).__name__ == "SumAggForCausalLM"
 
 
