@@ -15,7 +15,13 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
-from .common.checks import is_concrete, labels_of_rows, look_up, loss_of_classes
+from .common.checks import (
+    is_concrete,
+    labels_of_rows,
+    look_up,
+    loss_of_classes,
+    refuse_sequence_parallelism,
+)
 from .common.position_modulation import PositionModulation, modulate
 from .configuration.configuration_sumagg_multimodal import SumAggMultimodalConfig
 
@@ -241,8 +247,9 @@ class SumAggForMultimodalRegression(SumAggMultimodalPreTrainedModel):
             `TypeError`: `numeric_features` of an integer dtype.
             `ValueError`: no modality is given, or one that this model does not have; both `input_ids` and
                 `inputs_embeds`; an id outside the vocabulary; more tokens than positions; an infinite number; a label
-                that is NaN; a wrong shape or a class that does not exist.
+                that is NaN; a wrong shape or a class that does not exist; sequence parallelism.
         """
+        refuse_sequence_parallelism()
         if input_ids is not None and inputs_embeds is not None:
             raise ValueError("Pass one of `input_ids` and `inputs_embeds`, not both.")
         modalities = (

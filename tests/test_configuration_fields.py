@@ -1,6 +1,12 @@
 """Slips in the names of fields and of presets are refused, in every config; what transformers itself passes is not."""
 
+import math
+from dataclasses import fields
+
 import pytest
+from huggingface_hub.errors import StrictDataclassError
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from testing import MODEL_CLASSES, build, sumagg_config, tiny_config
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
 
@@ -100,3 +106,47 @@ def test_the_name_of_a_preset_is_no_checkpoint(tmp_path, monkeypatch):
     build(SumAggForCausalLM, sumagg_config()).save_pretrained("sumagg-published-lm")
     assert AutoModelForCausalLM.from_pretrained("sumagg-published-lm").config.hidden_size == 16
     assert SumAggForCausalLM.from_pretrained("sumagg-published-lm").config.hidden_size == 16
+
+
+def float_fields(config_class) -> list[str]:
+    """The fields that may hold a float, or a list of them."""
+    return [field.name for field in fields(config_class) if "float" in str(field.type)]
+
+
+@pytest.mark.parametrize("config_class", CONFIGS)
+@settings(max_examples=40, derandomize=True, deadline=None)
+@given(data=st.data())
+def test_what_is_not_finite_is_refused_in_every_field(config_class, data):
+    names = float_fields(config_class)
+    assert {"initializer_range"} <= set(names) and len(names) >= 5
+    name = data.draw(
+        st.sampled_from([name for name in names if not name.startswith(("numeric_", "label_", "feature_"))])
+    )
+    value = data.draw(st.sampled_from([math.nan, math.inf, -math.inf, 10**400]))
+    with pytest.raises(StrictDataclassError, match=f"`?{name}`?"):
+        config_class(**{name: value})
+
+
+def test_what_is_not_finite_is_refused_inside_of_a_field_and_after():
+    for config_class, changes in (
+        (SumAggConfig, {"rope_parameters": {"rope_type": "default", "rope_theta": math.inf}}),
+        (SumAggMultimodalConfig, {"num_numeric_features": 1, "numeric_mean": [math.nan], "numeric_std": [1.0]}),
+        (SumAggSpeechConfig, {"feature_mean": [math.inf] * 80, "feature_std": [1.0] * 80}),
+    ):
+        with pytest.raises(StrictDataclassError, match="must be finite"):
+            config_class(**changes)
+    # `from_pretrained(..., name=value)` sets attributes of configs that were valid.
+    for model_class in MODEL_CLASSES:
+        config = tiny_config(model_class)
+        config.initializer_range = math.inf
+        with pytest.raises(StrictDataclassError, match="`initializer_range` must be finite, got inf"):
+            model_class(config)
+
+
+@pytest.mark.parametrize("config_class", [SumAggConfig, ToSTConfig, ToSTTextConfig])
+@pytest.mark.parametrize(
+    "changes", [{"layer_norm_eps": 0.0}, {"layer_norm_eps": -1.0}, {"initializer_range": -0.1}], ids=str
+)
+def test_what_would_make_nan_is_refused(config_class, changes):
+    with pytest.raises(StrictDataclassError, match=f"{next(iter(changes))}`? must be (above|at least) 0"):
+        config_class(**changes)

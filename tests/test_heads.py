@@ -83,6 +83,20 @@ def test_labels_shifted_by_the_caller():
     assert_close(fused(**batch, shift_labels=shifted).loss, plain(**batch, shift_labels=shifted).loss)
 
 
+@pytest.mark.parametrize("num_items", [None, 0, torch.tensor(0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("model_class", LANGUAGE_MODELS)
+def test_a_batch_without_labels_has_zero_gradients(model_class, dtype, num_items):
+    fused, _ = fused_and_plain(model_class)
+    batch = labelled_batch()
+    batch["labels"].fill_(-100)
+    loss = fused.to(dtype)(**batch, num_items_in_batch=num_items).loss
+    loss.backward()
+    assert loss.item() == 0
+    gradients = [parameter.grad for parameter in fused.parameters() if parameter.grad is not None]
+    assert gradients and all((gradient == 0).all() for gradient in gradients)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_other_dtypes(dtype):
     fused, plain = (model.to(dtype) for model in fused_and_plain(SumAggForCausalLM))
@@ -147,7 +161,7 @@ def test_an_output_layer_it_cannot_read_is_refused():
     hooked.register_forward_hook(lambda module, args, output: 2 * output)
     for lm_head, reason in ((part, r"of shape \[3, 4\]:"), (hooked, r"of shape \[6, 4\] and hooks:")):
         with pytest.raises(ValueError, match=reason):
-            fused_language_model_loss(torch.randn(1, 2, 4), lm_head, torch.zeros(1, 2).long(), is_causal=True)
+            fused_language_model_loss(torch.randn(1, 2, 4), lm_head, torch.zeros(1, 2).long(), predicts_next=True)
 
 
 def test_a_pytorch_without_it_is_named(monkeypatch):

@@ -158,6 +158,5 @@ def refuse_sequence_parallelism() -> None:
     if getattr(parallelism, "sp_size", 1) > 1:
         raise ValueError(
             f"Sequence parallelism (`sp_size={parallelism.sp_size}` in accelerate's `ParallelismConfig`) is for models of "
-            "full attention alone: the recurrent layers of this one would start from an empty state in each process. "
-            "Set `sp_size=1`."
+            "full attention alone: the sums and states of this one would begin anew in each process. Set `sp_size=1`."
         )

@@ -131,7 +131,7 @@ def pool(operator: Callable, inputs: torch.Tensor, attention_mask: torch.Tensor 
     Args:
         operator (`Callable`): as at the head of `recurrence.py`, but for its outputs.
         inputs (`torch.Tensor` of shape `[B, T, d]`): the segment.
-        attention_mask (`torch.Tensor` of shape `[B, T]`, bool, *optional*): its real tokens.
+        attention_mask (`torch.Tensor` of shape `[B, T]`, bool or 0/1, *optional*): its real tokens.
         cache (`transformers.Cache`, *optional*): the cache that the model has filled with the segment.
 
     Raises:
@@ -144,7 +144,8 @@ def pool(operator: Callable, inputs: torch.Tensor, attention_mask: torch.Tensor 
         raise ValueError(
             "A classifier whose layers all attend keeps nothing of what it has pooled: pass the whole text and no `cache`."
         )
-    layout = SequenceLayout(torch.arange(length)[None], attention_mask, None, None, {})
+    mask = None if attention_mask is None else attention_mask.bool()
+    layout = SequenceLayout(torch.arange(length)[None], mask, None, None, {})
     return recur(operator, inputs, layout, None if holder is None else cache, holder or 0)
 
 

@@ -31,8 +31,9 @@ class AttentionPooling(nn.Module):
         x = self.tokens(input_ids) + self.positions.weight[: input_ids.shape[1]]
         hidden_tokens = None
         if attention_mask is not None:
+            attention_mask = attention_mask.bool()
             # The softmax needs one token, also where there is none; the mean leaves it out.
-            hidden_tokens = attention_mask == 0
+            hidden_tokens = ~attention_mask
             hidden_tokens[:, :1] = False
         attended, _ = self.attention(x, x, x, key_padding_mask=hidden_tokens, need_weights=self.need_weights)
         if attention_mask is None:

@@ -5,6 +5,7 @@ import pytest
 import torch
 from testing import assert_close
 from torch import nn
+from torch.autograd.functional import jacobian
 from torch.func import functional_call, grad, jvp, vmap
 
 from .kinds import INPUTS, KINDS, logits, marked, tiny_model
@@ -99,3 +100,23 @@ def test_the_older_onnx_exporter(kind, tmp_path):
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     (actual,) = session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})
     assert_close(torch.from_numpy(actual), logits(model, inputs), rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", marked(KINDS))
+def test_gradients_in_batches(kind):
+    """`torch.autograd`'s own batches of gradients, beside one gradient after another."""
+    model = tiny_model(kind).double()
+    model.set_attn_implementation("eager")
+    inputs = INPUTS["padded"]()
+    embeds = model.get_input_embeddings()(inputs["input_ids"]).detach()
+
+    def last_logits(embeds):
+        out = model(inputs_embeds=embeds, attention_mask=inputs["attention_mask"], use_cache=False).logits
+        return out.reshape(2, -1, out.shape[-1])[:, -1, :2]
+
+    expected = jacobian(last_logits, embeds)
+    assert_close(jacobian(last_logits, embeds, vectorize=True), expected, rtol=1e-10)
+    leaf = embeds.clone().requires_grad_()
+    directions = torch.randn(3, 2, 2, dtype=torch.double)
+    batch = torch.autograd.grad(last_logits(leaf), leaf, directions, is_grads_batched=True)[0]
+    assert_close(batch, torch.einsum("nbc,bcrtd->nrtd", directions, expected), rtol=1e-10)

@@ -1,6 +1,7 @@
 """Going back over tokens, and the decoding modes that need it: assisted decoding and prompt lookup."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from transformers import (
 )
 from transformers.cache_utils import StaticLayer
 
-from modeling_sumagg.compatibility import find_cache
+from modeling_sumagg.compatibility import CACHE_NAME, find_cache
 
 from .kinds import CONFIGS, KINDS, MAIN_KINDS, VOCAB_SIZE, build, greedy_alone, logits_alone, tiny_model
 
@@ -132,6 +133,27 @@ def test_a_static_cache_goes_back_in_assisted_decoding_and_prompt_lookup(kind, c
     expected = greedy_alone(model, PROMPT, NEW_TOKENS)
     for helper in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": smaller(model)}):
         assert model.generate(torch.tensor([PROMPT]), **options, **helper)[0, len(PROMPT) :].tolist() == expected
+
+
+@pytest.mark.parametrize("options", [{"prompt_lookup_num_tokens": 3}, {"assistant_early_exit": 1}], ids=str)
+@pytest.mark.parametrize("kind", MAIN_KINDS)
+@torch.no_grad()
+def test_a_cache_that_is_given_back_records_no_more(kind, options):
+    model = tiny_model(kind)
+    first = model.generate(
+        torch.tensor([PROMPT]), max_new_tokens=NEW_TOKENS, do_sample=False, return_dict_in_generate=True, **options
+    )
+    cache = find_cache(first)
+    size = len(pickle.dumps(cache))
+    history = first.sequences[0].tolist()
+    for token in (*history[-1:], 6, 21, 6, 4, 4):
+        logits = model(torch.tensor([[token]]), **{CACHE_NAME: cache}).logits
+    expected = logits_alone(model, [*history, 6, 21, 6, 4, 4])[-1]
+    torch.testing.assert_close(logits[0, -1], expected, rtol=1e-4, atol=1e-4)
+    recurrent = [layer for layer in cache.layers if hasattr(layer, "records")]
+    assert recurrent and not any(layer.records or layer.record_past for layer in recurrent)
+    if len(recurrent) == len(cache.layers):
+        assert len(pickle.dumps(cache)) < size + 100
 
 
 class _Calls:

@@ -11,9 +11,10 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, set_seed
 from transformers.generation.streamers import BaseStreamer
 
-from modeling_sumagg.compatibility import find_cache
+from modeling_sumagg import SumAggConfig, SumAggForCausalLM, ToSTForCausalLM, ToSTTextConfig
+from modeling_sumagg.compatibility import CACHE_NAME, find_cache
 
-from .kinds import CONFIGS, MAIN_KINDS, VOCAB_SIZE, greedy_alone, logits_alone, tiny_model
+from .kinds import CONFIGS, MAIN_KINDS, VOCAB_SIZE, build, greedy_alone, logits_alone, tiny_model
 
 
 NEW_TOKENS = 5
@@ -434,3 +435,18 @@ def test_a_cache_of_another_batch_size_is_refused_by_transformers_or_torch(model
     model(torch.tensor(PROMPTS[:1]), cache=cache)
     with pytest.raises((ValueError, RuntimeError)):
         model(torch.tensor([[1], [2]]), cache=cache)
+
+
+@pytest.mark.parametrize("config", [SumAggConfig, ToSTTextConfig])
+@torch.no_grad()
+def test_a_model_without_layers(config):
+    model_class = SumAggForCausalLM if config is SumAggConfig else ToSTForCausalLM
+    sizes = {"vocab_size": VOCAB_SIZE, "hidden_size": 16, "num_hidden_layers": 0, "num_attention_heads": 2}
+    model = build(model_class, config(**sizes, position_embedding_type="learned"))
+    inputs = padded_batch()
+    for options in ({}, {"cache_implementation": "static"}, {"return_dict_in_generate": True}):
+        generated = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, **options)
+        generated = generated.sequences if options.get("return_dict_in_generate") else generated
+        assert new_tokens(generated, inputs) == greedy_new_tokens(model)
+    with pytest.raises(ValueError, match="A model without layers has no decode state: pass no `cache`"):
+        model.generate(**inputs, max_new_tokens=2, **{CACHE_NAME: DynamicCache(config=model.config)})
