@@ -68,7 +68,7 @@ def sliding_window_attention(
         mask = mask & (rows + sliding_window - columns <= positions)
         # Zero times NaN is NaN: what is no finite number is left out, and lost to the queries that see it.
         is_bad = ~(key.isfinite() & value.isfinite()).all(dim=3).unsqueeze(2)
-        key, value = (x.masked_fill(is_bad.mT, 0) for x in (key, value))
+        key, value = (x.masked_fill(is_bad.transpose(-1, -2), 0) for x in (key, value))
         is_lost = (mask & is_bad).any(dim=3, keepdim=True)
     output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, dropout_p=dropout_p)
     output = output if is_lost is None else output.masked_fill(is_lost, torch.nan)

@@ -15,12 +15,13 @@ from modeling_sumagg import SumAggForCausalLM, SumAggForCTC, ToSTForCausalLM
 from modeling_sumagg.streams.text_stream import TextStream
 
 
-# Each holds another state: means of two widths, sums, no convolution, token statistics.
+# Each holds another state: keys, means of two widths, sums, no convolution, token statistics.
 TEXT_MODELS = {
-    "means": {},
-    "wider": {"hidden_size": 32},
+    "keys": {},
+    "means": {"sum_state_size": None},
+    "wider": {"hidden_size": 32, "sum_state_size": None},
     "sums": {"sum_normalization": "none"},
-    "no convolution": {"conv_kernel_size": None},
+    "no convolution": {"conv_kernel_size": None, "sum_state_size": None},
     "statistics": {"use_membership_bias": False, "position_embedding_type": "sinusoidal"},
 }
 

@@ -57,7 +57,10 @@ def test_an_own_mixer_reads_a_stream(gated_sum, tmp_path):
     ("config", "message"),
     [
         (GPT2Config(), "type 'gpt2' cannot read a stream: its config has no `recurrent_layer_types`"),
-        (SumAggConfig(num_hidden_layers=2), r"Layers \[1\] of the model attend to the whole text"),
+        (
+            SumAggConfig(layer_types=["summation", "full_attention"], num_hidden_layers=2),
+            r"Layers \[1\] of the model attend to the whole text",
+        ),
         (
             SumAggConfig(num_hidden_layers=1, layer_types=["summation"], position_embedding_type="learned"),
             r"learned parameters for 1024 positions \(`max_position_embeddings`\)",

@@ -16,7 +16,7 @@ from transformers.utils import logging
 from modeling_sumagg import SumAggForCausalLM, SumAggModel, ToSTForCausalLM, ToSTTextModel, compatibility
 from modeling_sumagg.compatibility import CACHE_NAME, NEWEST_TESTED_TRANSFORMERS
 from modeling_sumagg.decoder import heads
-from modeling_sumagg.decoder.model import RecurrentGenerationMixin
+from modeling_sumagg.decoder.generation import RecurrentGenerationMixin
 
 
 PROMPT = [5, 9, 2, 30, 7, 7, 5, 9]

@@ -116,19 +116,19 @@ def _vjp(grad_y, grad_state, values, keys, queries, log_decay, state, starts, st
         dy = _split(grad_block, v.shape[4], v.shape[2])
         # 1. The states before each chunk, and the gradients of those after it, from the last chunk to the first.
         states = _walk(_increments(v, k, decay), decay.log_through, before)[:-1]
-        reads = (decay.into[..., None] * q).mT @ dy
+        reads = (decay.into[..., None] * q).transpose(-1, -2) @ dy
         grad_states = _walk(reads.flip(0), decay.log_through.flip(0), grad_state).flip(0)
         grad_after, grad_state = grad_states[1:], grad_states[0].reshape(grad_state.shape)
         # 2. Within a chunk.
-        scores = q @ k.mT
-        grad_weighted = (dy @ v.mT) * decay.within
+        scores = q @ k.transpose(-1, -2)
+        grad_weighted = (dy @ v.transpose(-1, -2)) * decay.within
         weighted = scores * decay.within
         changes = grad_weighted * scores
-        grad_v = weighted.mT @ dy
-        grad_q, grad_k = grad_weighted @ k, grad_weighted.mT @ q
+        grad_v = weighted.transpose(-1, -2) @ dy
+        grad_q, grad_k = grad_weighted @ k, grad_weighted.transpose(-1, -2) @ q
         # 3. What comes from earlier chunks and what goes to later ones.
-        from_state = decay.into[..., None] * (dy @ states.mT)
-        to_state = decay.out[..., None] * (v @ grad_after.mT)
+        from_state = decay.into[..., None] * (dy @ states.transpose(-1, -2))
+        to_state = decay.out[..., None] * (v @ grad_after.transpose(-1, -2))
         grad_v = grad_v + decay.out[..., None] * (k @ grad_after)
         grad_q, grad_k = grad_q + from_state, grad_k + to_state
         # 4. The decays, which act on the score of each pair and on the states.
@@ -214,7 +214,7 @@ def _tokens(blocks: list[torch.Tensor], length: int) -> torch.Tensor:
 
 def _increments(v, k, decay: _Decay) -> torch.Tensor:
     """What each chunk adds to the state, `[n, B, G, R, N, P]`."""
-    return k.mT @ (decay.out[..., None] * v)
+    return k.transpose(-1, -2) @ (decay.out[..., None] * v)
 
 
 def _walk(increments: torch.Tensor, log_through: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
@@ -236,4 +236,4 @@ def _walk(increments: torch.Tensor, log_through: torch.Tensor, state: torch.Tens
 
 def _read(v, k, q, decay: _Decay, states: torch.Tensor) -> torch.Tensor:
     """The outputs `[n, B, G, R, C, P]`: of the terms of the same chunk, and of the states before it."""
-    return ((q @ k.mT) * decay.within) @ v + decay.into[..., None] * (q @ states)
+    return ((q @ k.transpose(-1, -2)) * decay.within) @ v + decay.into[..., None] * (q @ states)

@@ -307,7 +307,7 @@ def decay_weights(log_decay, seen=None):
     The decay `[..., K, C, C]` from each token to those after it, of `log_decay` `[..., C, K]`, and zero but where a token
     is `seen` `[..., C, C]`.
     """
-    log_decay = log_decay.mT
+    log_decay = log_decay.transpose(-1, -2)
     ordered = torch.ones(log_decay.shape[-1], log_decay.shape[-1], dtype=torch.bool, device=log_decay.device).tril()
     # As sums over the tokens in between: the difference of two sums from the beginning would cancel.
     between = torch.where(ordered.tril(-1), log_decay.unsqueeze(-1), 0).cumsum(-2)

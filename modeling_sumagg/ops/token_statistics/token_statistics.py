@@ -164,7 +164,7 @@ def _in_blocks(forward, w, temperature, position_bias, initial_state, mask, docu
     batch_size, num_heads, length, head_dim = w.shape
     dtype = statistics_dtype(w)
     if position_bias is not None:
-        position_bias = position_bias.to(dtype).mT.expand(batch_size, length, num_heads)
+        position_bias = position_bias.to(dtype).transpose(-1, -2).expand(batch_size, length, num_heads)
     if initial_state is None:
         initial = w.new_zeros(batch_size, num_heads * (2 * head_dim + 1), dtype=state_dtype(w))
     else:

@@ -75,13 +75,13 @@ class _BlockSums:
 
     def suffix(self, grad, grad_final):
         """The adjoint of `prefix`: the gradients of its two results to those of its two arguments."""
-        running = self._multiply(self.within.mT, grad)
+        running = self._multiply(self.within.transpose(-1, -2), grad)
         first = running[:, :, 0] if self.opening is None else self._select(self.opening[:, :, 0], running[:, :, 0])
         carried = torch.cat([first, grad_final.unsqueeze(1)], dim=1)
         if self.across is None:
             carried = carried.flip(1).cumsum(1).flip(1)
         else:
-            carried = self._sum_seen(self.across.mT, carried)
+            carried = self._sum_seen(self.across.transpose(-1, -2), carried)
         running += self._select(self.closing, carried[:, 1:].unsqueeze(2))
         return running, carried[:, 0]
 
@@ -331,7 +331,7 @@ def register_causal_autograd(forward, backward):
     def vjp(ctx, grad_out, _, grad_final):
         w, temperature, position_bias, initial, mask, ids, keep, sums = ctx.saved_tensors
         if torch.is_grad_enabled():
-            bias = None if position_bias is None else position_bias.mT
+            bias = None if position_bias is None else position_bias.transpose(-1, -2)
             state = unpack(initial, *w.shape[2:])
             documents = None if ids is None else Documents(ids, F.pad(ids.diff(dim=1), (1, 0)) != 0)
             out, final = causal_formula(
