@@ -241,10 +241,10 @@ class SumAggModel(SumAggPreTrainedModel, DecoderModel):
             return shared
         count = layout.position_ids.float() + 1
         if not config.is_causal:
-            delimiters = {"attention_mask": layout.attention_mask, "document_ids": layout.documents}
-            rows = max(tensor.shape[0] for tensor in (count, *delimiters.values()) if tensor is not None)
-            ones = torch.ones_like(count).expand(rows, -1)[..., None]
-            count = bidirectional_sum(ones, **delimiters).clamp(min=1)[..., 0]
+            mask, documents = layout.attention_mask, layout.documents
+            of_rows = [tensor for tensor in (count, mask, *(documents or ())) if tensor is not None]
+            ones = torch.ones_like(count).expand(max(map(len, of_rows)), -1)[..., None]
+            count = bidirectional_sum(ones, attention_mask=mask, document_ids=documents).clamp(min=1)[..., 0]
         scale = count.reciprocal() if config.sum_normalization == "mean" else count.rsqrt()
         return {**shared, "sum_scale": scale}
 

@@ -191,7 +191,9 @@ class SumAggForMultimodalRegression(SumAggMultimodalPreTrainedModel):
 
     def __init__(self, config: SumAggMultimodalConfig):
         # `from_pretrained(..., patch_size=...)` sets attributes of a config that was valid before.
-        config.validate()
+        config.validate_all_numbers()
+        config.validate_modalities()
+        config.validate_statistics()
         super().__init__(config)
         self.num_labels = config.num_labels
         self.loss_type = "ForSequenceClassification"

@@ -292,7 +292,8 @@ class ToSTPreTrainedModel(PreTrainedModel):
 
     def __init__(self, config: ToSTConfig):
         # `from_pretrained(..., patch_size=...)` sets attributes of a config that was valid before.
-        config.validate()
+        config.validate_all_numbers()
+        config.validate_architecture()
         super().__init__(config)
 
     @torch.no_grad()

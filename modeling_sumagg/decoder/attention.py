@@ -103,7 +103,8 @@ class Attention(nn.Module):
         if length == 0:
             # Not every implementation takes no queries.
             return query.transpose(1, 2), None
-        if self.is_sliding and (mask is None or mask.dim() == 2) and attends_in_blocks(config, length):
+        is_plain = mask is None or (isinstance(mask, torch.Tensor) and mask.dim() == 2)
+        if self.is_sliding and is_plain and attends_in_blocks(config, length):
             output = sliding_window_attention(
                 query,
                 key,

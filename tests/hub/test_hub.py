@@ -367,7 +367,7 @@ def test_code_that_ends_the_process_fails_the_check(tmp_path):
     [
         ("import os; os.kill(os.getpid(), 9)", "was killed by SIGKILL, which the system does where memory runs out"),
         ("import os; os._exit(3)", "ended with the status 3"),
-        ("import sys; sys.exit('first\\nValueError: \\x1b[2Jlast')", r"^ValueError:  \[2Jlast$"),
+        ("import sys; sys.exit('first\\nValueError: \\x1b[2Jlast')", r"^ValueError: \\x1b\[2Jlast$"),
     ],
 )
 def test_a_process_that_ends_early_fails_the_check(tmp_path, monkeypatch, line, reason):
