@@ -157,7 +157,8 @@ class SumAggKeyedSummation(nn.Module):
         inputs = inputs.to(torch.promote_types(inputs.dtype, torch.float32))
         sizes = [self.values_per_key, self.state_size, self.state_size]
         values, keys, queries = inputs.unflatten(-1, (-1, sum(sizes))).split(sizes, dim=-1)
-        values = values.reshape(*values.shape[:2], -1, self.head_dim)
+        heads = values.shape[2] * values.shape[3] // self.head_dim
+        values = values.reshape(*values.shape[:2], heads, self.head_dim)
         log_decay, weight = self.decay(hidden_states)
         per_token = {
             "keys": keys,
@@ -169,7 +170,8 @@ class SumAggKeyedSummation(nn.Module):
         if self.sum_skip:
             sums = sums + values
         if self.norm_eps is not None:
-            sums = F.rms_norm(sums, (self.head_dim,), eps=self.norm_eps)
+            # As written, since the older ONNX exporter knows no RMS norm.
+            sums = sums * (sums.square().mean(-1, keepdim=True) + self.norm_eps).rsqrt()
         sums = sums.flatten(-2)
         if self.gate_proj is not None:
             sums = sums * F.silu(self.gate_proj(hidden_states))

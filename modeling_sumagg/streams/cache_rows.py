@@ -35,7 +35,8 @@ def split_rows(cache: DynamicCache, real: torch.Tensor) -> list[RowState]:
     for i, seen in enumerate(real):
         row = {"length": seen.sum().cpu()}
         for name, tensor in tensors.items():
-            kind = "length" if name == "length" else _kind(name)
+            # The length and the padding of a row are in `real`.
+            kind = _kind(name) if name.startswith("layers.") else "none"
             stem, _, part = name.rpartition(".")
             if kind == "state":
                 row[name] = tensor[i : i + 1].clone()
@@ -67,6 +68,8 @@ def join_rows(rows: list[RowState | None], real: torch.Tensor, config: PreTraine
     if filled is None:
         return cache
     adopt_cache(cache, config)
+    # The first recurrent layer knows the padding of all.
+    real_tokens = None if real.all() else real
     for i, layer in enumerate(cache.layers):
         held: dict[str, list[torch.Tensor]] = {}
         for name, like in filled.items():
@@ -92,6 +95,7 @@ def join_rows(rows: list[RowState | None], real: torch.Tensor, config: PreTraine
         layer.lazy_initialization(next(iter(held.values()))[0])
         layer.states = {operator: tuple(state) for operator, state in held.items()}
         layer.cumulative_length = real.shape[1]
+        layer.real_tokens, real_tokens = real_tokens, None
     return cache
 
 

@@ -115,8 +115,10 @@ def test_nothing_is_recorded_in_ordinary_decoding(kind):
             assert layer.keys.shape[-2] == model.config.sliding_window - 1
         elif layer_type != "full_attention":
             assert not layer.records
-            sums = [state for name, state in layer.states.items() if name != "causal_convolution"]
-            assert all(tensor.dtype == torch.float64 for state in sums for tensor in state)
+            sums = {name: state for name, state in layer.states.items() if name != "causal_convolution"}
+            for name, state in sums.items():
+                dtype = torch.float32 if name == "causal_keyed_sum" else torch.float64
+                assert all(tensor.dtype == dtype for tensor in state)
 
 
 @pytest.mark.skipif(

@@ -209,7 +209,10 @@ def _tokens(blocks: list[torch.Tensor], length: int) -> torch.Tensor:
     _, batch, groups, heads, _, width = blocks[0].shape
     tokens = torch.cat([chunks.permute(1, 0, 4, 2, 3, 5) for chunks in blocks], 1)
     tokens = tokens.reshape(batch, -1, groups * heads, width)
-    return first_tokens(tokens, length) if is_recorded() else tokens[:, :length]
+    if is_recorded():
+        return first_tokens(tokens, length)
+    # A slice of everything is an alias, which a batch of gradients does not know.
+    return tokens if tokens.shape[1] == length else tokens[:, :length]
 
 
 def _increments(v, k, decay: _Decay) -> torch.Tensor:
