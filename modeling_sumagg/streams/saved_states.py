@@ -216,7 +216,9 @@ def _digest(tensors: Iterable[torch.Tensor]) -> str:
     for tensor in tensors:
         digest.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
         for part in _parts(tensor.detach()):
-            digest.update(part.cpu().contiguous().flatten().view(torch.uint8).numpy())
+            part = part.cpu().contiguous()
+            # Of one element any stride counts as contiguous, but not for `view`.
+            digest.update(part.as_strided([part.numel()], [1]).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

@@ -55,6 +55,7 @@ from .model_arguments import (
 
 try:
     from datasets import (  # type: ignore[import-untyped]
+        Audio,
         Dataset,
         DatasetDict,
         Features,
@@ -326,6 +327,10 @@ def load_splits(
             types = {"text": "string"} | dict.fromkeys(numbers, "float64")
             for column in types.keys() & columns.keys():
                 split = split.cast_column(column, Value(types[column]))
+            # As files are: to decode them `datasets` would need torchcodec.
+            for column, feature in (split.features or {}).items():
+                if isinstance(feature, Audio):
+                    split = split.cast_column(column, Audio(decode=False))
             splits[name] = split
     if paths or arguments.dataset_name is not None:
         needed = {name: columns[name] for name in columns if name not in optional}

@@ -185,6 +185,72 @@ def test_utterances_too_fast_for_their_symbols_are_left_out(run_script, recordin
     assert "'train': 2, 'validation': 3" in run.printed and "1 are too long, or too fast" in run.printed
 
 
+@pytest.fixture(scope="module")
+def recogniser_script() -> dict:
+    return runpy.run_path(str(EXAMPLES / "run_speech_recognition_ctc.py"), run_name="imported")
+
+
+@pytest.mark.parametrize(
+    ("text", "normalized"),
+    [
+        ("It's  5 o’clock — NOW!", "it's 5 o'clock now"),
+        ("हिन्दी, தமிழ்; น้ำ", "हिन्दी தமிழ் น้ำ"),
+        ("السَّلَامُ", "السَّلَامُ"),
+        ("CAFE\u0301S u\u0308ber", "caf\u00e9s \u00fcber"),
+        ("\u0130stanbul", "i\u0307stanbul"),
+        ("می\u200cخواهم \u200d", "می\u200cخواهم"),
+        ("wind\u00adow 1\ufe0f\u20e3 \u2764\ufe0f ok_no", "window 1\u20e3 ok no"),
+        ("' \u0301", ""),
+        (None, ""),
+        (False, "false"),
+        (0, "0"),
+    ],
+)
+def test_transcripts_keep_letters_with_their_marks(recogniser_script, text, normalized):
+    made = recogniser_script["normalize"](text)
+    assert made == normalized and recogniser_script["normalize"](made) == made
+    # Each character is a symbol, and comes back.
+    tokenizer = recogniser_script["make_processor"]([made]).tokenizer
+    assert tokenizer.decode(tokenizer(made)["input_ids"], group_tokens=False) == made
+
+
+def test_letters_that_are_no_symbols_count_as_one_error_each(recogniser_script):
+    tokenizer = recogniser_script["make_processor"](["naive cafe"]).tokenizer
+    spoken = "naïve café au"
+    reference = tokenizer.decode(tokenizer(spoken)["input_ids"], group_tokens=False)
+    assert reference == "na<unk>ve caf<unk> a<unk>"
+    for heard, edits, words in (("naive cafe a", 3, 3), (reference, 3, 3), ("na<unk>ve cafe au", 2, 2)):
+        rates = recogniser_script["error_rates"]([reference], [heard])
+        assert rates["cer"] == pytest.approx(edits / len(spoken)) and rates["wer"] == pytest.approx(words / 3)
+    assert recogniser_script["error_rates"](["", "a b"], ["", "a b"], None) == {"wer": 0, "cer": 0}
+
+
+def test_transcripts_and_recordings_are_read_as_they_are_now(recogniser_script, tmp_path, monkeypatch):
+    """Answers and codes stay text; a file that is recorded again under its name has new features."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    noise = np.random.default_rng(0).standard_normal(32000).astype(np.float32) * 0.1
+    texts = ["007", "0", "false", "true", "null"]
+    for index in range(5):
+        soundfile.write(tmp_path / f"{index}.wav", noise[:16000], 16000)
+    rows = "".join(f"{index}.wav,{text}\n" for index, text in enumerate(texts))
+    (tmp_path / "rows.csv").write_text("audio,text\n" + rows)
+
+    def features() -> list[int]:
+        paths = {"train_file": str(tmp_path / "rows.csv"), "validation_file": str(tmp_path / "rows.csv")}
+        train = recogniser_script["load_speech"](recogniser_script["SpeechArguments"](**paths), 0)["train"]
+        assert train["text"][:] == texts
+        processor = recogniser_script["make_processor"](train["text"][:])
+        assert set("0127aeflnrstu") - {"1", "2"} == set(processor.tokenizer.get_vocab()) - {"<pad>", "<unk>", "|"}
+        arguments = {"processor": processor, "folder": tmp_path}
+        return train.map(recogniser_script["to_features"], fn_kwargs=arguments, remove_columns=train.column_names)[
+            "length"
+        ][:]
+
+    assert features() == [98] * 5
+    soundfile.write(tmp_path / "1.wav", noise, 16000)
+    assert features() == [98, 198, 98, 98, 98]
+
+
 def broken_files(folder: Path) -> dict[str, str]:
     """Files that are no speech, and what is said of them."""
     (folder / "empty.wav").write_bytes(b"")
@@ -195,7 +261,7 @@ def broken_files(folder: Path) -> dict[str, str]:
     soundfile.write(folder / "short.wav", np.zeros(100, dtype=np.float32), 16000)
     return {
         "empty.wav": "is empty",
-        "text.wav": "no audio file",
+        "text.wav": "is no audio file that can be read",
         "nan.wav": "not finite numbers",
         "short.wav": "one frame",
         "nothing.wav": "There is no audio file",
@@ -223,11 +289,13 @@ def transcribe(tmp_path, monkeypatch, capsys):
         if pipe is not None:
             (tmp_path / "pipe").write_bytes(pipe)
             monkeypatch.setattr(sys, "stdin", (tmp_path / "pipe").open("rb"))
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+        handlers = {number: signal.getsignal(number) for number in numbers}
         threads = torch.get_num_threads()
         try:
             runpy.run_path("stream_transcription.py", run_name="__main__")
         finally:
+            signal.set_wakeup_fd(-1)
             for number, handler in handlers.items():
                 signal.signal(number, handler)
             torch.set_num_threads(threads)
@@ -315,7 +383,7 @@ def test_silence_says_nothing_of_itself_and_audio_without_samples_is_an_error(tr
 
 
 def test_broken_audio_ends_a_stream_with_one_line(transcribe, learned, tmp_path):
-    expected = {**broken_files(tmp_path), "text.wav": "empty or no audio", "empty.wav": "empty or no audio"}
+    expected = broken_files(tmp_path)
     del expected["short.wav"]
     for name, message in expected.items():
         with pytest.raises(SystemExit, match="^error: [^\n]*$") as ending:
@@ -364,7 +432,7 @@ def test_without_sounddevice_a_microphone_is_refused(transcribe, learned, monkey
     ("values", "message"),
     [
         ({"is_causal": False, "conv_kernel_size": None}, "A bidirectional model needs the whole recording at once"),
-        ({"layer_types": ["summation", "full_attention"]}, r"Layers \[1\] of the model attend to all that was heard"),
+        ({"layer_types": ["summation", "full_attention"]}, r"Layers \[1\] of the model attend to the whole audio"),
     ],
 )
 def test_a_model_that_does_not_stream_is_refused(transcribe, learned, tmp_path, values, message):
@@ -375,6 +443,88 @@ def test_a_model_that_does_not_stream_is_refused(transcribe, learned, tmp_path, 
     model.config.save_pretrained(tmp_path / "model")
     with pytest.raises(SystemExit, match=message):
         transcribe(tmp_path / "model", pipe=b"\x00\x00")
+
+
+def test_a_file_on_standard_input_is_heard_like_a_pipe(transcribe, learned, talk, tmp_path):
+    samples = soundfile.read(talk, dtype="int16")[0].astype("<i2").tobytes()
+    expected, _ = transcribe(learned.folder, "--input", talk)
+    reading, writing = os.pipe()
+    threading.Thread(target=lambda: (os.write(writing, samples + b"\x00"), os.close(writing))).start()
+    with os.fdopen(reading, "rb") as pipe, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdin", pipe)
+        assert transcribe(learned.folder)[0] == expected
+    with pytest.raises(SystemExit, match="standard input has no audio"), open(os.devnull, "rb") as nothing:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "stdin", nothing)
+            transcribe(learned.folder)
+
+
+@pytest.mark.parametrize("cut", [3000, 3001])
+def test_half_a_sample_stays_in_the_pipe(cut):
+    script = runpy.run_path(str(EXAMPLES / "stream_transcription.py"), run_name="imported")
+    samples = (3000 * np.sin(np.arange(4000) / 20)).astype("<i2")
+    reading, writing = os.pipe()
+    os.write(writing, samples.tobytes()[:cut])
+    heard, stop = [], types.SimpleNamespace(asked=None)
+    for piece in script["read_pipe"](reading, 16000, 10, stop):
+        heard.append(piece)
+        stop.asked = signal.SIGINT if sum(map(len, heard)) == cut // 2 else None
+    os.write(writing, samples.tobytes()[cut:])
+    os.close(writing)
+    # The next process that reads it.
+    heard += script["read_pipe"](reading, 16000, 10, types.SimpleNamespace(asked=None))
+    np.testing.assert_array_equal(np.concatenate(heard), samples / np.float32(2**15))
+    assert max(map(len, heard)) == 160
+
+
+def test_a_file_that_is_cut_ends_with_its_state_saved_and_a_shorter_one_is_another(
+    transcribe, learned, talk, tmp_path
+):
+    samples, rate = soundfile.read(talk, dtype="int16")
+    soundfile.write(tmp_path / "talk.flac", samples, rate)
+    whole_file = (tmp_path / "talk.flac").read_bytes()
+    (tmp_path / "talk.flac").write_bytes(whole_file[: len(whole_file) // 2])
+    options = ["--input", "talk.flac", "--state", "state.safetensors"]
+    with pytest.raises(
+        SystemExit, match=r"^error: after \d+\.\d\d s: talk.flac was cut, or its header is wrong: [^\n]*$"
+    ):
+        transcribe(learned.folder, *options)
+    (tmp_path / "talk.flac").write_bytes(whole_file)
+    said = transcribe(learned.folder, *options, "--resume")[1]
+    heard = float(re.search(r"([\d.]+) s of audio", said)[1])
+    assert 1 < heard < len(samples) / rate - 1
+    with pytest.raises(SystemExit, match="state.safetensors exists. Continue from it with --resume"):
+        transcribe(learned.folder, *options)
+    soundfile.write(tmp_path / "talk.flac", samples[:5000], rate)
+    with pytest.raises(
+        SystemExit, match=r"talk.flac has 5,000 samples, and the state has heard [\d,]+: it was cut, or"
+    ):
+        transcribe(learned.folder, *options, "--resume")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--chunk_ms", "0"], "from 1 to 60000, got 0"),
+        (["--sampling_rate", "-8000"], "from 1000 to 768000, got -8000"),
+        (["--threads", "0"], "of at least 1, got 0"),
+        (["--resume"], "--resume continues from --state"),
+    ],
+)
+def test_options_out_of_bounds_are_refused_before_the_model_is_loaded(transcribe, tmp_path, capsys, options, message):
+    with pytest.raises(SystemExit, match="2"):
+        transcribe(tmp_path / "no model", *options)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rate", [1, 999, 2**31 - 1])
+def test_a_file_with_an_impossible_rate_is_refused(transcribe, learned, tmp_path, rate):
+    soundfile.write(tmp_path / "a.wav", np.zeros(3200, dtype=np.float32), 8000)
+    content = bytearray((tmp_path / "a.wav").read_bytes())
+    content[24:28] = rate.to_bytes(4, "little")
+    (tmp_path / "a.wav").write_bytes(content)
+    with pytest.raises(SystemExit, match=f"a sampling rate of {rate} Hz; it must be from 1000 to 768000 Hz"):
+        transcribe(learned.folder, "--input", "a.wav")
 
 
 @pytest.mark.slow

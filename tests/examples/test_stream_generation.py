@@ -15,9 +15,9 @@ import pytest
 import torch
 from running import EXAMPLES
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedTokenizerFast, set_seed
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, set_seed
 
-from modeling_sumagg import SumAggConfig, SumAggForCausalLM, ToSTTextConfig
+from modeling_sumagg import SumAggConfig, SumAggForCausalLM
 from modeling_sumagg.streams import text_stream
 from modeling_sumagg.streams.saved_states import cache_to_tensors
 
@@ -181,24 +181,6 @@ def _handles(pid: int, number: int) -> bool:
     status = Path(f"/proc/{pid}/status").read_text()
     caught = int(next(line for line in status.splitlines() if line.startswith("SigCgt:")).split()[1], 16)
     return bool(caught >> (number - 1) & 1)
-
-
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        (GPT2Config(), "type 'gpt2' has no state of constant size"),
-        (SumAggConfig(num_hidden_layers=2), r"Layers \[1\] of the model attend to the whole text"),
-        (
-            SumAggConfig(num_hidden_layers=1, layer_types=["summation"], position_embedding_type="learned"),
-            r"after 1024 tokens \(learned positions\)",
-        ),
-        (ToSTTextConfig(position_embedding_type="sinusoidal"), r"after 1024 tokens \(use_membership_bias=True\)"),
-    ],
-    ids=["gpt2", "full attention", "learned positions", "membership bias"],
-)
-def test_models_without_a_constant_state_are_refused_with_what_trains_a_fitting_one(config, message):
-    with pytest.raises(ValueError, match=rf"{message}.*`python examples/quickstart.py` trains .* runs/quickstart"):
-        text_stream.check_constant_state(config)
 
 
 def test_errors_of_users_are_one_line(error_of, checkpoint, tmp_path):
