@@ -25,7 +25,9 @@ from modeling_sumagg.training.plots import label_logarithmic
 FLOOR = "matrix products of "
 # The same in every picture; what has attention and is compared with is black.
 COLORS = {
-    "SumAgg": "tab:blue",
+    "SumAgg, keys, window of 64 last": "tab:blue",
+    "SumAgg, keys": "teal",
+    "SumAgg": "steelblue",
     "SumAgg, sliding window last": "tab:cyan",
     "SumAgg, full attention last": "navy",
     "SumAgg, plain sums": "deepskyblue",

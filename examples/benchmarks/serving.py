@@ -84,7 +84,8 @@ def make_config(arguments: ServingArguments, case: str) -> PreTrainedConfig:
     if case == "sums":
         return SumAggConfig(**sizes, layer_types=["summation"] * arguments.num_hidden_layers)
     if case == "hybrid":
-        return SumAggConfig(**sizes)
+        lower = ["summation"] * (arguments.num_hidden_layers - 1)
+        return SumAggConfig(**sizes, layer_types=[*lower, "full_attention"])
     if case == "token statistics":
         return ToSTTextConfig(**sizes, max_position_embeddings=longest)
     raise ValueError(f"`cases` are 'gpt2', 'sums', 'hybrid' and 'token statistics', got {case!r}.")
