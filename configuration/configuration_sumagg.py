@@ -187,10 +187,10 @@ class SumAggConfig(TextConfig):
             )
 
     def _validate_keys(self) -> None:
-        if self.sum_state_size < 1:
+        if self.sum_state_size < 1:  # type: ignore[operator]
             raise ValueError(f"`sum_state_size` must be at least 1, or None, got {self.sum_state_size}.")
         key_heads = self.num_sum_key_heads
-        if key_heads is not None and (key_heads < 1 or self.num_sum_heads % key_heads):
+        if key_heads is not None and (key_heads < 1 or self.num_sum_heads % key_heads):  # type: ignore[operator]
             raise ValueError(
                 f"`num_sum_key_heads` must divide `num_sum_heads` = {self.num_sum_heads}, got {self.num_sum_key_heads}."
             )

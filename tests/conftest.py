@@ -1,4 +1,5 @@
 import os
+import signal
 from collections import Counter, defaultdict
 
 import pytest
@@ -50,3 +51,17 @@ def pytest_terminal_summary(terminalreporter):
 @pytest.fixture(autouse=True)
 def seed():
     set_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def signals():
+    """Scripts over streams take signals for their process; the next test finds them as they were."""
+    names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    descriptor = signal.set_wakeup_fd(-1)
+    signal.set_wakeup_fd(descriptor)
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    signal.set_wakeup_fd(descriptor)

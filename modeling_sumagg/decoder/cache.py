@@ -78,7 +78,7 @@ class AppendColumns(Call):
             self,
             length=length,
             inputs=tuple(tensor[:, :, :length] for tensor in self.inputs),
-            arguments={**self.arguments, "attention_mask": None if mask is None else mask[:, :length]},
+            arguments={**self.arguments, "attention_mask": None if mask is None else mask[:, :length]},  # type: ignore[call-overload]
         )
 
 

@@ -56,7 +56,7 @@ def find_documents(
         ids = torch.zeros_like(torch.cat([document_ids, document_ids[:, :1]], dim=1))
         document_ids = ids.scatter(1, rank * real, document_ids).gather(1, rank.clamp_min(1))
     # With one difference for each token an exported graph holds for T = 2 as well.
-    padded = torch.cat([document_ids[:, :1], document_ids], dim=1)
+    padded = torch.cat([document_ids[:, :1], document_ids], dim=1)  # type: ignore[call-overload]
     starts = padded[:, 1:] != padded[:, :-1]
     return Documents(document_ids.long() if have_states else starts.long().cumsum(dim=1), starts)
 

@@ -287,17 +287,17 @@ def _add_page(folder: Path) -> None:
     if shutil.which("npm") is None:
         raise OSError("The web page needs npm, which fetches onnxruntime-web: install Node.js.")
     licenses = []
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as downloads:
         for package, files in WEB_PACKAGES.items():
-            command = ["npm", "pack", package, "--pack-destination", name, "--json"]
-            result = subprocess.run(command, capture_output=True, text=True, cwd=name)
+            command = ["npm", "pack", package, "--pack-destination", downloads, "--json"]
+            result = subprocess.run(command, capture_output=True, text=True, cwd=downloads)
             if result.returncode:
                 raise OSError(f"`{' '.join(command[:3])}` failed: {result.stderr.strip()[-500:]}")
-            (archive,) = Path(name).glob("*.tgz")
+            (archive,) = Path(downloads).glob("*.tgz")
             with tarfile.open(archive) as tar:
-                for file in files:
+                for file in files:  # type: ignore[assignment]
                     (folder / Path(file).name).write_bytes(tar.extractfile(f"package/{file}").read())
-                about = json.load(tar.extractfile("package/package.json"))
+                about = json.load(tar.extractfile("package/package.json"))  # type: ignore[arg-type]
             archive.unlink()
             licenses.append(f"{package}: license {about['license']}, {about.get('homepage', about['name'])}")
     (folder / "THIRD_PARTY.txt").write_text("\n".join(licenses) + "\n", encoding="utf-8")

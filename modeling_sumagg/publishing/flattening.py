@@ -240,7 +240,7 @@ def _names_by_module(node: ast.ImportFrom, target: str, module: str) -> dict[str
         if alias.name == register_family.__name__ and target.partition(".")[0] == PACKAGE:
             home = REGISTRATION
         elif _is_package(target):
-            home = getattr(getattr(importlib.import_module(target), alias.name, None), "__module__", None)
+            home = getattr(getattr(importlib.import_module(target), alias.name, None), "__module__", None)  # type: ignore[assignment]
             if home is None or not _is_carried(home, module):
                 raise ValueError(
                     f"{module}, line {node.lineno}, imports {alias.name} from the package {target}, which a flat folder "

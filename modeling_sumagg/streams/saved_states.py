@@ -359,9 +359,9 @@ def _check_same_model(there: dict[str, Any], here: dict[str, Any]) -> None:
     # Another version of the config class may have more fields, or fewer.
     shared = sorted(config.keys() & own.keys()) if isinstance(config, dict) else []
     differing = [
-        f"`{name}` {reprlib.repr(config[name])}, not {reprlib.repr(own[name])}"
+        f"`{name}` {reprlib.repr(config[name])}, not {reprlib.repr(own[name])}"  # type: ignore[index]
         for name in shared
-        if config[name] != own[name]
+        if config[name] != own[name]  # type: ignore[index]
     ]
     if differing or not shared:
         raise ValueError(f"it is of a model of another config: {'; '.join(differing[:3])}")

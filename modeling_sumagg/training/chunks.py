@@ -172,7 +172,8 @@ def evaluate_in_chunks(
         losses = Losses(reader, labels, num_items_in_batch, ignore_index, label_smoothing)
     elif isinstance(reader.head, ForCausalLM):
         raise ValueError("A language model is evaluated by the loss of `labels`: pass them.")
-    loss, state, rows = None, {}, []
+    loss, rows = None, []
+    state: State = {}
     for index in range(len(reader.chunks)):
         if isinstance(reader.head, ForCausalLM):
             outputs, state = reader.read(index, state)

@@ -63,7 +63,7 @@ class ModelArguments:
         if checkpoint is not None and self.preset is not None:
             raise ValueError("Give --model_name_or_path or --preset, not both.")
         # Before the Hub is asked for such a name.
-        if checkpoint in TextConfig.preset_names and not Path(checkpoint).exists():
+        if checkpoint in TextConfig.preset_names and not Path(checkpoint).exists():  # type: ignore[arg-type]
             raise ValueError(f"{checkpoint} is a preset, an architecture without weights: give it as --preset.")
         if self.lora_rank < 0:
             raise ValueError(f"--lora_rank must be at least 0, got {self.lora_rank}.")

@@ -312,7 +312,7 @@ def load_splits(
         splits = {name: _load_file(path, streaming, columns, numbers) for name, path in paths.items()}
         names = {name: printable(name_of(path)) for name, path in paths.items()}
     else:
-        given = embedded() if arguments.dataset_name is None else _load_named(arguments, streaming)
+        given = embedded() if arguments.dataset_name is None else _load_named(arguments, streaming)  # type: ignore[misc]
         if "train" not in given:
             raise ValueError(f"{source} has no train split, only {sorted(given)}.")
         # A data set of the Hub may have others that are not meant for this.
@@ -355,9 +355,9 @@ def load_splits(
 
 def _load_named(arguments: DataArguments, streaming: bool) -> dict[str, Any]:
     """The data set of the Hub; of a local folder without what an earlier run made of files of the same names."""
-    is_local = Path(arguments.dataset_name).exists()
+    is_local = Path(arguments.dataset_name).exists()  # type: ignore[arg-type]
     if is_local:
-        if set("[]*?") & set(arguments.dataset_name):
+        if set("[]*?") & set(arguments.dataset_name):  # type: ignore[arg-type]
             raise ValueError(
                 f"--dataset_name {arguments.dataset_name}: `datasets` takes []*? in the name of a folder for a pattern. "
                 "Rename the folder, or name its files with --train_file."

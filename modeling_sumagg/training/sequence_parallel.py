@@ -81,7 +81,7 @@ def backward_in_parallel(
     outputs = reader.forward(rank, cache, **losses.arguments(rank))
     part_of_loss = losses.of_chunk(rank, outputs)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    gradients = torch.autograd.grad(part_of_loss * loss_scale, parameters, allow_unused=True)
+    gradients = torch.autograd.grad(part_of_loss * loss_scale, parameters, allow_unused=True)  # type: ignore[operator]
     for parameter, gradient in zip(parameters, gradients, strict=True):
         if gradient is not None:
             dist.all_reduce(gradient, group=group)
@@ -231,8 +231,11 @@ class _ParallelSlidingLayer(SlidingWindowLayer):
         return None if self.mask is None else self.mask[:, rank * self.part_length : (rank + 1) * self.part_length]
 
     def _after(self, key: torch.Tensor, value: torch.Tensor, before: State | None, mask: torch.Tensor | None) -> State:
-        arguments = {"attention_mask": mask, "document_ids": None, "num_columns": self.sliding_window - 1}
-        return append_columns(key, value, initial_state=before, **arguments)[1]
+        columns = self.sliding_window - 1
+        _, state = append_columns(
+            key, value, initial_state=before, attention_mask=mask, document_ids=None, num_columns=columns
+        )
+        return state
 
     def past_real(self, inputs: torch.Tensor) -> torch.Tensor | None:
         if self.mask is None or self.num_columns == 0:
@@ -242,7 +245,7 @@ class _ParallelSlidingLayer(SlidingWindowLayer):
             mask = self._mask_of(rank)
             columns = torch.zeros(*mask.shape, 1, device=mask.device)[:, None]
             real = self._after(columns, columns, real, mask)
-        return real[2]
+        return None if real is None else real[2]
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *, attention_mask: torch.Tensor | None = None
@@ -260,8 +263,16 @@ class _ParallelSlidingLayer(SlidingWindowLayer):
                 columns = torch.zeros(*mask.shape, 1, device=mask.device)[:, None]
                 real = self._after(columns, columns, None, mask)[2]
             state = self._after(gathered[rank, ..., :width], gathered[rank, ..., width:], state, real)
-        arguments = {"attention_mask": own_mask, "document_ids": None, "num_columns": self.sliding_window - 1}
-        return append_columns(key_states, value_states, initial_state=state, **arguments)[0]
+        columns = self.sliding_window - 1
+        outputs, _ = append_columns(
+            key_states,
+            value_states,
+            initial_state=state,
+            attention_mask=own_mask,
+            document_ids=None,
+            num_columns=columns,
+        )
+        return outputs
 
 
 class _ParallelAttentionLayer(DynamicLayer):

@@ -388,7 +388,7 @@ def _vjp(ctx, grad_y, grad_final):
     *leaves, starts = ctx.saved_tensors
     if torch.is_grad_enabled():  # The gradient has gradients in turn.
         leaves = [leaf if leaf.requires_grad else leaf.detach().requires_grad_() for leaf in leaves]
-        outputs = keyed_sum_chunks(*leaves, starts)
+        outputs = keyed_sum_chunks(*leaves, starts)  # type: ignore[call-arg]
         return *torch.autograd.grad(outputs, leaves, (grad_y, grad_final), create_graph=True), None
     return *keyed_sum_backward(grad_y, grad_final, *leaves, starts), None
 

@@ -101,14 +101,14 @@ class _KeyedSum(torch.autograd.Function):
         if torch.is_grad_enabled():  # The gradient has gradients in turn.
             with torch.enable_grad():
                 leaves = [t if t.requires_grad else t.detach().requires_grad_() for t in inputs]
-                outputs = _forward(*leaves, starts)[:2]
+                outputs = _forward(*leaves, starts)[:2]  # type: ignore[call-arg]
             return *torch.autograd.grad(outputs, leaves, (grad_y, grad_state), create_graph=True), None
-        return *_vjp(grad_y, grad_state, *inputs, starts, saved[6:]), None
+        return *_vjp(grad_y, grad_state, *inputs, starts, saved[6:]), None  # type: ignore[call-arg]
 
 
 def _vjp(grad_y, grad_state, values, keys, queries, log_decay, state, starts, states):
     """The gradients of the first five inputs, block by block from the last one."""
-    grads = [[], [], [], []]
+    grads: list[list[torch.Tensor]] = [[], [], [], []]
     blocks = list(_blocks(values, keys, queries, log_decay, starts))
     grad_blocks = grad_y.split(BLOCK, 1)
     for block, grad_block, before in zip(reversed(blocks), reversed(grad_blocks), reversed(states), strict=True):

@@ -889,7 +889,7 @@ def causal_step_by_kernel(w, temperature, position_bias, state, mask, keep, drop
     wide = torch.float64
     (w,) = contiguous(w)
     out, new_total = torch.empty_like(w), w.new_empty(batch_size, num_heads, dtype=wide)
-    new_state = TokenStatisticsState(*(torch.empty_like(out, dtype=wide) for _ in range(2)), new_total)
+    new_state = TokenStatisticsState(*(torch.empty_like(out, dtype=wide) for _ in range(2)), new_total)  # type: ignore[call-arg]
     old_state = new_state if state is None else contiguous(*(sums.to(wide) for sums in state))
     bias = None
     if position_bias is not None:

@@ -108,7 +108,7 @@ def bidirectional_mean(
     documents = find_documents(document_ids, attention_mask)
     left, left_weight = of_side(*tokens, documents)
     ids = None if documents is None else documents.ids.flip(1)
-    right, right_weight = (t.flip(1) for t in of_side(*(t.flip(1) for t in tokens), find_documents(ids)))
+    right, right_weight = (t.flip(1) for t in of_side(*(t.flip(1) for t in tokens), find_documents(ids)))  # type: ignore[call-arg]
     # 2. Joined by the shares of their weights, and without the own term once.
     both = left_weight + right_weight - weights
     both = both.masked_fill(both == 0, 1)
