@@ -43,15 +43,21 @@ class SequenceLayout(NamedTuple):
 
     def to_masks(self) -> dict[str, Any]:
         """The same as what `generate` hands to a forward pass for its `attention_mask`."""
-        values = {**self._asdict(), **self.masks, "masks": None}
+        own = {**self._asdict(), "documents": None, "masks": None}
+        # transformers 5.23 takes tensors only.
+        ids, starts = self.documents or (None, None)
+        values = {**own, **self.masks, "document_ids": ids, "document_starts": starts}
         # A slice has the strides of the whole, for each length of which a compiler would make another graph.
         return {name: v.contiguous() if isinstance(v, torch.Tensor) else v for name, v in values.items()}
 
     @classmethod
     def from_masks(cls, masks: dict[str, Any]) -> "SequenceLayout":
         """The inverse of [`~SequenceLayout.to_masks`]."""
-        own = {name: masks[name] for name in cls._fields if name != "masks"}
-        return cls(**own, masks={name: mask for name, mask in masks.items() if name not in cls._fields})
+        ids, starts = masks["document_ids"], masks["document_starts"]
+        own = {name: masks[name] for name in ("position_ids", "attention_mask", "restart")}
+        known = {*cls._fields, "document_ids", "document_starts"}
+        others = {name: mask for name, mask in masks.items() if name not in known}
+        return cls(**own, documents=None if ids is None else Documents(ids, starts), masks=others)
 
 
 def sequence_layout(
