@@ -55,8 +55,7 @@ class SequenceLayout(NamedTuple):
         """The inverse of [`~SequenceLayout.to_masks`]."""
         ids, starts = masks["document_ids"], masks["document_starts"]
         own = {name: masks[name] for name in ("position_ids", "attention_mask", "restart")}
-        known = {*cls._fields, "document_ids", "document_starts"}
-        others = {name: mask for name, mask in masks.items() if name not in known}
+        others = {name: masks[name] for name in masks.keys() - {*cls._fields, "document_ids", "document_starts"}}
         return cls(**own, documents=None if ids is None else Documents(ids, starts), masks=others)
 
 
