@@ -199,9 +199,9 @@ def run_pages(run: Callable[[Step], str]) -> list[tuple[Step, str]]:
                 model = AutoModelForCausalLM.from_pretrained("converted")
                 assert model.config.model_type in arguments
             shutil.rmtree("converted")
-    # Greedy text, of `generate` in a padded batch and of onnxruntime step by step.
+    # Greedy text of `generate` in padded batches, on two pages that ask for different lengths.
     texts = [printed.splitlines()[0] for step, printed in outputs if "'for name in" in "".join(step.shown)]
-    assert len(texts) == 3 and texts[0] == texts[2] and texts[0].startswith("'for name in")
+    assert len(texts) == 2 and texts[0].startswith(texts[1].rstrip("'")) and texts[1].startswith("'for name in")
     return outputs
 
 
