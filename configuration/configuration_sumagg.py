@@ -43,8 +43,9 @@ class SumAggConfig(TextConfig):
             ([`~modeling_sumagg.ops.causal_mean`]).
         sum_map (`str`, defaults to `"linear"`): the term of a token's vector `u`: `W u` (`"linear"`), or
             `relu(W2 relu(W1 u))` (`"relu"`, as published).
-        sum_skip (`bool`, *optional*): whether the token's own term is added to the (normalised) sum (published: no). The
-            default is true only after a convolution: without a convolution, models with a skip learned worse.
+        sum_skip (`bool`, *optional*): whether the token's own term is added to the (normalised) sum (published: no), with
+            keys times a learned number for each head. The default is true only after a convolution: without a
+            convolution, models with a skip learned worse.
         sum_gate (`bool`, defaults to `True`): whether the sums are multiplied by `silu(W_g h)` (published: no).
         conv_kernel_size (`int`, *optional*, defaults to 4 in causal models): the taps of a causal depthwise convolution
             with SiLU in each summation mixer; `None`: no convolution (published).
@@ -53,8 +54,8 @@ class SumAggConfig(TextConfig):
         sum_state_size (`int`, *optional*): N, the length of the keys and queries of the sums. The state of a head of p
             channels is then a matrix of `N * p` float32 numbers, from which a token recalls values by key
             ([`~modeling_sumagg.ops.causal_keyed_sum`]). The convolution then runs over values, keys and queries. `None`:
-            no keys, and a vector as state. Keys need `is_causal=True`, decays, `sum_map="linear"`,
-            `sum_normalization="mean"` and `conv_before="terms"`. With these values the default is p, else `None`.
+            no keys, and a vector as state. Keys need decays, `sum_map="linear"`, `sum_normalization="mean"` and
+            `conv_before="terms"`. With these values the default is p, else `None`.
         num_sum_key_heads (`int`, *optional*, defaults to `num_sum_heads`): the number of keys and of queries of a token.
             Must divide `num_sum_heads`: consecutive heads share a key and a query.
         sum_output_norm (`bool`, defaults to `True`): whether sums with keys have an RMS norm over the channels of each
@@ -105,6 +106,8 @@ class SumAggConfig(TextConfig):
         "layers.*.mixer.qkv_proj": "colwise",
         "layers.*.mixer.conv.weight": "colwise",
         "layers.*.mixer.conv.bias": "colwise",
+        "layers.*.mixer.skip": "colwise",
+        "layers.*.mixer.norm_weight": "colwise",
         "layers.*.mixer.gate_proj": "colwise",
         "layers.*.mixer.decay.logit": "colwise",
         "layers.*.mixer.decay.proj": "colwise",
@@ -146,16 +149,24 @@ class SumAggConfig(TextConfig):
         if self.conv_kernel_size == "auto":
             self.conv_kernel_size = 4 if self.is_causal else None
         if self.sum_state_size == "auto":
-            options = self.is_causal, self.sum_map, self.sum_normalization, self.conv_before
-            is_keyed = options == (True, "linear", "mean", "terms") and self.sum_decay != "none"
+            options = self.sum_map, self.sum_normalization, self.conv_before
+            is_keyed = options == ("linear", "mean", "terms") and self.sum_decay != "none"
             is_keyed = is_keyed and self.num_sum_heads > 0 and self.hidden_size % self.num_sum_heads == 0
             self.sum_state_size = self.hidden_size // self.num_sum_heads if is_keyed else None
         if self.sum_skip is None:
             self.sum_skip = self.conv_kernel_size is not None
         # A plan names the modules that a model has: transformers warns of others. Without keys each process convolves
         # all channels.
-        absent = [".hidden_proj"] if self.sum_state_size is not None else [".qkv_proj", ".conv.weight", ".conv.bias"]
-        absent += [] if self.sum_map == "relu" else [".in_proj"]
+        is_keyed = self.sum_state_size is not None
+        parts = {
+            (".in_proj",): self.sum_map == "relu",
+            (".hidden_proj",): not is_keyed,
+            (".qkv_proj",): is_keyed,
+            (".conv.weight", ".conv.bias"): is_keyed and self.conv_kernel_size is not None,
+            (".skip",): is_keyed and self.sum_skip,
+            (".norm_weight",): is_keyed and self.sum_output_norm,
+        }
+        absent = [name for names, is_present in parts.items() if not is_present for name in names]
         plan = {name: kind for name, kind in self.base_model_tp_plan.items() if not name.endswith(tuple(absent))}
         self.base_model_tp_plan = plan  # type: ignore[misc]
         super().__post_init__(**kwargs)
@@ -194,7 +205,7 @@ class SumAggConfig(TextConfig):
             raise ValueError(
                 f"`num_sum_key_heads` must divide `num_sum_heads` = {self.num_sum_heads}, got {self.num_sum_key_heads}."
             )
-        needed = {"is_causal": True, "sum_map": "linear", "sum_normalization": "mean", "conv_before": "terms"}
+        needed = {"sum_map": "linear", "sum_normalization": "mean", "conv_before": "terms"}
         wrong = {name: getattr(self, name) for name, value in needed.items() if getattr(self, name) != value}
         if self.sum_decay == "none":
             wrong["sum_decay"] = "none"

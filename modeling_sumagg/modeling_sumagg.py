@@ -32,7 +32,7 @@ from .decoder.layout import SequenceLayout
 from .decoder.model import DecoderModel, DecoderPreTrainedModel
 from .decoder.recurrence import recur
 from .ops.causal_convolution.causal_convolution import causal_convolution
-from .ops.keyed_sum.keyed_sum import causal_keyed_sum
+from .ops.keyed_sum.keyed_sum import bidirectional_keyed_sum, causal_keyed_sum
 from .ops.running_sum.running_sum import bidirectional_sum, causal_sum
 from .ops.weighted_mean.weighted_mean import bidirectional_mean, causal_mean
 
@@ -119,22 +119,24 @@ class SumAggKeyedSummation(nn.Module):
 
         v, k, q = silu(conv(W h))
         S_t = a_t S_{t-1} + (1 - a_t) k_t v_tᵀ,    y_t = S_tᵀ q_t / sqrt(N)
-        output W_o (silu(W_g h_t) * norm(y_t + v_t)) + b_o
+        output W_o (silu(W_g h_t) * norm(y_t + D v_t)) + b_o
 
-    The RMS norm over the channels of each head takes the place of the division by the sum of the weights. It has no
-    weights, since W_o holds them. The rows of W are ordered by keys: the values of the heads that share a key, the key, the
-    query. A part of the rows is then a part of the heads.
+    In a bidirectional model S_t is the sum over both sides, which decays in both directions. D is one number for each head. The RMS norm over the channels of each head takes the place of the division by the sum
+    of the weights. The rows of W are ordered by keys: the values of the heads that share a key, the key, the query. A part
+    of the rows is then a part of the heads.
     """
 
     def __init__(self, config: SumAggConfig, layer_idx: int):
         super().__init__()
+        self.is_causal = config.is_causal
         self.layer_idx = layer_idx
         self.head_dim = config.hidden_size // config.num_sum_heads
         self.state_size = config.sum_state_size
         num_keys = config.num_sum_key_heads or config.num_sum_heads
         self.values_per_key = config.hidden_size // num_keys
-        self.sum_skip = config.sum_skip
-        self.norm_eps = config.layer_norm_eps if config.sum_output_norm else None
+        self.skip = nn.Parameter(torch.empty(config.num_sum_heads)) if config.sum_skip else None
+        self.norm_weight = nn.Parameter(torch.empty(config.hidden_size)) if config.sum_output_norm else None
+        self.norm_eps = config.layer_norm_eps
         channels = config.hidden_size + 2 * num_keys * config.sum_state_size
         self.qkv_proj = nn.Linear(config.hidden_size, channels, bias=False)
         self.conv = None if config.conv_kernel_size is None else SumAggConvolution(config, layer_idx, channels)
@@ -166,13 +168,19 @@ class SumAggKeyedSummation(nn.Module):
             "log_decay": log_decay,
             "weight": weight,
         }
-        sums = recur(causal_keyed_sum, values, layout, cache, self.layer_idx, per_token=per_token)
-        if self.sum_skip:
-            sums = sums + values
-        if self.norm_eps is not None:
+        if self.is_causal:
+            sums = recur(causal_keyed_sum, values, layout, cache, self.layer_idx, per_token=per_token)
+        else:
+            delimiters = {"attention_mask": layout.attention_mask, "document_ids": layout.documents}
+            sums = bidirectional_keyed_sum(values, **per_token, **delimiters)
+        if self.skip is not None:
+            sums = torch.addcmul(sums, values, own_part(self.skip)[:, None])
+        if self.norm_weight is not None:
             # As written, since the older ONNX exporter knows no RMS norm.
             sums = sums * (sums.square().mean(-1, keepdim=True) + self.norm_eps).rsqrt()
         sums = sums.flatten(-2)
+        if self.norm_weight is not None:
+            sums = sums * own_part(self.norm_weight)
         if self.gate_proj is not None:
             sums = sums * F.silu(self.gate_proj(hidden_states))
         return self.out_proj(sums.to(hidden_states.dtype)), None
@@ -203,6 +211,10 @@ class SumAggPreTrainedModel(DecoderPreTrainedModel):
             bound = self.config.conv_kernel_size**-0.5  # as PyTorch starts its convolutions
             init.uniform_(module.weight, -bound, bound)
             init.zeros_(module.bias)
+        elif isinstance(module, SumAggKeyedSummation):
+            for parameter in (module.skip, module.norm_weight):
+                if parameter is not None:
+                    init.ones_(parameter)
         elif isinstance(module, SumDecay):
             module.reset_parameters()
         elif getattr(module, "adds_to_stream", False):

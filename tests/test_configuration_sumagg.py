@@ -139,7 +139,7 @@ def test_sums_have_keys_by_default_where_they_can():
     config = SumAggConfig(hidden_size=64, num_attention_heads=4, num_hidden_layers=3)
     assert (config.sum_state_size, config.num_sum_key_heads) == (16, None)
     assert config.layer_types == ["summation", "summation", "sliding_attention"] and config.sliding_window == 64
-    for options in ({"is_causal": False}, {"sum_decay": "none"}, {"sum_map": "relu"}, {"conv_before": "mixer"}):
+    for options in ({"sum_decay": "none"}, {"sum_map": "relu"}, {"conv_before": "mixer"}):
         config = SumAggConfig(num_hidden_layers=3, **options)
         assert config.sum_state_size is None and config.layer_types[-1] == "full_attention"
 
@@ -149,7 +149,6 @@ def test_sums_have_keys_by_default_where_they_can():
     [
         ({"sum_state_size": 0}, "`sum_state_size` must be at least 1, or None, got 0"),
         ({"num_sum_key_heads": 5}, "`num_sum_key_heads` must divide `num_sum_heads` = 12, got 5"),
-        ({"sum_state_size": 8, "is_causal": False}, "`sum_state_size` = 8 needs .*got {'is_causal': False}"),
         ({"sum_state_size": 8, "sum_decay": "none"}, "needs .*got .*'sum_decay': 'none'"),
     ],
 )
@@ -194,13 +193,13 @@ def num_parameters(d, vocab, positions, mlp, sums, attentions, head, mlp_maps=2)
             AutoModelForSequenceClassification,
             num_parameters(256, 10000, 512, 0, 0, 0, head=256 * 256 + 2 * 256 + 2),
         ),
-        # With keys, gates, decays and convolutions in the mixers that sum, and gates in the feed-forward layers.
+        # With keys, gates, decays, skips, norms and convolutions in the mixers that sum, and gates in the feed-forward layers.
         *(
             (
                 f"sumagg-{name}",
                 AutoModelForCausalLM,
                 num_parameters(
-                    d, 50257, 0, mlp, sums, windows, sums * (2 * d * d + (15 + heads) * d + heads), mlp_maps=3
+                    d, 50257, 0, mlp, sums, windows, sums * (2 * d * d + (16 + heads) * d + 2 * heads), mlp_maps=3
                 ),
             )
             for name, d, mlp, sums, windows, heads in (

@@ -6,6 +6,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedConfig
 from transformers import initialization as init
 
+from ..ops.running_sum.running_sum_torch import without_autocast
+
 
 def own_part(parameter: torch.Tensor) -> torch.Tensor:
     """The part of a bare parameter that this process holds: tensor parallelism shards it, and no module takes the part."""
@@ -42,8 +44,9 @@ class SumDecay(nn.Module):
         if self.proj is None:
             logits = logit.to(dtype).expand(1, hidden_states.shape[1], -1)
         else:
-            # In the dtype of the decays: float32 in a model that was loaded in float16.
-            logits = self.proj(hidden_states.to(logit.dtype)).to(dtype) + logit.to(dtype)
+            # In the dtype of the decays: float32 in a model that was loaded in float16, and under autocast.
+            with without_autocast(hidden_states):
+                logits = self.proj(hidden_states.to(logit.dtype)).to(dtype) + logit.to(dtype)
         return F.logsigmoid(logits), (-logits).sigmoid()
 
     @torch.no_grad()

@@ -4,7 +4,7 @@ from .causal_convolution.causal_convolution import causal_convolution
 from .causal_convolution.causal_convolution_reference import causal_convolution_reference
 from .documents import Documents, document_runs
 from .kernel_modes import set_kernels
-from .keyed_sum.keyed_sum import causal_keyed_sum
+from .keyed_sum.keyed_sum import bidirectional_keyed_sum, causal_keyed_sum
 from .keyed_sum.keyed_sum_reference import causal_keyed_sum_reference
 from .running_sum.running_sum import bidirectional_sum, causal_sum
 from .running_sum.running_sum_reference import causal_sum_reference
@@ -26,6 +26,7 @@ from .weighted_mean.weighted_mean_reference import causal_mean_reference
 __all__ = [
     "Documents",
     "TokenStatisticsState",
+    "bidirectional_keyed_sum",
     "bidirectional_mean",
     "bidirectional_sum",
     "causal_convolution",

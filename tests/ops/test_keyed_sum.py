@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modeling_sumagg.ops import causal_keyed_sum, causal_keyed_sum_reference
+from modeling_sumagg.ops import bidirectional_keyed_sum, causal_keyed_sum, causal_keyed_sum_reference
 
 
 LEAVES = ("values", "keys", "queries", "log_decay", "weight", "initial_state")
@@ -142,6 +142,45 @@ def loop(values, keys, queries, log_decay, weight, initial_state):
         state = decay * state + term
         rows.append(query @ state)
     return torch.stack(rows)[None, :, None], state[None, None]
+
+
+def both_sides(**arguments):
+    """A sum over all pairs of real tokens of a document, each decayed by the tokens from the nearer one to the reader."""
+    values, keys, queries, log_decay, weight = (arguments[name] for name in LEAVES[:5])
+    batch, length, heads, _ = values.shape
+    mask = arguments.get("attention_mask", torch.ones(batch, length, dtype=torch.bool))
+    ids = arguments.get("document_ids", torch.zeros(batch, length, dtype=torch.long))
+    keys, queries = (t.repeat_interleave(heads // t.shape[2], 2) for t in (keys, queries))
+    y = []
+    for b, t in ((b, t) for b in range(batch) for t in range(length)):
+        total = 0 * values[b, t]
+        for u in range(length):
+            if not (mask[b, t] and mask[b, u] and ids[b, t] == ids[b, u]):
+                continue
+            between = slice(u + 1, t + 1) if u < t else slice(t, u)
+            decay = (log_decay[b, between] * mask[b, between, None]).sum(0).exp()
+            share = decay * weight[b, u] * (queries[b, t] * keys[b, u]).sum(-1)
+            total = total + share[:, None] * values[b, u]
+        y.append(total)
+    return torch.stack(y).view_as(values)
+
+
+@pytest.mark.parametrize("cut", [False, True])
+@pytest.mark.parametrize("length", [1, 2, 33])
+def test_both_sides_are_the_sum_over_pairs(length, cut):
+    arguments = sample(length, cut=cut)
+    del arguments["initial_state"]
+    if cut:
+        arguments["document_ids"] = torch.arange(length).expand(2, -1) // 9
+    leaves = {name: arguments[name].clone().requires_grad_() for name in LEAVES[:5]}
+    found = []
+    for operator in (bidirectional_keyed_sum, both_sides):
+        y = operator(**{**arguments, **leaves})
+        weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)
+        grads = torch.autograd.grad((y * weights).sum(), list(leaves.values()), materialize_grads=True)
+        found.append((y, *grads))
+    for name, one, other in zip(("y", *leaves), *found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.mark.parametrize("decay", [1e-6, 0.5, 0.999, 1 - 1e-6])

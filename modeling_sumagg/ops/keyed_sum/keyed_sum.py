@@ -9,7 +9,6 @@ from .keyed_sum_torch import keyed_sum_chunks, keyed_sum_step
 
 
 @takes_documents
-@takes_documents
 def causal_keyed_sum(
     values: torch.Tensor,
     keys: torch.Tensor,
@@ -90,6 +89,50 @@ def causal_keyed_sum(
     if documents is not None:
         log_decay = log_decay.masked_fill(documents.starts[..., None], -torch.inf)
     return y, state, log_decay.sum(1)
+
+
+@takes_documents
+def bidirectional_keyed_sum(
+    values: torch.Tensor,
+    keys: torch.Tensor,
+    queries: torch.Tensor,
+    *,
+    log_decay: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    attention_mask: torch.Tensor | None = None,
+    document_ids: torch.Tensor | Documents | None = None,
+) -> torch.Tensor:
+    """
+    Sum of outer products over both sides, which each token reads with its query: that of a [`causal_keyed_sum`] and of
+    another from the end, the own term once.
+
+    Args:
+        values, keys, queries, log_decay, weight, attention_mask, document_ids: as for [`causal_keyed_sum`].
+
+    Returns:
+        `torch.Tensor` of shape `[B, T, K, P]` in the dtype of `values`, zero where masked.
+
+    Raises:
+        As [`causal_keyed_sum`].
+    """
+    dtype, result_dtype = torch.promote_types(values.dtype, torch.float32), values.dtype
+    tokens = [tensor.to(dtype) for tensor in (values, keys, queries)]
+    decays = {"log_decay": log_decay, "weight": weight}
+    documents = find_documents(document_ids, attention_mask)
+    left, _ = causal_keyed_sum(*tokens, **decays, attention_mask=attention_mask, document_ids=documents)
+    if documents is not None:
+        documents = find_documents(documents.ids.flip(1))
+    mask = None if attention_mask is None else attention_mask.flip(1)
+    decays = {name: None if tensor is None else tensor.flip(1) for name, tensor in decays.items()}
+    right, _ = causal_keyed_sum(
+        *(tensor.flip(1) for tensor in tokens), **decays, attention_mask=mask, document_ids=documents
+    )
+    values, keys, queries = tokens
+    share = (queries * keys).sum(-1).repeat_interleave(values.shape[2] // keys.shape[2], 2)
+    own = values * (share if weight is None else share * weight.to(dtype)).unsqueeze(-1)
+    if attention_mask is not None:
+        own = own.masked_fill(~attention_mask.bool()[..., None, None], 0)
+    return (left + right.flip(1) - own).to(result_dtype)
 
 
 def _sum(values, keys, queries, log_decay, state, documents):
