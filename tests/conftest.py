@@ -12,6 +12,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell starts a command in the background so; the tests of Ctrl-C need it, here and in their own processes.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 CONFORMANCE_MARKERS = (
     "accelerate_tests",
     "all_flash_attn_test",
