@@ -4,8 +4,9 @@ A recurrence is a function of a segment and of the state before it, which return
 
     operator(x, *, initial_state, attention_mask, document_ids, **parameters) -> (y, state)
 
-- `x` `[B, ...]` holds `T` tokens in any layout, and `y` one output for each. Where a sequence is cut into segments makes
-  no difference: this one contract is prefill, decoding, packed training, streams, and going back over tokens.
+- `x` `[B, T, ...]` holds `T` tokens, and `y` one output for each. Operators that have the tokens in another dimension are
+  marked by `has_tokens_at`. Where a sequence is cut into segments makes no difference: this one contract is prefill,
+  decoding, packed training, streams, and going back over tokens.
 - A state is a tensor `[B, ...]` whose size does not depend on `T`, or a tuple of several; those of sums are in float32 at
   least. The state of no tokens is zero, for which `initial_state` may also be `None`.
 - `attention_mask` `[B, T]`, bool, or `None` where all tokens are real. A masked token is transparent: it leaves no trace
@@ -65,6 +66,11 @@ def recur(
         return operator(inputs, initial_state=None, **arguments, **parameters)[0]
     call = Call(operator, layout.position_ids.shape[1], (inputs,), arguments, parameters)
     return cache.update(inputs, None, layer_idx, call=call, restart=layout.restart)[0]
+
+
+def token_dim(operator: Callable, argument: int | str) -> int:
+    """The dimension of the tokens in an argument of an operator, by its place or name."""
+    return getattr(operator, "token_dims", {}).get(argument, 1)
 
 
 @dataclass

@@ -12,8 +12,7 @@ class Documents(NamedTuple):
     the first document.
 
     Attributes:
-        ids (`torch.Tensor` of shape `[B, T]`, int64): the document of each token: 0, 1, 2, … in the order of the row; or,
-            where each document has a state of its own, the index of its state.
+        ids (`torch.Tensor` of shape `[B, T]`, int64): the document of each token: 0, 1, 2, … in the order of the row.
         starts (`torch.Tensor` of shape `[B, T]`, bool): the first real tokens of all documents but the first of a row.
     """
 
@@ -27,11 +26,18 @@ def takes_documents(operator: Callable) -> Callable:
     return operator
 
 
+def has_tokens_at(dimensions: dict[int | str, int]) -> Callable[[Callable], Callable]:
+    """Mark an operator with the dimension of the tokens in its arguments, by place or name, where it is not 1."""
+
+    def mark(operator: Callable) -> Callable:
+        operator.token_dims = dimensions
+        return operator
+
+    return mark
+
+
 def find_documents(
-    document_ids: "torch.Tensor | Documents | None",
-    attention_mask: torch.Tensor | None = None,
-    *,
-    have_states: bool = False,
+    document_ids: "torch.Tensor | Documents | None", attention_mask: torch.Tensor | None = None
 ) -> Documents | None:
     """
     The documents of a segment.
@@ -40,13 +46,7 @@ def find_documents(
         document_ids (`torch.Tensor` of shape `[B, T]`, integer, or `Documents`, *optional*): a change from one real token to
             the next begins another document. [`Documents`] are returned as they are.
         attention_mask (`torch.Tensor` of shape `[B, T]`, bool or 0/1, *optional*): True where a token is real.
-        have_states (`bool`): each document has a state of its own, whose index is its id.
-
-    Raises:
-        `ValueError`: `have_states` without `document_ids`.
     """
-    if have_states and document_ids is None:
-        raise ValueError("An `initial_state` for each document, [B, R, …], needs the `document_ids` of the tokens.")
     if document_ids is None or isinstance(document_ids, Documents):
         return document_ids
     if attention_mask is not None and document_ids.shape[1] > 0:
@@ -58,7 +58,7 @@ def find_documents(
     # With one difference for each token an exported graph holds for T = 2 as well.
     padded = torch.cat([document_ids[:, :1], document_ids], dim=1)  # type: ignore[call-overload]
     starts = padded[:, 1:] != padded[:, :-1]
-    return Documents(document_ids.long() if have_states else starts.long().cumsum(dim=1), starts)
+    return Documents(starts.long().cumsum(dim=1), starts)
 
 
 def document_runs(document_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:

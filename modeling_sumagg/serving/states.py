@@ -1,11 +1,11 @@
 """Decode states in vLLM's memory: one slot a request and layer, and the one call that runs an operator on them."""
 
+import itertools
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
 import torch
-from torch import nn
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.v1.attention.backend import AttentionBackend, AttentionMetadataBuilder, CommonAttentionMetadata
@@ -15,8 +15,7 @@ from vllm.v1.attention.backends.utils import mamba_get_block_table_tensor
 from vllm.v1.kv_cache_interface import MambaSpec
 
 from ..decoder.layout import SequenceLayout
-from ..decoder.recurrence import Call
-from ..ops.documents import find_documents
+from ..decoder.recurrence import Call, token_dim
 
 
 BACKEND_NAME = "MODELING_SUMAGG"
@@ -25,40 +24,65 @@ OperatorStates = dict[str, list[StateSpec]]  # by the name of the operator
 
 
 @dataclass
-class Step:
+class Group:
     """
-    What one step of the engine brings to the recurrent layers: `R` requests with `T` tokens, one request after the other.
+    Requests of a step with similar numbers of tokens, as the rows of a padded batch.
 
     Attributes:
-        num_requests, num_tokens (`int`): R and T.
-        is_decode (`bool`): every request brings one token.
-        slots (`torch.Tensor` of shape `[R]`, int64): where the state of each request lives.
-        restart (`torch.Tensor` of shape `[R]`, bool): the requests that begin with this step, whose slot is a left-over.
-        request_ids (`torch.Tensor` of shape `[1, T]`, int64): the request of each token.
+        requests (`torch.Tensor` of shape `[r]`, int64): their indices in the step.
+        columns (`torch.Tensor` of shape `[r, T]`, int64): where their tokens stand among all tokens of the step.
+        mask (`torch.Tensor` of shape `[r, T]`, bool, or `None`): the real tokens; `None`: all.
     """
 
-    num_requests: int
-    num_tokens: int
-    is_decode: bool
+    requests: torch.Tensor
+    columns: torch.Tensor
+    mask: torch.Tensor | None
+
+
+@dataclass
+class Step:
+    """
+    What one step of the engine brings to the recurrent layers: the tokens of its requests, one request after the other.
+
+    Attributes:
+        slots (`torch.Tensor` of shape `[R]`, int64): where the state of each of the R requests lives.
+        restart (`torch.Tensor` of shape `[R]`, bool): the requests that begin with this step, whose slot is a left-over.
+        groups (`list[Group]`): all requests, each in one group.
+    """
+
     slots: torch.Tensor
     restart: torch.Tensor
-    request_ids: torch.Tensor
+    groups: list[Group]
+
+    @classmethod
+    def of_lengths(cls, lengths: list[int], slots: torch.Tensor, restart: torch.Tensor) -> "Step":
+        """
+        The step of requests with `lengths` tokens each. Requests of 2^i to 2^(i + 1) - 1 tokens share a group, so that at
+        most half of a padded batch is padding.
+        """
+        starts = [0, *itertools.accumulate(lengths)]
+        by_size: dict[int, list[int]] = {}
+        for request, length in enumerate(lengths):
+            by_size.setdefault(length.bit_length(), []).append(request)
+        groups = []
+        for requests in by_size.values():
+            of_group = torch.tensor([lengths[request] for request in requests])[:, None]
+            steps = torch.arange(int(of_group.max()))
+            # Padding repeats the last token.
+            columns = torch.tensor([starts[request] for request in requests])[:, None] + steps.minimum(of_group - 1)
+            is_padded = bool((of_group != of_group[0]).any())
+            mask = (steps < of_group).to(slots.device) if is_padded else None
+            groups.append(Group(torch.tensor(requests, device=slots.device), columns.to(slots.device), mask))
+        return cls(slots, restart, groups)
 
     def layout(self, positions: torch.Tensor) -> SequenceLayout:
         """
-        The layout of `positions` `[n]`, `n >= T` where the engine pads: one row for each request where each brings one
-        token, else one packed row in which each request is a document.
+        The layout of `positions` `[n]`: one row for each request where each brings one token, else one row of all tokens,
+        which the states tell apart.
         """
-        length = positions.shape[0]
-        if self.is_decode and length == self.num_requests:
+        if len(self.groups) == 1 and self.groups[0].columns.shape == (positions.shape[0], 1):
             return SequenceLayout(positions[:, None], None, None, None, {})
-        mask, request_ids = None, self.request_ids
-        if length > self.num_tokens:
-            mask = torch.arange(length, device=positions.device)[None] < self.num_tokens
-            request_ids = nn.functional.pad(request_ids, (0, length - self.num_tokens))
-        # Each request has a state of its own.
-        documents = find_documents(request_ids, mask, have_states=True)
-        return SequenceLayout(positions[None], mask, documents, None, {})
+        return SequenceLayout(positions[None], None, None, None, {})
 
 
 class StepBuilder(AttentionMetadataBuilder[Step]):
@@ -77,17 +101,8 @@ class StepBuilder(AttentionMetadataBuilder[Step]):
             self.kv_cache_spec,
             self.vllm_config.cache_config.mamba_cache_mode,
         )[:, 0]
-        lengths = common.query_start_loc.diff()
-        num_tokens = int(common.query_start_loc_cpu[-1])
-        requests = torch.arange(common.num_reqs, device=lengths.device)
-        return Step(
-            num_requests=common.num_reqs,
-            num_tokens=num_tokens,
-            is_decode=common.max_query_len == 1 and num_tokens == common.num_reqs,
-            slots=slots.long(),
-            restart=common.seq_lens == lengths,
-            request_ids=requests.repeat_interleave(lengths, output_size=num_tokens)[None],
-        )
+        lengths = common.query_start_loc_cpu.diff().tolist()
+        return Step.of_lengths(lengths, slots.long(), common.seq_lens == common.query_start_loc.diff())
 
 
 class RecurrentBackend(AttentionBackend):
@@ -151,15 +166,44 @@ class RecurrentState(MambaBase):
 
     def run(self, call: Call, step: Step) -> Any:
         """Make a call from the states of the requests of a step, and hold the states after it; returns the outputs."""
-        is_packed = call.arguments["document_ids"] is not None
+        rows = call.inputs[0].shape[0]
+        if rows > 1 or call.length == 1:
+            return self._run(call, step.slots, step.restart)
+        # One row holds all tokens of the step: each group becomes a batch of its own.
+        outputs: Any = None
+        for group in step.groups:
+            y = self._run(_of_group(call, group), step.slots[group.requests], step.restart[group.requests])
+            dim = token_dim(call.operator, 0)
+            y = y.movedim(dim, 1)
+            if outputs is None:
+                outputs = y.new_zeros(call.length + 1, *y.shape[2:])
+            # The outputs of padding go to a place of their own behind the last one.
+            columns = group.columns if group.mask is None else torch.where(group.mask, group.columns, call.length)
+            outputs[columns] = y
+        return outputs[None, : call.length].movedim(1, dim)
+
+    def _run(self, call: Call, slots: torch.Tensor, restart: torch.Tensor) -> Any:
         held = [self.kv_cache[place] for place in self.places[call.name]]
-        state = tuple(
-            tensor[step.slots].masked_fill_(step.restart.view(-1, *[1] * (tensor.dim() - 1)), 0) for tensor in held
-        )
-        outputs, state = call.run(tuple(tensor[None] for tensor in state) if is_packed else state)
+        state = tuple(tensor[slots].masked_fill_(restart.view(-1, *[1] * (tensor.dim() - 1)), 0) for tensor in held)
+        outputs, state = call.run(state)
         for tensor, new in zip(held, state, strict=True):
-            tensor[step.slots] = (new[0] if is_packed else new).to(tensor.dtype)
+            tensor[slots] = new.to(tensor.dtype)
         return outputs
+
+
+def _of_group(call: Call, group: Group) -> Call:
+    """The call of one row, of the tokens of a group as a padded batch."""
+
+    def tokens(name: str | int, tensor: torch.Tensor | None) -> torch.Tensor | None:
+        if tensor is None:
+            return None
+        dim = token_dim(call.operator, name)
+        return tensor.movedim(dim, 1)[0][group.columns].movedim(1, dim)
+
+    inputs = tuple(tokens(i, tensor) for i, tensor in enumerate(call.inputs))
+    arguments = {name: tokens(name, tensor) for name, tensor in call.arguments.items()}
+    arguments["attention_mask"] = group.mask
+    return replace(call, length=group.columns.shape[1], inputs=inputs, arguments=arguments)
 
 
 class EngineCache:

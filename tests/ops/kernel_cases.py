@@ -338,11 +338,6 @@ def test_what_is_no_number_stays_in_its_document(call, value, many_processors):
     test_documents.check_isolation(call, value, device=DEVICE)
 
 
-@pytest.mark.parametrize("call", test_documents.STATES)
-def test_what_is_no_number_stays_in_its_document_with_a_state_of_its_own(call):
-    test_documents.check_isolation(call, torch.nan, device=DEVICE, with_states=True)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_what_is_no_number_reaches_no_token_before_it(value, dtype):

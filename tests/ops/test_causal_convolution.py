@@ -56,21 +56,6 @@ def test_it_is_the_loop(batch, length, taps, masked, packed, carried, seed):
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_documents_with_states_of_their_own(masked):
-    x, arguments = draw(2, 13, 3, masked=masked, packed=False)
-    ids = torch.randint(0, 4, (2, 13)).sort(dim=1).values
-    weight, bias, state = torch.randn(3, 4), torch.randn(3), torch.randn(2, 4, 3, 3)
-    y, last = causal_convolution(x, weight=weight, bias=bias, initial_state=state, document_ids=ids, **arguments)
-    real = arguments.get("attention_mask", torch.ones(2, 13, dtype=torch.bool))
-    for row in range(2):
-        for document in range(4):
-            own = real[row] & (ids[row] == document)
-            expected, expected_last = loop(x[row : row + 1, own], weight, bias, state[row : row + 1, document])
-            assert_close(y[row, own].double(), expected[0])
-            assert_close(last[row, document].double(), expected_last[0])
-
-
-@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
 def test_derivatives(masked, packed):
     x, arguments = draw(2, 6, 2, masked=masked, packed=packed, dtype=torch.float64)
@@ -98,10 +83,8 @@ def test_errors():
     x, weight = torch.zeros(2, 5, 3), torch.zeros(3, 4)
     with pytest.raises(ValueError, match=r"`weight` \[D, k\] with k >= 2, got \[2, 5, 3\] and \[4, 4\]"):
         causal_convolution(x, weight=torch.zeros(4, 4))
-    with pytest.raises(ValueError, match=r"\[2, 3, 3\], or \[2, R, 3, 3\] for the R documents"):
+    with pytest.raises(ValueError, match=r"the shape \[2, 3, 3\], got \[2, 4, 3\]"):
         causal_convolution(x, weight=weight, initial_state=torch.zeros(2, 4, 3))
-    with pytest.raises(ValueError, match="needs the `document_ids`"):
-        causal_convolution(x, weight=weight, initial_state=torch.zeros(2, 1, 3, 3))
     with pytest.raises(ValueError, match=r"`attention_mask` must have the shape"):
         causal_convolution(x, weight=weight, attention_mask=torch.ones(2, 4))
     with pytest.raises(TypeError, match=r"`x` must be of a floating dtype, got torch.int64"):

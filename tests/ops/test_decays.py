@@ -217,55 +217,6 @@ def test_a_decay_of_one_is_the_plain_sum(packed):
         assert torch.equal(decayed, plain) and torch.equal(decayed_state, state)
 
 
-@pytest.mark.parametrize("path", ["eager", "graph"])
-@pytest.mark.parametrize("heads", [None, 1, 3, 6])
-@pytest.mark.parametrize("length", [1, 5, 300])
-def test_documents_with_states_of_their_own(length, heads, path, monkeypatch):
-    """A packed row of three documents, of which the second has no token here, and padding between and within them."""
-    if path == "graph":
-        monkeypatch.setattr("modeling_sumagg.ops.running_sum.running_sum_torch.is_recorded", lambda: True)
-    x = torch.randn(2, length, 6, dtype=torch.float64)
-    log_decay = None if heads is None else draw_decays((2, length, heads)).double()
-    states, scale = torch.randn(2, 3, 6, dtype=torch.float64), torch.rand(2, length)
-    mask = torch.arange(length).expand(2, -1) % 4 != 2
-    ids = (torch.arange(length).expand(2, -1) >= length // 2 + torch.arange(2)[:, None]).long() * 2
-    leaves = [tensor.clone().requires_grad_() for tensor in (x, states, log_decay) if tensor is not None]
-    decays = {} if heads is None else {"log_decay": leaves[2]}
-    arguments = {"attention_mask": mask, "document_ids": ids, "relu": True, "scale": scale, **decays}
-    y, final = causal_sum(leaves[0], initial_state=leaves[1], **arguments)
-
-    expected, expected_final = torch.zeros_like(x), leaves[1].clone()
-    for b in range(2):
-        for document in range(3):
-            tokens = mask[b] & (ids[b] == document)
-            if tokens.any():
-                part = {name: decay[b : b + 1, tokens] for name, decay in decays.items()}
-                sums, state = causal_sum_reference(
-                    leaves[0][b : b + 1, tokens], initial_state=leaves[1][b : b + 1, document], relu=True, **part
-                )
-                expected[b, tokens] = sums[0] * scale[b, tokens, None]
-                expected_final[b, document] = state[0]
-    real = mask[..., None]
-    weights = torch.randn_like(x) * real, torch.randn_like(states)
-    assert_close(y * real, expected, 1e-10)
-    assert_close(final, expected_final, 1e-10)
-    expected_grads = torch.autograd.grad((expected, expected_final), leaves, weights)
-    for actual, grad in zip(torch.autograd.grad((y, final), leaves, weights), expected_grads, strict=True):
-        assert_close(actual, grad, 1e-10)
-
-
-def test_means_of_documents_with_states_of_their_own():
-    x, log_decay, ids = torch.randn(1, 9, 6), draw_decays((3,)), torch.tensor([[1, 1, 1, 1, 0, 0, 0, 0, 0]])
-    states = torch.randn(1, 2, 6), torch.rand(1, 2, 3)
-    mean, (sums, totals) = causal_mean(x, log_decay=log_decay, initial_state=states, document_ids=ids)
-    for document, tokens in ((1, slice(0, 4)), (0, slice(4, 9))):
-        state = states[0][:, document], states[1][:, document]
-        expected, (sum_alone, total) = causal_mean(x[:, tokens], log_decay=log_decay, initial_state=state)
-        assert_close(mean[:, tokens], expected, 1e-6)
-        assert_close(sums[:, document], sum_alone, 1e-6)
-        assert_close(totals[:, document], total, 1e-6)
-
-
 def loop_mean(x, log_decay, weight, **arguments):
     size, heads = x.shape[2], log_decay.shape[-1]
     weight = weight.expand(*x.shape[:2], heads)
@@ -450,8 +401,7 @@ def test_export_serves_every_length():
         ({"log_decay": torch.zeros(2, 3)}, ValueError, r"`log_decay`.*\[2, 3, K\] or \[1, 3, K\], got \[2, 3\]"),
         ({"log_decay": torch.zeros(2, 4, 2)}, ValueError, r"`log_decay`.*got \[2, 4, 2\]"),
         ({"log_decay": torch.zeros(2).long()}, TypeError, "`log_decay` must be of a floating dtype, got torch.int64"),
-        ({"initial_state": torch.zeros(2, 5, 4)}, ValueError, "for each document.*needs the `document_ids`"),
-        ({"initial_state": torch.zeros(2, 5, 3)}, ValueError, r"`initial_state`.*\[2, R, 4\].*got \[2, 5, 3\]"),
+        ({"initial_state": torch.zeros(2, 5, 4)}, ValueError, r"`initial_state`.*\[2, 4\].*got \[2, 5, 4\]"),
         (
             {"log_decay": torch.zeros(2), "scale": torch.ones(2, 3, 4)},
             ValueError,

@@ -76,15 +76,6 @@ OPERATORS = {
     statistics: (causal_token_statistics, causal_token_statistics_reference),
     decayed_statistics: (causal_token_statistics, causal_token_statistics_reference),
 }
-# Zeros as the states of three documents, of the operators that take them.
-STATES = {
-    plain_sum: ((SIZE,),),
-    decayed_sum: ((SIZE,),),
-    mean: ((SIZE,), (HEADS,)),
-    convolution: ((3, SIZE),),
-    statistics: ((HEADS, SIZE // HEADS), (HEADS, SIZE // HEADS), (HEADS,)),
-    decayed_statistics: ((HEADS, SIZE // HEADS), (HEADS, SIZE // HEADS), (HEADS,)),
-}
 
 
 def tensors_of(state):
@@ -102,17 +93,12 @@ def draw(value):
     return x, decays, bad_x, bad_decays
 
 
-def check_isolation(call, value, *, with_states=False, device="cpu", compiled=False):
+def check_isolation(call, value, *, device="cpu", compiled=False):
     """Outputs and states of the other documents against the loop in float64, and all that comes after the bad token."""
     operator, reference = OPERATORS[call]
     x, decays, *inputs = draw(value)
     expected, expected_state = call(x.double(), decays.double(), reference, document_ids=IDS)
     arguments = {"document_ids": IDS.to(device)}
-    if with_states:
-        states = [torch.zeros(1, 3, *shape, dtype=torch.float64, device=device) for shape in STATES[call]]
-        arguments["initial_state"] = states[0] if len(states) == 1 else tuple(states)
-        if call is convolution:
-            arguments["initial_state"] = states[0].float()
 
     def run(x, decays):
         y, state = call(x, decays, operator, **arguments)
@@ -130,10 +116,6 @@ def check_isolation(call, value, *, with_states=False, device="cpu", compiled=Fa
     if call is convolution:
         after = after[:4]
     assert not after.isfinite().any(1).any() if value != value else not after.isfinite().all(1).any()
-    if with_states:
-        for tensor in state:
-            assert tensor[:, [0, 2]].isfinite().all() and not tensor[:, 1].isfinite().all() or call is convolution
-        state = [tensor[:, 2] for tensor in state]
     for tensor, exact in zip(state, tensors_of(expected_state), strict=True):
         assert_close(tensor.detach().cpu(), exact, tolerance)
     for grad in grads:
@@ -144,11 +126,6 @@ def check_isolation(call, value, *, with_states=False, device="cpu", compiled=Fa
 @pytest.mark.parametrize("call", OPERATORS)
 def test_what_is_no_number_stays_in_its_document(call, value):
     check_isolation(call, value)
-
-
-@pytest.mark.parametrize("call", STATES)
-def test_what_is_no_number_stays_in_its_document_with_a_state_of_its_own(call):
-    check_isolation(call, torch.nan, with_states=True)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])

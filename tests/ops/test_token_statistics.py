@@ -394,50 +394,6 @@ def test_decays_of_one_are_none():
         assert_close(sums, expected, 2e-6)
 
 
-@pytest.mark.parametrize("decayed", [False, True])
-@pytest.mark.parametrize("length, block", [(1, 256), (5, 256), (60, 16)])
-def test_documents_with_states_of_their_own(length, block, decayed):
-    """A packed row of three documents, of which the second has no token here, and padding between and within them."""
-    w = torch.randn(2, 3, length, 2, dtype=torch.float64)
-    temperature, log_decay = torch.randn(3).double(), draw_decays(2, length) if decayed else None
-    state = TokenStatisticsState(*(torch.rand(2, 3, 3, 2, dtype=torch.float64) for _ in range(2)), torch.rand(2, 3, 3))
-    state = state._replace(membership=state.membership.double())
-    mask = torch.arange(length).expand(2, -1) % 4 != 2
-    ids = (torch.arange(length).expand(2, -1) >= length // 2 + torch.arange(2)[:, None]).long() * 2
-    _, leaves = requiring_grad((w, temperature, *state))
-    arguments = {"attention_mask": mask, "document_ids": ids, "log_decay": log_decay}
-    with mock.patch.object(operators, "FORMULA_BLOCK_ELEMENTS", block * 2 * 3 * 2):
-        out, final = causal_token_statistics(
-            *leaves[:2], None, initial_state=TokenStatisticsState(*leaves[2:]), **arguments
-        )
-        with torch.no_grad():
-            inferred, _ = causal_token_statistics(
-                *leaves[:2], None, initial_state=TokenStatisticsState(*leaves[2:]), **arguments
-            )
-    _, expected_leaves = requiring_grad((w, temperature, *state))
-    expected, expected_final = torch.zeros_like(w), [sums.clone() for sums in expected_leaves[2:]]
-    for b in range(2):
-        for document in range(3):
-            tokens = mask[b] & (ids[b] == document)
-            part, _, sums = (
-                loop_causal(
-                    expected_leaves[0][b : b + 1, :, tokens],
-                    expected_leaves[1],
-                    None,
-                    [sums[b, document][None] for sums in expected_leaves[2:]],
-                    log_decay=None if log_decay is None else log_decay[b : b + 1, tokens],
-                )
-                if tokens.any()
-                else (0, None, [sums[b, document][None] for sums in expected_leaves[2:]])
-            )
-            if tokens.any():
-                expected[b, :, tokens] = part[0]
-            for whole, one in zip(expected_final, sums, strict=True):
-                whole[b, document] = one[0]
-    assert_gradients_close((out, *final), leaves, (expected, *expected_final), expected_leaves, mask)
-    assert_close(inferred, expected, 1e-10)
-
-
 def test_a_step_adds_its_terms_after_any_number_of_tokens():
     (w, temperature, _, state), _ = draw(1, 2, 300, 3, dtype=torch.float32, masked=False, packed=False)
     begin = state = TokenStatisticsState(*(sums.double() * 3e7 for sums in state))
@@ -640,7 +596,7 @@ STATE = TokenStatisticsState(torch.zeros(2, 3, 4), torch.zeros(2, 3, 4), torch.z
                 )
             },
             ValueError,
-            "for each document.*needs the `document_ids`",
+            r"`initial_state.second_moment` must have the shape \[2, 3, 4\] for `w`, got \[2, 4, 3, 4\]",
         ),
         ({"document_ids": torch.zeros(2, 5)}, TypeError, "`document_ids` must be of an integer dtype"),
         ({"document_ids": torch.zeros(5).long()}, ValueError, r"`document_ids` .* \[2, 5\] .* got \[5\]"),

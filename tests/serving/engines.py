@@ -56,7 +56,9 @@ KINDS = {
         position_embedding_type="sinusoidal",
     ),
     "defaults": lambda: sumagg(),
+    "shared keys": lambda: sumagg(layer_types=["summation"] * 3, num_sum_key_heads=2, sum_state_size=16),
     "decays, gates and convolutions": lambda: sumagg(
+        sum_state_size=None,
         layer_types=["summation", "summation", "sliding_attention"],
         sliding_window=32,
         num_sum_heads=8,

@@ -33,16 +33,9 @@ def make_states(config, num_slots: int, device: str) -> dict[int, RecurrentState
 
 def make_step(lengths: list[int], past: list[int], slots: list[int], device: str) -> tuple[Step, torch.Tensor]:
     """A step in which requests bring `lengths` tokens after `past` ones, and the positions of these."""
-    requests = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
     positions = torch.cat([torch.arange(a, a + n) for a, n in zip(past, lengths, strict=True)])
-    step = Step(
-        num_requests=len(lengths),
-        num_tokens=sum(lengths),
-        is_decode=set(lengths) == {1},
-        slots=torch.tensor(slots, device=device),
-        restart=torch.tensor([a == 0 for a in past], device=device),
-        request_ids=requests[None].to(device),
-    )
+    restart = torch.tensor([a == 0 for a in past], device=device)
+    step = Step.of_lengths(lengths, torch.tensor(slots, device=device), restart)
     return step, positions.to(device)
 
 
@@ -71,20 +64,20 @@ def test_steps_in_slots_are_the_whole(kind):
         past = [sum(len(part) for part in outputs[row]) for row in rows]
         step, positions = make_step([parts[row] for row in rows], past, [(4, 2)[row] for row in rows], "cpu")
         tokens = torch.cat([ids[row, a : a + parts[row]] for row, a in zip(rows, past, strict=True)])
-        padding = 3 if step.num_tokens > 30 else 0
+        padding = 3 if sum(parts) > 30 else 0
         found = run(
             model,
             states,
             step,
             torch.nn.functional.pad(positions, (0, padding)),
             torch.nn.functional.pad(tokens, (0, padding)),
-        )[: step.num_tokens]
+        )[: sum(parts)]
         for row, part in zip(rows, found.split([parts[row] for row in rows]), strict=True):
             outputs[row].append(part)
     exact = model.double()
     for row in (0, 1):
         step, positions = make_step([40], [0], [0], "cpu")
-        layout = step.layout(positions)._replace(documents=None)
+        layout = step.layout(positions)
         hidden_states = exact.add_positions(exact.embed_tokens(ids[row : row + 1]), layout.position_ids)
         shared = exact.shared_arguments(layout)
         for i in states:

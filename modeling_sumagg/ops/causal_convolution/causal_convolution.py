@@ -6,6 +6,7 @@ from ..dispatch import is_recorded, is_transformed, kernel_of
 from ..documents import Documents, check_tokens, find_documents, takes_documents
 from .causal_convolution_torch import (
     Convolution,
+    behind_one_another,
     compact,
     convolution_by_taps,
     ids_of_window,
@@ -33,20 +34,19 @@ def causal_convolution(
         x (`torch.Tensor` of shape `[B, T, D]`, any floating dtype): the inputs.
         weight (`torch.Tensor` of shape `[D, k]`): the kernel of each channel, the newest token last; `k >= 2`.
         bias (`torch.Tensor` of shape `[D]`, *optional*): b.
-        initial_state (`torch.Tensor` of shape `[B, k - 1, D]` or `[B, R, k - 1, D]`, *optional*): the `k - 1` inputs
-            before the first token, of the document of the first real token; or those of the `R` documents of a row, whose
-            `document_ids` are then 0 … R - 1 and whose tokens stand together. Zero if not given.
+        initial_state (`torch.Tensor` of shape `[B, k - 1, D]`, *optional*): the `k - 1` inputs before the first token, of
+            the document of the first real token. Zero if not given.
         attention_mask (`torch.Tensor` of shape `[B, T]`, bool or 0/1, *optional*): True where a token is real.
         document_ids (`torch.Tensor` of shape `[B, T]`, integer, or `Documents`, *optional*): a change of id from one real
             token to the next begins another document.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: `y` `[B, T, D]` in the dtype of `x`, computed in float32 at least and rounded
-        once; and the last `k - 1` inputs, of the shape of the initial state, in the dtype of `x`.
+        once; and the last `k - 1` inputs `[B, k - 1, D]`, in the dtype of `x`.
 
     Raises:
         `TypeError`: `x` is not floating, or `document_ids` is not integer.
-        `ValueError`: a shape does not fit `x`, or there is an `initial_state` for each document and no `document_ids`.
+        `ValueError`: a shape does not fit `x`.
     """
     if x.dim() != 3 or weight.dim() != 2 or weight.shape[0] != x.shape[2] or weight.shape[1] < 2:
         raise ValueError(
@@ -60,21 +60,16 @@ def causal_convolution(
     past = weight.shape[1] - 1
     if initial_state is None:
         initial_state = x.new_zeros(batch_size, past, hidden_size)
-    elif (
-        initial_state.dim() not in (3, 4)
-        or initial_state.shape[0] != batch_size
-        or initial_state.shape[-2:] != (past, hidden_size)
-    ):
+    elif initial_state.shape != (batch_size, past, hidden_size):
         raise ValueError(
-            f"`initial_state` must have the shape [{batch_size}, {past}, {hidden_size}], or [{batch_size}, R, {past}, "
-            f"{hidden_size}] for the R documents of a row, got {list(initial_state.shape)}."
+            f"`initial_state` must have the shape [{batch_size}, {past}, {hidden_size}], got {list(initial_state.shape)}."
         )
     state = initial_state.to(x.dtype)
     mask = None if attention_mask is None else attention_mask.bool()
-    documents = find_documents(document_ids, mask, have_states=state.dim() == 4)
+    documents = find_documents(document_ids, mask)
     if length == 0:
         return x, state
-    if state.dim() == 4 or (mask is not None and length > 1):
+    if mask is not None and length > 1:
         return _convolve_compactly(x, state, weight, bias, mask, documents)
     ids = None if documents is None or length == 1 else documents.ids
     window = torch.cat([state, x], dim=1)
@@ -88,18 +83,13 @@ def causal_convolution(
 
 
 def _convolve_compactly(x, state, weight, bias, mask, documents):
-    """The same where tokens are masked or documents have states of their own: the window holds real tokens only."""
-    states = state if state.dim() == 4 else state[:, None]
-    window, token_columns, last_columns, counts = compact(x, states, mask, documents)
-    ids = None
-    if documents is not None and state.dim() == 3:
-        ids = torch.zeros_like(documents.ids[:, :1]).expand(-1, x.shape[1] + 1)
-        ids = ids.scatter(1, token_columns + 1, documents.ids)[:, 1:]
-    y = _convolve(window, weight, bias, ids).gather(1, of_channels(token_columns.clamp(min=0), x))
-    last = window.gather(1, of_channels(last_columns.flatten(1), x)).unflatten(1, states.shape[1:3])
-    if state.dim() == 4:
-        return y, last
-    return y, last[:, 0] if ids is None else inputs_of_last_document(last[:, 0], ids, counts)
+    """The same where tokens are masked: the window holds real tokens only."""
+    window, rank = compact(x, state, mask)
+    ids = None if documents is None else behind_one_another(documents.ids, rank, mask)
+    y = _convolve(window, weight, bias, ids).gather(1, of_channels((rank - 1).clamp(min=0), x))
+    counts = rank[:, -1:]
+    last = window.gather(1, of_channels(counts + torch.arange(state.shape[1], device=x.device), x))
+    return y, last if ids is None else inputs_of_last_document(last, ids, counts)
 
 
 def _convolve(

@@ -79,34 +79,27 @@ def convolution_gradients(grad, window, weight, bias, ids):
     return *torch.autograd.grad(y, leaves, grad, create_graph=True), *([None] if bias is None else [])
 
 
-def compact(x, states, mask, documents):
+def compact(x, state, mask):
     """
-    Put the real tokens of a row behind one another, those of each state behind the inputs in it.
+    Put the real tokens of a row directly behind the state.
 
     Args:
-        x (`torch.Tensor` of shape `[B, T, D]`), states (`torch.Tensor` of shape `[B, R, k - 1, D]`).
-        mask (`torch.Tensor` of shape `[B, T]`, bool, or `None`): the real tokens.
-        documents (`Documents` or `None`): whose ids are indices of states, if there are several.
+        x (`torch.Tensor` of shape `[B, T, D]`), state (`[B, k - 1, D]`), mask (`[B, T]`, bool): the real tokens.
 
     Returns:
-        `tuple`: the window `[B, R (k - 1) + T, D]`; the column of its output that belongs to each token `[B, T]`, -1 where
-        masked; the columns of the window of the last inputs of each state `[B, R, k - 1]`; and the number of tokens of each
-        `[B, R]`.
+        `tuple`: the window `[B, k - 1 + T, D]`, zero behind the last real token; and the number of real tokens up to each
+        token, `[B, T]`.
     """
-    (batch_size, length, size), (count, past) = x.shape, states.shape[1:3]
-    # 1. The tokens of each state, and their places: column 0 takes what is masked.
-    real = x.new_ones(x.shape[:2], dtype=torch.bool) if mask is None else mask
-    owners = documents.ids if count > 1 else torch.zeros_like(real, dtype=torch.long)
-    counts = real.new_zeros(batch_size, count, dtype=torch.long).scatter_add(1, owners, real.long())
-    columns = torch.where(real, real.long().cumsum(dim=1) + (owners + 1) * past, 0)
-    # 2. The places of the inputs in each state, before its tokens.
-    steps = torch.arange(count * past, device=x.device).unflatten(0, (-1, past))
-    first = 1 + (counts.cumsum(dim=1) - counts)[..., None] + steps
-    # 3. The window.
-    window = x.new_zeros(batch_size, 1 + count * past + length, size)
-    window = window.scatter(1, of_channels(columns, x), x)
-    window = window.scatter(1, of_channels(first.flatten(1), x), states.flatten(1, 2))[:, 1:]
-    return window, (columns - past - 1).clamp(min=-1), first + counts[..., None] - 1, counts
+    rank = mask.long().cumsum(dim=1)
+    return torch.cat([state, behind_one_another(x, rank, mask)], dim=1), rank
+
+
+def behind_one_another(x, rank, mask):
+    """The real ones of `x` `[B, T, ...]` in the order of the row, then zeros."""
+    shape = rank.shape + (1,) * (x.dim() - 2)
+    # Column 0 takes all that is masked.
+    columns = (rank * mask).view(shape).expand_as(x)
+    return torch.zeros_like(torch.cat([x, x[:, :1]], dim=1)).scatter(1, columns, x)[:, 1:]
 
 
 def ids_of_window(ids: torch.Tensor, past: int) -> torch.Tensor:

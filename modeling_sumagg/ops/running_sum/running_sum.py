@@ -38,10 +38,8 @@ def causal_sum(
             that of a head of `D / K` consecutive channels, so that `K = D` is one decay for each channel. The decay of
             a token acts on the sum before it. In float32 a decay of `1 - 1e-6` is exact to six digits as its logarithm,
             and to one as itself.
-        initial_state (`torch.Tensor` of shape `[B, D]` or `[B, R, D]`, floating, *optional*):
-            The sum before the first token, which belongs to the document of the first real token. Zero if not given. With
-            R: one for each document of a packed row; `document_ids` are then 0 … R - 1, and the tokens of a document stand
-            together.
+        initial_state (`torch.Tensor` of shape `[B, D]`, floating, *optional*):
+            The sum before the first token, which belongs to the document of the first real token. Zero if not given.
         attention_mask (`torch.Tensor` of shape `[B, T]`, bool or 0/1, *optional*):
             True where a token is real. A masked position adds nothing, whatever its values (NaN included), lets nothing
             decay, and repeats the sum before it.
@@ -58,10 +56,9 @@ def causal_sum(
             by in the final one. Whoever joins segments that were summed apart needs it.
 
     Returns:
-        `tuple`: the sums `[B, T, D]` in the dtype of `x`; the final state, of the shape of the initial one, in float64
-        (float32 on devices that have no float64); and with `return_log_decay` the decay of the segment, `[B, K]` (`[B, 1]`
-        without `log_decay`) in the same dtype, `-inf` where another document begins. A document without tokens in the
-        segment keeps its state.
+        `tuple`: the sums `[B, T, D]` in the dtype of `x`; the final state `[B, D]`, in float64 (float32 on devices that
+        have no float64); and with `return_log_decay` the decay of the segment, `[B, K]` (`[B, 1]` without `log_decay`) in
+        the same dtype, `-inf` where another document begins.
 
         Within a segment the accumulation is in float32 whatever the dtype of `x` (in float64 for float64), and from
         segment to segment, so from one decode step to the next, in that of the state: without decays a step adds
@@ -79,7 +76,7 @@ def causal_sum(
     state = state_before("initial_state", initial_state, hidden_size, x)
     _check_scale(x, scale, log_decay)
     decays = None if log_decay is None else per_token("log_decay", log_decay, x, attention_mask)
-    documents = find_documents(document_ids, attention_mask, have_states=state.dim() == 3)
+    documents = find_documents(document_ids, attention_mask)
     y, state = _sum(x, decays, state, attention_mask, documents, relu, scale)
     if not return_log_decay:
         return y, state
@@ -95,9 +92,9 @@ def _sum(x, decays, state, mask, documents, relu, scale):
     length = x.shape[1]
     if length == 0:
         return x, state
-    is_step = length == 1 and state.dim() == 2
-    # A compiler fuses a single token with what is around it. States of documents are a matter of scans.
-    if decays is None and state.dim() == 2 and not (is_step and torch.compiler.is_compiling()):
+    is_step = length == 1
+    # A compiler fuses a single token with what is around it.
+    if decays is None and not (is_step and torch.compiler.is_compiling()):
         kernel = kernel_of(causal_sum, x)
         if kernel is not None:
             return kernel(x, state, mask, None if is_step else documents, relu, scale)
@@ -189,15 +186,12 @@ def _check_scale(x: torch.Tensor, scale: torch.Tensor | None, log_decay: torch.T
 
 
 def state_before(name: str, state: torch.Tensor | None, size: int, x: torch.Tensor) -> torch.Tensor:
-    """The state `[B, size]` or `[B, R, size]` in its dtype, zero for none."""
+    """The state `[B, size]` in its dtype, zero for none."""
     batch_size = x.shape[0]
     if state is None:
         return x.new_zeros(batch_size, size, dtype=state_dtype(x))
-    if state.dim() not in (2, 3) or state.shape[0] != batch_size or state.shape[-1] != size:
-        raise ValueError(
-            f"`{name}` must have the shape [{batch_size}, {size}] of `x`, or [{batch_size}, R, {size}] for the R "
-            f"documents of a row, got {list(state.shape)}."
-        )
+    if state.shape != (batch_size, size):
+        raise ValueError(f"`{name}` must have the shape [{batch_size}, {size}] of `x`, got {list(state.shape)}.")
     return state.to(state_dtype(x))
 
 

@@ -54,17 +54,14 @@ def scan(
         x (`torch.Tensor` of shape `[B, T, D]`, float32 or float64, `T` > 0): the terms.
         log_decay (`torch.Tensor` of shape `[B or 1, T, K]`, dtype of `x`, or `None`): logarithms of the decays, not
             positive; each of the K is that of `D / K` consecutive channels. `None`: no decay.
-        initial (`torch.Tensor` of shape `[B, D]`, [`state_dtype`]): the sum before the first token. `[B, R, D]`: that of
-            each document, whose index is its id.
+        initial (`torch.Tensor` of shape `[B, D]`, [`state_dtype`]): the sum before the first token.
         documents (`Documents`, *optional*): those of the tokens.
         relu (`bool`): sum `max(x, 0)`.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: the sums `[B, T, D]` in the dtype of `x`, and the last one `[B, D]` in that
-        of `initial`; of each document, where each has its own, and that before it of one without tokens.
+        of `initial`.
     """
-    if documents is not None and initial.dim() == 3:
-        return _scan_with_states(x, log_decay, initial, documents, relu)
     # A matrix product in reduced precision would round the sums.
     with without_autocast(x):
         kernel = kernel_of(scan, x)
@@ -87,30 +84,6 @@ def scan(
         sizes = (EXPORTED_DECAY_CHUNK,) if is_exported() else (DECAY_CHUNK, DECAY_CHUNK)
         y, final = _scan_chunks(_to_heads(x, heads), log_decay, _to_heads(initial, heads), starts, sizes)
         return _flat(y), _flat(final)
-
-
-def _scan_with_states(x, log_decay, initial, documents, relu):
-    """[`scan`] with one initial sum for each document `[B, R, D]`: the sums of the documents alone, and what is left of it."""
-    ids = documents.ids
-    none = initial.new_zeros(x.shape[0], x.shape[2])
-    y, _ = scan(x, log_decay, none, documents, relu)
-    # The last token of each document: a masked one repeats the sum before it.
-    order = torch.arange(x.shape[1], device=x.device).expand_as(ids)
-    last = torch.full_like(initial[..., 0], -1, dtype=torch.long).scatter_reduce(1, ids, order, "amax")
-
-    def last_of_documents(tensor):
-        ends = tensor.gather(1, last.clamp_min(0)[..., None].expand(-1, -1, tensor.shape[2]))
-        return ends.masked_fill((last < 0)[..., None], 0).to(initial.dtype)
-
-    ends = last_of_documents(y)
-    own = initial.to(y.dtype).gather(1, ids[..., None].expand(-1, -1, y.shape[2]))
-    if log_decay is None:
-        return y + own, initial + ends
-    heads = log_decay.shape[-1]
-    left, _ = scan(log_decay.expand(*ids.shape, heads), None, none[:, :heads], documents)
-    y = y + _flat(_to_heads(own, heads) * left.exp().unsqueeze(-1))
-    left = last_of_documents(left).exp().unsqueeze(-1)
-    return y, _flat(_to_heads(initial, heads) * left) + ends
 
 
 # Neither `unflatten`, of which ONNX keeps the other sizes that it saw, nor `flatten`, which batched gradients do not know.

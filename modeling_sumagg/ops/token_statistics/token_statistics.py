@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ..dispatch import is_exported, is_recorded, is_transformed, kernel_of
-from ..documents import Documents, check_tokens, find_documents, takes_documents
+from ..documents import Documents, check_tokens, find_documents, has_tokens_at, takes_documents
 from ..running_sum.running_sum_torch import state_dtype
 from .token_statistics_reference import (
     TokenStatisticsState,
@@ -70,6 +70,7 @@ def token_statistics(
 
 
 @takes_documents
+@has_tokens_at({0: 2, "position_bias": 2})
 def causal_token_statistics(
     w: torch.Tensor,
     temperature: torch.Tensor,
@@ -104,9 +105,7 @@ def causal_token_statistics(
             three sums is multiplied by it before a token is added. With decays the formula is computed block by block, in
             backward once more; of the Triton kernels it takes that of the decayed sum.
         initial_state (`TokenStatisticsState`, *optional*):
-            The sums before the first token. They belong to the document of the first real token. Zero if not given. For
-            packed rows whose documents go on from states of their own, one for each document, a dimension R behind B:
-            `document_ids` are then 0 … R - 1, and the tokens of a document stand together.
+            The sums before the first token. They belong to the document of the first real token. Zero if not given.
         attention_mask (`torch.Tensor` of shape `[B, T]`, bool or 0/1, *optional*):
             True where a token is real. A masked one is in no sum, whatever its values (NaN included).
         document_ids (`torch.Tensor` of shape `[B, T]`, integer, or `Documents`, *optional*):
@@ -117,8 +116,7 @@ def causal_token_statistics(
 
     Returns:
         `tuple[torch.Tensor, TokenStatisticsState]`: the output `[B, K, T, p]` in the dtype of `w`, zero where masked,
-        the transposed view of a contiguous `[B, T, K, p]`; and the sums after the last real token, of each document where
-        each has its own: one without tokens in the segment keeps them.
+        the transposed view of a contiguous `[B, T, K, p]`; and the sums after the last real token.
 
     Raises:
         `TypeError`: an argument has the wrong kind of dtype.
@@ -127,10 +125,7 @@ def causal_token_statistics(
     mask = _check_causal_arguments(
         w, temperature, position_bias, log_decay, initial_state, attention_mask, document_ids, dropout_p
     )
-    have_states = initial_state is not None and initial_state[2].dim() == 3
-    documents = None
-    if w.shape[2] > 1 or have_states:
-        documents = find_documents(document_ids, mask, have_states=have_states)
+    documents = find_documents(document_ids, mask) if w.shape[2] > 1 else None
     log_decay, keep = _decays(log_decay, w, mask), _dropout(w, dropout_p, w.shape[2])
     return _causal(w, temperature, position_bias, initial_state, mask, log_decay, documents, keep, dropout_p)
 
@@ -138,11 +133,10 @@ def causal_token_statistics(
 def _causal(w, temperature, position_bias, initial_state, mask, log_decay, documents, keep, dropout_p):
     """
     Choose the path: a decode step, which may be a kernel; the formula of a few tokens and of recorded graphs; the formula in
-    blocks where there are decays or states of documents; or blocks, which may be kernels.
+    blocks where there are decays; or blocks, which may be kernels.
     """
     arguments = w, temperature, position_bias, initial_state, mask, log_decay, documents, keep, dropout_p
-    have_states = initial_state is not None and initial_state[2].dim() == 3
-    if w.shape[2] == 1 and not have_states:
+    if w.shape[2] == 1:
         if log_decay is not None and initial_state is not None:
             initial_state = _decayed(TokenStatisticsState(*initial_state), log_decay)
         # A compiler fuses a single step with what is around it.
@@ -152,7 +146,7 @@ def _causal(w, temperature, position_bias, initial_state, mask, log_decay, docum
     forward = kernel_of(causal_token_statistics, w)
     if forward is None and _takes_formula(w, documents):
         return causal_formula(*arguments)
-    if log_decay is not None or have_states:
+    if log_decay is not None:
         return causal_formula(*arguments) if is_recorded() else _formula_in_blocks(*arguments)
     return _in_blocks(
         forward or causal_forward, w, temperature, position_bias, initial_state, mask, documents, keep, dropout_p
@@ -208,8 +202,7 @@ def causal_token_membership(
     mask = _check_causal_arguments(
         w, temperature, position_bias, log_decay, initial_state, attention_mask, document_ids
     )
-    have_states = initial_state is not None and initial_state[2].dim() == 3
-    documents = find_documents(document_ids, mask, have_states=have_states)
+    documents = find_documents(document_ids, mask)
     log_decay = _decays(log_decay, w, mask)
     return causal_membership(w, temperature, position_bias, initial_state, mask, log_decay, documents)
 
@@ -241,8 +234,7 @@ def causal_token_statistics_reference(
     mask = _check_causal_arguments(
         w, temperature, position_bias, log_decay, initial_state, attention_mask, document_ids, dropout_p
     )
-    have_states = initial_state is not None and initial_state[2].dim() == 3
-    documents = find_documents(document_ids, mask, have_states=have_states)
+    documents = find_documents(document_ids, mask)
     keep = _dropout(w, dropout_p, w.shape[2])
     log_decay = _decays(log_decay, w, mask)
     return causal_formula(w, temperature, position_bias, initial_state, mask, log_decay, documents, keep, dropout_p)
@@ -262,7 +254,6 @@ def _takes_formula(w: torch.Tensor, documents: Documents | None = None) -> bool:
 def _formula_in_blocks(w, temperature, position_bias, initial_state, mask, log_decay, documents, keep, dropout_p):
     """[`causal_formula`] of a block of tokens after the other, for gradients computed again in backward."""
     outs, state = [], initial_state
-    have_states = state is not None and state[2].dim() == 3
     size = max(1, FORMULA_BLOCK_ELEMENTS // w[:, :, 0].numel())
     for start in range(0, w.shape[2], size):
         tokens = slice(start, start + size)
@@ -271,7 +262,7 @@ def _formula_in_blocks(w, temperature, position_bias, initial_state, mask, log_d
             # Where a document begins with the block, the state before it is dropped here.
             begins, starts = documents.starts[:, start], documents.starts[:, start + 1 : start + size]
             block_documents = Documents(documents.ids[:, tokens], F.pad(starts, (1, 0)))
-            if state is not None and not have_states:
+            if state is not None:
                 state = TokenStatisticsState(*(t.masked_fill(begins.view(-1, *[1] * (t.dim() - 1)), 0) for t in state))
         arguments = (
             w[:, :, tokens],
@@ -362,12 +353,11 @@ def _check_causal_arguments(
                 f"{num_heads}] of `w` or [1, {length}, {num_heads}], got {list(log_decay.shape)}."
             )
     if initial_state is not None:
-        documents = initial_state[2].shape[1:-1]
-        moments = (batch_size, *documents, num_heads, head_dim)
+        moments = (batch_size, num_heads, head_dim)
         for name, sums, shape in zip(
             TokenStatisticsState._fields, initial_state, (moments, moments, moments[:-1]), strict=True
         ):
-            if sums.shape != shape or len(documents) > 1:
+            if sums.shape != shape:
                 raise ValueError(
                     f"`initial_state.{name}` must have the shape {list(shape)} for `w`, got {list(sums.shape)}."
                 )

@@ -22,8 +22,7 @@ MIN_MEMBERSHIP = 1e-8
 
 class TokenStatisticsState(NamedTuple):
     """
-    The running sums of [`causal_token_statistics`] after some tokens, in float64 (float32 on devices without float64). Where
-    each of R documents of a row has its own, with a dimension R behind B.
+    The running sums of [`causal_token_statistics`] after some tokens, in float64 (float32 on devices without float64).
 
     Attributes:
         second_moment (`torch.Tensor` of shape `[B, K, p]`): Σ w².
@@ -186,10 +185,7 @@ def _real_tokens(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
 def _cumulative_sums(
     x: torch.Tensor, initial: torch.Tensor | None, log_decay: torch.Tensor | None, documents: Documents | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    The sums of `x` `[B, K, T, ...]` up to each token, from `initial` `[B, K, ...]` or, of each document, `[B, R, K, ...]`;
-    and the last ones.
-    """
+    """The sums of `x` `[B, K, T, ...]` up to each token, from `initial` `[B, K, ...]`; and the last ones."""
     shape = x.shape[:2] + x.shape[3:]
     initial = x.new_zeros(shape, dtype=state_dtype(x)) if initial is None else initial.to(state_dtype(x))
     if x.shape[2] == 0:
@@ -199,5 +195,5 @@ def _cumulative_sums(
         # A slice would keep the sums of the whole segment alive for as long as the state.
         return running + initial.unsqueeze(2).to(x.dtype), initial + running[:, :, -1]
     tokens = x.transpose(1, 2).flatten(2)
-    running, last = scan(tokens, log_decay, initial.flatten(initial.dim() + 2 - x.dim()), documents)
+    running, last = scan(tokens, log_decay, initial.flatten(1), documents)
     return running.view(x.shape[0], x.shape[2], *shape[1:]).transpose(1, 2), last.view(initial.shape)

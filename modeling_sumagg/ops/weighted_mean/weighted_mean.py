@@ -33,8 +33,7 @@ def causal_mean(
             v, not negative, for the heads of `log_decay`. 1 if not given. However small the weights, the derivatives by `x`
             and by the logarithms of weights and decays are of the size of those of a mean.
         initial_state (`tuple[torch.Tensor, torch.Tensor]`, *optional*):
-            The sums before the first token, s `[B, D]` and n `[B, K]`, or of each document, s `[B, R, D]` and n
-            `[B, R, K]`. Zero if not given.
+            The sums before the first token, s `[B, D]` and n `[B, K]`. Zero if not given.
 
     Returns:
         `tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]`: the means `[B, T, D]` in the dtype of `x`, rounded once,
@@ -49,19 +48,18 @@ def causal_mean(
     sums, total = (None, None) if initial_state is None else initial_state
     sums = state_before("initial_state[0]", sums, x.shape[2], x)
     total = state_before("initial_state[1]", total, decays.shape[2], x)
-    documents = find_documents(document_ids, attention_mask, have_states=sums.dim() == 3)
+    documents = find_documents(document_ids, attention_mask)
     means, *state = _means(x, decays, weights, sums, total, attention_mask, documents, relu)
     return means.to(x.dtype), tuple(state)
 
 
 def _means(x, decays, weights, sums, total, mask, documents, relu):
-    """Choose the path: no tokens; one token, in few operations; the kernel, unless documents have states; two scans."""
-    has_state = sums.dim() == 2
+    """Choose the path: no tokens; one token, in few operations; the kernel; two scans."""
     if x.shape[1] == 0:
         return x, sums, total
-    if x.shape[1] == 1 and has_state:
+    if x.shape[1] == 1:
         return mean_of_token(masked_terms(x, mask), decays, weights, sums, total, relu)
-    kernel = kernel_of(causal_mean, x) if has_state else None
+    kernel = kernel_of(causal_mean, x)
     if kernel is not None:
         return kernel(x, decays, weights, sums, total, documents, relu)
     return means_of_segment(masked_terms(x, mask), decays, weights, sums, total, documents, relu)[:3]

@@ -31,12 +31,9 @@ def means_of_segment(terms, decays, weights, sums, total, documents=None, relu=F
     weights = weights.to(wide).expand(batch_size, length, heads)
     totals, last_total = scan(weights, decays.to(wide), total, documents)
     size, size_before, last_size = (tensor.detach() + FLOOR for tensor in (totals, total, last_total))
-    first = size_before.unsqueeze(1)
-    if total.dim() == 3:
-        first = size_before.gather(1, documents.ids.unsqueeze(2).expand(-1, -1, heads))
-    before = torch.cat([first[:, :1], size[:, :-1]], 1)
+    before = torch.cat([size_before.unsqueeze(1), size[:, :-1]], 1)
     if documents is not None:
-        before = torch.where(documents.starts.unsqueeze(2), first if total.dim() == 3 else size, before)
+        before = torch.where(documents.starts.unsqueeze(2), size, before)
 
     # 2. The terms.
     terms = _to_heads(terms.relu() if relu else terms, heads)
