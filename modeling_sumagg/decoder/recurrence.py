@@ -231,7 +231,7 @@ class RecurrentLayer(CacheLayerMixin):
             `ValueError`: the argument is positive, or more tokens would be removed than were recorded (unless
                 `starts_over`).
         """
-        # transformers 5.17 counts in tensors, which must not become the length.
+        # A tensor must not become the length.
         length = -int(tokens_to_remove)
         if length < 0:
             raise ValueError(f"`crop` takes the tokens to remove as a negative number, got {-length}.")
