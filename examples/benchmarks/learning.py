@@ -1059,7 +1059,9 @@ def report(path: Path) -> str:
         texts.append(f"{table(lines)}\n![Loss over tokens and over seconds]({picture})\n")
     shown = [lines for lines in tables.values() if "perplexity" in lines[0] and BASELINE in best_runs(lines)]
     if shown:
-        most = max(shown, key=lambda lines: (lines[0]["tokens"], len(best_runs(lines).keys() & SUMMARY.keys()), len(lines)))
+        most = max(
+            shown, key=lambda lines: (lines[0]["tokens"], len(best_runs(lines).keys() & SUMMARY.keys()), len(lines))
+        )
         plot_summary(most, path.with_name(f"{path.stem}.png"))
     text = "\n".join(texts)
     path.with_suffix(".md").write_text(text)
