@@ -36,8 +36,8 @@ class TextConfig(NamedFields, PreTrainedConfig):
             `"full_attention"` or `"sliding_attention"`.
         sliding_window (`int`, *optional*, defaults to 512 where a layer needs one): tokens that a sliding attention
             layer attends to, the current one included.
-        position_embedding_type (`str`, defaults to `"learned"`): `"learned"` (a table), `"sinusoidal"` (computed, for
-            unlimited length) or `"none"`.
+        position_embedding_type (`str`, defaults to `"none"`): `"learned"` (a table, which limits the length),
+            `"sinusoidal"` (computed) or `"none"`.
         max_position_embeddings (`int`, *optional*, defaults to 1024 if the model has parameters for each position): the
             longest document in tokens. A model without a limit has no such attribute. Clients detect it by that.
         rope_parameters (`dict`, *optional*): rotary positions (arXiv 2104.09864) in the attention layers, as transformers
@@ -85,7 +85,7 @@ class TextConfig(NamedFields, PreTrainedConfig):
     mlp_gate: bool = False
     layer_types: list[str] | None = None
     sliding_window: int | None = None
-    position_embedding_type: Literal["learned", "sinusoidal", "none"] = "learned"
+    position_embedding_type: Literal["learned", "sinusoidal", "none"] = "none"
     # A default of the class would give an unlimited config this attribute.
     max_position_embeddings: int | None = field(default_factory=lambda: None)
     rope_parameters: dict[str, Any] | None = None

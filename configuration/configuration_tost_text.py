@@ -1,6 +1,8 @@
 """Configuration of the Token Statistics Transformer (ToST) for text, "Token Statistics Transformer: Linear-Time Attention
 via Variational Rate Reduction", Wu et al., ICLR 2025, arXiv 2412.17810."""
 
+from typing import Literal
+
 from huggingface_hub.dataclasses import strict
 
 from .configuration_text import TextConfig
@@ -59,6 +61,7 @@ class ToSTTextConfig(TextConfig):
     }
 
     vocab_size: int = 50304
+    position_embedding_type: Literal["learned", "sinusoidal", "none"] = "learned"
     use_bias: bool = False
     use_membership_bias: bool = True
     layerscale_value: float | int = 1e-5

@@ -48,6 +48,10 @@ from modeling_sumagg.training.embedded_data import photo_crops, sample_photos
 from modeling_sumagg.training.scripts import DecayTrainer, check_output_folder, run, user_errors
 
 
+# What matplotlib writes, as the name of the file says.
+FORMATS = (".png", ".pdf", ".svg", ".jpg")
+
+
 def train_on_photo_crops(output_dir: Path) -> None:
     """Train a small ToST on `photo_crops` and save it, with its image processor and its card, to `output_dir`."""
     set_seed(0)
@@ -179,6 +183,16 @@ def draw(image: Image.Image, membership: np.ndarray, blocks: list[int], path: Pa
     figure.savefig(path, dpi=110)
 
 
+def check_picture(path: Path, image: str | None) -> None:
+    """Raise where the picture would replace the image that it is drawn from, or something that is no picture."""
+    if path.suffix not in FORMATS:
+        raise ValueError(f"--output_path must end in one of {', '.join(FORMATS)}, got {path}.")
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: give --output_path the name of a file in it.")
+    if image is not None and path.exists() and path.samefile(image):
+        raise ValueError(f"--output_path is the image itself, {path}, which would be overwritten: give another name.")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -196,6 +210,7 @@ def main() -> None:
     print(f"{task} its memberships over {arguments.image or 'a photo'} as {arguments.output_path}.")
     checkpoint = arguments.model or arguments.output_path.parent
     with user_errors():
+        check_picture(arguments.output_path, arguments.image)
         if arguments.model is None:
             check_output_folder(checkpoint)
         image = sample_photos()["china"] if arguments.image is None else open_image(arguments.image).convert("RGB")

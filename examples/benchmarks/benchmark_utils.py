@@ -26,12 +26,12 @@ FLOOR = "matrix products of "
 # The same in every picture; what has attention and is compared with is black.
 COLORS = {
     "SumAgg, keys, window of 64 last": "tab:blue",
-    "SumAgg, keys": "teal",
-    "SumAgg": "steelblue",
-    "SumAgg, sliding window last": "tab:cyan",
-    "SumAgg, full attention last": "navy",
-    "SumAgg, plain sums": "deepskyblue",
-    "SumAgg, plain sums, full attention last": "slateblue",
+    "SumAgg, keys": "tab:cyan",
+    "SumAgg": "tab:olive",
+    "SumAgg, sliding window last": "tab:pink",
+    "SumAgg, full attention last": "tab:brown",
+    "SumAgg, plain sums": "tab:gray",
+    "SumAgg, plain sums, full attention last": "rosybrown",
     "SumAgg, streamed": "deepskyblue",
     "SumAgg, in chunks": "deepskyblue",
     "SumAgg, sliding window last, in chunks": "tab:cyan",
@@ -103,12 +103,13 @@ class BenchmarkArguments:
 
 @dataclass
 class Row:
-    """One case at one size: `seconds` of every run, and `peak_bytes` of memory where measured."""
+    """One case at one size: `seconds` of every run, and where measured `peak_bytes` of memory and of a decode state."""
 
     case: str
     size: int
     seconds: list[float]
     peak_bytes: int | None = None
+    state_bytes: int | None = None
 
     @property
     def median(self) -> float:
@@ -249,6 +250,26 @@ def benchmark(
     return rows
 
 
+def tensor_bytes(value: object) -> int:
+    """The bytes of the tensors that an object holds, in its attributes, lists and dictionaries; each tensor counts once."""
+    found: dict[int, int] = {}
+    waiting, seen = [value], set()
+    while waiting:
+        each = waiting.pop()
+        if id(each) in seen:
+            continue
+        seen.add(id(each))
+        if isinstance(each, torch.Tensor):
+            found[each.data_ptr()] = each.nbytes
+        elif isinstance(each, dict):
+            waiting += each.values()
+        elif isinstance(each, (list, tuple)):
+            waiting += each
+        elif hasattr(each, "__dict__") and not isinstance(each, (type, torch.nn.Module)):
+            waiting += vars(each).values()
+    return sum(found.values())
+
+
 def _time_in_words(row: Row) -> str:
     return f"{_duration(row.median)} ± {row.spread / 2:.0%}"
 
@@ -285,6 +306,9 @@ def markdown_table(rows: list[Row], size_name: str, baseline: str) -> str:
     rule = "|---" * (len(sizes) + 1) + "|"
     parts = [f"Time, and how many times faster than {baseline}:\n", header, rule]
     parts += [line(case, time_cell) for case in cases]
+    if any(row.state_bytes is not None for row in rows):
+        parts += ["\nThe decode state:\n", header, rule]
+        parts += [line(case, lambda row, base: f"{(row.state_bytes or 0) / 2**20:.3g} MiB") for case in cases]
     if any(row.peak_bytes is not None for row in rows):
         parts += [f"\nPeak memory, and its ratio to that of {baseline}:\n", header, rule]
         parts += [line(case, memory_cell) for case in cases if any(r.case == case and r.peak_bytes for r in rows)]
@@ -314,10 +338,11 @@ def write_results(
 def plot(rows: list[Row], title: str, size_name: str, baseline: str, path: Path) -> None:
     """
     A panel of how many times faster than the baseline each case is, one of times, with a bar from the lower to the upper
-    quartile of the runs, and one of peak memory; those that nothing was measured for are left out.
+    quartile of the runs, and one of the decode state, or else of peak memory; those that nothing was measured for are left
+    out.
     """
     bases = {row.size: row for row in rows if row.case == baseline}
-    times, memory = "time (median and quartiles)", "peak memory (MiB)"
+    times, state, memory = "time (median and quartiles)", "decode state (MiB)", "peak memory (MiB)"
     panels: list[tuple[str, str | Formatter, Callable[[Row], float | None]]] = [
         (
             f"times as fast as {baseline}",
@@ -325,8 +350,12 @@ def plot(rows: list[Row], title: str, size_name: str, baseline: str, path: Path)
             lambda row: bases[row.size].median / row.median if row.size in bases else None,
         ),
         (times, EngFormatter("s"), lambda row: row.median),
+        (state, "{x:,g}", lambda row: row.state_bytes and row.state_bytes / 2**20),
         (memory, "{x:,g}", lambda row: row.peak_bytes and row.peak_bytes / 2**20),
     ]
+    if any(row.state_bytes for row in rows):
+        # Python, PyTorch and the weights are in the memory of a process, and a state is small beside them.
+        panels.pop()
     panels = [panel for panel in panels if any(panel[2](row) is not None for row in rows)]
     figure = Figure(figsize=(1 + 4.5 * len(panels), 5.5), layout="constrained")
     for axes, (label, formatter, value) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
-from benchmark_utils import FLOOR, BenchmarkArguments, benchmark, compiled, write_results
+from benchmark_utils import FLOOR, BenchmarkArguments, Row, benchmark, compiled, tensor_bytes, write_results
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -254,6 +254,12 @@ class Decoder:
                 self.token = self._step(self.token)
 
 
+def state_bytes(arguments: LanguageModelArguments, row: Row) -> int:
+    """The decode state after a context, in bytes."""
+    model = build_model(arguments, row.case, row.size)
+    return tensor_bytes(Decoder(model, row.size, row.size, batch_size=arguments.batch_size).state)
+
+
 def fill_with_random_keys(cache: Cache, model: PreTrainedModel, batch_size: int, length: int) -> None:
     config = model.config
     heads, width = config.num_attention_heads, config.hidden_size // config.num_attention_heads
@@ -286,7 +292,12 @@ def main() -> None:
 
     rows = benchmark(arguments, arguments.lengths, arguments.models, prepare_run, grows=arguments.work != "decode")
     if arguments.work == "decode":
-        rows = [dataclasses.replace(row, seconds=[seconds / STEPS for seconds in row.seconds]) for row in rows]
+        rows = [
+            dataclasses.replace(
+                row, seconds=[seconds / STEPS for seconds in row.seconds], state_bytes=state_bytes(arguments, row)
+            )
+            for row in rows
+        ]
     sequences = "one sequence" if arguments.batch_size == 1 else f"{arguments.batch_size} sequences"
     title = (
         f"{TITLES[arguments.work]}; {sequences}, width {arguments.hidden_size}, "

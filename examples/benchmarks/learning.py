@@ -35,6 +35,7 @@ import torch.nn.functional as F
 from benchmark_utils import hardware
 from datasets import Dataset, DatasetDict
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -53,6 +54,7 @@ from transformers import (
 from modeling_sumagg import SumAggConfig, ToSTTextConfig
 from modeling_sumagg.training import decay_parameter_names
 from modeling_sumagg.training.embedded_data import standard_library_sources
+from modeling_sumagg.training.plots import label_logarithmic
 from modeling_sumagg.training.scripts import DataArguments, load_splits, user_errors
 
 
@@ -869,6 +871,16 @@ def run_or_read(
 
 
 # The report
+# The models of its picture of few curves, with their names and colours there.
+SUMMARY = {
+    "llama": ("attention", "black"),
+    "keyed-window": ("keys, a window last (the default)", "tab:blue"),
+    "pure": ("sums without keys", "tab:orange"),
+    "hybrid": ("sums without keys, full attention last", "tab:green"),
+    "hybrid-convolution": ("no sums, full attention last", "tab:gray"),
+}
+
+
 def best_runs(lines: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """By model, in the order of [`MODELS`], the runs of all seeds with the rate that is best with the first of them."""
     found = {}
@@ -994,9 +1006,43 @@ def plot(lines: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
+def plot_summary(lines: list[dict[str, Any]], path: Path) -> None:
+    """Held-out perplexity over tokens of the models of [`SUMMARY`] that the lines have; the title says how they end."""
+    runs_of = {name: runs for name, runs in best_runs(lines).items() if name in SUMMARY}
+    ends = {name: np.mean([line["perplexity"] for line in runs]) for name, runs in runs_of.items()}
+    figure = Figure(figsize=(8.5, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for name in sorted(ends, key=ends.__getitem__, reverse=True):
+        curves = np.exp([[point["loss"] for point in line["curve"]] for line in runs_of[name]])
+        tokens = [point["tokens"] for point in runs_of[name][0]["curve"]]
+        label, color = SUMMARY[name]
+        axes.plot(tokens, curves.mean(0), color=color, label=f"{label}: {ends[name]:.1f}")
+        if len(curves) > 1:
+            axes.fill_between(tokens, curves.min(0), curves.max(0), color=color, alpha=0.2, linewidth=0)
+    axes.set(xlabel="tokens of training", ylabel="perplexity on a part of the held-out text", yscale="log")
+    axes.xaxis.set_major_formatter(EngFormatter())
+    label_logarithmic(axes.yaxis, "{x:g}")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.3)
+    figure.suptitle(summary(ends, lines[0]), fontsize="medium")
+    figure.legend(loc="outside right center", frameon=False, fontsize="small", title="on all of it, at the end")
+    figure.savefig(path, dpi=130)
+
+
+def summary(ends: dict[str, float], line: dict[str, Any]) -> str:
+    """How far from attention our models of [`SUMMARY`] end, in words."""
+    differences = []
+    for name in ends.keys() - {BASELINE, "hybrid-convolution"}:
+        percent = 100 * (ends[name] / ends[BASELINE] - 1)
+        differences.append((percent, f"{SUMMARY[name][0]} {abs(percent):.0f} % {'above' if percent > 0 else 'below'}"))
+    title = f"Perplexity after {line['tokens'] / 1e6:.0f} million tokens of {line['data']}, beside attention:"
+    return "\n".join([title, *(text for _, text in sorted(differences))])
+
+
 def report(path: Path) -> str:
     """
-    The tables of all lines of a file, written beside it as Markdown, and their plots.
+    The tables of all lines of a file, written beside it as Markdown, and their plots. One more picture shows few models,
+    of the table with the most tokens.
 
     Raises:
         `ValueError`: there are no lines.
@@ -1011,6 +1057,12 @@ def report(path: Path) -> str:
         picture = f"{path.stem}-{Path(name).stem}-{context}-{scale}-{dtype}-{steps}.png"
         plot(lines, path.with_name(picture))
         texts.append(f"{table(lines)}\n![Loss over tokens and over seconds]({picture})\n")
+    shown = [lines for lines in tables.values() if "perplexity" in lines[0] and BASELINE in best_runs(lines)]
+    if shown:
+        most = max(
+            shown, key=lambda lines: (lines[0]["tokens"], len(best_runs(lines).keys() & SUMMARY.keys()), len(lines))
+        )
+        plot_summary(most, path.with_name(f"{path.stem}.png"))
     text = "\n".join(texts)
     path.with_suffix(".md").write_text(text)
     return text

@@ -23,8 +23,6 @@ from modeling_sumagg.decoder import (
 class GatedSumConfig(TextConfig):
     model_type = "gated_sum"
     recurrent_layer_types = ("gated_sum",)
-    # No table of positions, and so no limit of length.
-    position_embedding_type: str = "none"
 
 
 def decayed_sum(z, *, initial_state, attention_mask, document_ids, decay_logit):

@@ -17,7 +17,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
 from ..families import FAMILIES
-from .files import printable
+from ..whole_files import write_whole
+from .files import printable, refuse_foreign_readme
 from .folder_checks import check_folder
 
 
@@ -286,14 +287,15 @@ def save_model_card(
         `huggingface_hub.ModelCard`
 
     Raises:
-        `ValueError`: `folder` holds no model, a fact that [`create_model_card`] refuses (nothing is written then), or the
-            check failed; the message is the reason.
+        `ValueError`: `folder` holds no model, or a `README.md` that is no model card, or a fact is one that
+            [`create_model_card`] refuses (nothing is written then); or the check failed. The message is the reason.
     """
     folder = Path(folder)
     if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise ValueError(f"{folder} holds no model: save it there first.")
+    refuse_foreign_readme(folder)
     card = create_model_card(model, model_id=model_id or folder.resolve().name, **facts)
-    card.save(folder / "README.md")
+    write_whole(folder / "README.md", str(card).encode())
     if check:
         check_folder(folder)
     return card

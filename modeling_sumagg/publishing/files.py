@@ -142,6 +142,36 @@ def refuse_foreign_files(folder: Path, names: Iterable[str]) -> None:
             )
 
 
+def refuse_foreign_config(path: Path) -> None:
+    """
+    Raises:
+        `ValueError`: `path`, a `config.json`, is there and is not the config of a model.
+    """
+    if not path.exists():
+        return
+    try:
+        is_config = "model_type" in read_json(path)
+    except ValueError:
+        is_config = False
+    if not is_config:
+        raise ValueError(
+            f"{path} is not the config of a model and would be overwritten: move it away, or choose another folder."
+        )
+
+
+def refuse_foreign_readme(folder: Path) -> None:
+    """
+    Raises:
+        `ValueError`: the folder has a `README.md` that is no model card.
+    """
+    path = folder / "README.md"
+    if path.exists() and not _is_card(path):
+        raise ValueError(
+            f"{path} is no model card, which begins with a line `---`, and would be overwritten: move it away, or save "
+            "the model to another folder."
+        )
+
+
 def write_code(folder: Path, sources: dict[str, str], like: Path | None = None) -> list[str]:
     """
     Write code into a folder. What is there already, and the same, is left alone.

@@ -35,7 +35,7 @@ from ..configuration.configuration_fields import NamedFields
 from ..families import FAMILIES, Family
 from ..registration import register_class_names
 from ..whole_files import write_whole
-from .files import PREFIX, refuse_foreign_files, remove_old_code, write_code
+from .files import PREFIX, refuse_foreign_config, refuse_foreign_files, remove_old_code, write_code
 from .flattening import PACKAGE, REGISTRATION, flatten_imports, last_name
 
 
@@ -154,6 +154,7 @@ def _writing_code(write_json):
             return write_json(self, json_file_path, use_diff=use_diff)
         sources, names = flat_sources(family), own_names(family)
         refuse_foreign_files(path.parent, [*sources, *names])
+        refuse_foreign_config(path)
         write_code(path.parent, sources)
         self.auto_map = {**(getattr(self, "auto_map", None) or {}), **auto_map(family)}
         write_whole(path, self.to_json_string(use_diff=use_diff).encode())

@@ -106,6 +106,25 @@ def test_the_picture_shows_ratios_quartiles_and_several_ticks_in_one_colour_a_mo
     assert high > 4 * low
 
 
+def test_the_decode_state_is_counted_and_drawn_in_the_place_of_memory(tmp_path, monkeypatch):
+    import benchmark_utils
+    from benchmark_utils import Row, markdown_table, plot, tensor_bytes
+    from transformers import DynamicCache, LlamaConfig
+
+    cache = DynamicCache(config=LlamaConfig(num_hidden_layers=2))
+    for layer in range(2):
+        cache.update(*torch.zeros(2, 1, 3, 5, 7), layer)
+    # Keys and values of 2 layers, float32.
+    assert tensor_bytes({"cache": cache}) == tensor_bytes([cache, cache]) == 2 * 2 * 3 * 5 * 7 * 4
+
+    figures: list[Figure] = []
+    monkeypatch.setattr(benchmark_utils, "Figure", lambda **options: figures.append(Figure(**options)) or figures[-1])
+    rows = [Row("GPT-2", size, [0.1], peak_bytes=2**30, state_bytes=size * 2**20) for size in (16, 32)]
+    plot(rows, "title", "tokens", "GPT-2", tmp_path / "a.png")
+    assert figures[0].axes[-1].get_ylabel() == "decode state (MiB)"
+    assert "| GPT-2 | 16 MiB | 32 MiB |" in markdown_table(rows, "tokens", "GPT-2")
+
+
 def test_every_case_of_a_benchmark_has_a_colour():
     import document_classifier
     import images

@@ -86,6 +86,21 @@ def test_membership_figure_of_a_checkpoint(checkpoint, tmp_path, error_of):
     assert "text is no ToST for images" in error_of(script, "--model", "text", output_dir="")
 
 
+def test_a_picture_replaces_no_image_and_no_folder(visualize_membership, tmp_path):
+    image = tmp_path / "photo.png"
+    image.write_bytes(b"mine")
+    visualize_membership.check_picture(tmp_path / "drawn.svg", str(image))
+    (tmp_path / "link.png").symlink_to(image)
+    (tmp_path / "folder.png").mkdir()
+    for path, message in {
+        tmp_path / "link.png": "is the image itself",
+        tmp_path / "folder.png": "is a folder",
+        tmp_path / "model.safetensors": r"must end in one of \.png, \.pdf",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            visualize_membership.check_picture(path, str(image))
+
+
 def test_one_scale_a_row_shows_how_little_heads_differ(visualize_membership, tmp_path, monkeypatch):
     """Heads that differ by 1 % and by 50 %, on bars that say so."""
     pattern = np.linspace(-1, 1, 24).reshape(1, 4, 6) * np.array([1, -1])[:, None, None]

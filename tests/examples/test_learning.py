@@ -420,7 +420,18 @@ def test_report_of_lines(learning, tmp_path):
         "| GPT-2: attention, learned positions | 111.0 | 109.0 | – |\n"
         "\n![Loss over tokens and over seconds](learning-news-64-cpu-float32-2.png)\n"
     )
-    assert (tmp_path / "learning-news-64-cpu-float32-2.png").read_bytes().startswith(b"\x89PNG")
+    for picture in ("learning-news-64-cpu-float32-2.png", "learning.png"):
+        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_title_of_the_picture_says_how_far_from_attention_the_models_end(learning):
+    ends = {"llama": 20.0, "keyed-window": 20.0, "pure": 30.0, "hybrid": 19.0}
+    assert learning.summary(ends, {"tokens": 12_288_000, "data": "code"}) == (
+        "Perplexity after 12 million tokens of code, beside attention:\n"
+        "sums without keys, full attention last 5 % below\n"
+        "keys, a window last (the default) 0 % below\n"
+        "sums without keys 50 % above"
+    )
 
 
 def test_what_is_typed_wrong_is_named(learning, tiny, run_main, texts, tmp_path):

@@ -330,6 +330,12 @@ def test_one_call_writes_the_card_and_checks_the_folder_in_a_clean_process(tmp_p
         save_model_card(model, folder, **without_model_id_and_type())
     save_with_outputs(model, folder)
     torch.save({}, touch(folder, "checkpoint-1/config.json") / "training_args.bin")
+    (folder / "README.md").write_text("# My project\n")
+    with pytest.raises(ValueError, match="README.md is no model card, .* would be overwritten: move it away"):
+        save_model_card(model, folder, **without_model_id_and_type())
+    assert (folder / "README.md").read_text() == "# My project\n"
+    # Such as `Trainer.push_to_hub` writes.
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n")
     card = save_model_card(model, folder, **without_model_id_and_type())
     assert (folder / "README.md").read_text() == str(card)
     assert '.from_pretrained(\n    "model",' in card.text

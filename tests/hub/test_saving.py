@@ -287,3 +287,16 @@ def test_what_is_no_folder_or_cannot_be_written_is_refused(tmp_path, monkeypatch
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(ValueError, match="cannot be written to: change its permissions"):
         check_output_dir(tmp_path / "new")
+
+
+@pytest.mark.parametrize("text", ["{}", '{"database": "x"}', "[1]", "no json"])
+def test_saving_replaces_no_config_of_a_project(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(
+        ValueError, match=r"config\.json is not the config of a model and would be overwritten: move it"
+    ):
+        build(SumAggForCausalLM, text_config()).save_pretrained(tmp_path)
+    assert (tmp_path / "config.json").read_text() == text and len(list(tmp_path.iterdir())) == 1
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    text_config().save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "sumagg"

@@ -3,7 +3,9 @@ const $ = (id) => document.getElementById(id);
 const worker = new Worker("worker.js", { type: "module" });
 let writing = false;
 let begun = false;
-let continuation = null;
+// The text stands in blocks, so that what is added lays out only the last one anew. A block ends behind a word.
+const BLOCK_LENGTH = 4000;
+let block = null; // the text node of the last one
 
 function show(state) {
   writing = state === "writing";
@@ -18,17 +20,31 @@ function append(text) {
   const box = $("text");
   // Whoever has scrolled up reads on undisturbed.
   const atEnd = box.scrollHeight - box.scrollTop - box.clientHeight < 40;
-  continuation.appendData(text);
+  for (const word of text.match(/\S{0,1000}\s?/gu)) {
+    if (block.length > 2 * BLOCK_LENGTH || (block.length > BLOCK_LENGTH && /\s$/.test(block.data))) addBlock();
+    block.appendData(word);
+  }
   if (atEnd) box.scrollTop = box.scrollHeight;
+}
+
+function addBlock(...before) {
+  const element = document.createElement("div");
+  block = document.createTextNode("");
+  element.append(...before, block);
+  $("text").append(element);
 }
 
 function begin(prompt, text) {
   begun = true;
   const bold = document.createElement("b");
   bold.textContent = prompt;
-  continuation = document.createTextNode(text);
-  $("text").replaceChildren(bold, continuation);
+  $("text").replaceChildren();
+  addBlock(bold);
+  append(text);
 }
+
+// What follows the prompt.
+const written = () => Array.from($("text").children, (element) => element.lastChild.data).join("");
 
 function toggle() {
   if ($("write").disabled) return;
@@ -57,6 +73,7 @@ const answers = {
     if (speed) $("speed").textContent = speed < 10 ? speed.toFixed(1) : Math.round(speed).toLocaleString("en");
     $("length").textContent = length.toLocaleString("en");
     document.dispatchEvent(new CustomEvent("tokens", { detail: tokens }));
+    worker.postMessage({ type: "shown" });
   },
   stopped({ reason }) {
     $("status").textContent = reason;
@@ -103,7 +120,7 @@ $("again").onclick = () => {
   show("ready");
   $("prompt").focus();
 };
-$("save").onclick = () => worker.postMessage({ type: "save", prompt: $("prompt").value, text: continuation.data });
+$("save").onclick = () => worker.postMessage({ type: "save", prompt: $("prompt").value, text: written() });
 $("restore").onclick = () => $("file").click();
 $("file").onchange = async () => {
   const [file] = $("file").files;

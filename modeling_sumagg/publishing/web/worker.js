@@ -17,6 +17,7 @@ let logits = null; // after the last token that was read
 let random = 1;
 let temperature = 0;
 let writing = false;
+let waiting = false; // whether the page has yet to show the last text; it gets no more before that
 let tail = []; // the last tokens, of which the first `shown` are in the text
 let shown = 0;
 
@@ -116,7 +117,7 @@ async function write() {
     // The average of about the last second.
     if (tokens.length) speed = speed === null ? current : speed + (current - speed) * Math.min(1, (now - sent) / 1000);
     postMessage({ type: "text", text, tokens, length: length(), speed });
-    [text, tokens, sent] = ["", [], now];
+    [text, tokens, sent, waiting] = ["", [], now, true];
   };
   send();
   let reason = "Paused.";
@@ -127,7 +128,7 @@ async function write() {
       tokens.push(token);
       text += textOf(token);
       if (performance.now() - sent > MILLISECONDS_BETWEEN_MESSAGES) {
-        send();
+        if (!waiting) send();
         await nextTask();
       }
       if (manifest.eos_token_ids.includes(token)) {
@@ -207,6 +208,7 @@ const fail = (task) => (error) => postMessage({ type: "failed", task, message: e
 let queue = load();
 queue.catch(fail("load"));
 onmessage = ({ data }) => {
+  if (data.type === "shown") return void (waiting = false);
   writing = data.type === "begin" || data.type === "write" || (writing && data.type !== "pause");
   if (data.type === "temperature") temperature = data.value;
   else if (data.type in tasks) queue = queue.then(() => tasks[data.type](data)).catch(fail(data.type));
