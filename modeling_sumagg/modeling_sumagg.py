@@ -34,6 +34,7 @@ from .decoder.recurrence import recur
 from .ops.causal_convolution.causal_convolution import causal_convolution
 from .ops.keyed_sum.keyed_sum import bidirectional_keyed_sum, causal_keyed_sum
 from .ops.running_sum.running_sum import bidirectional_sum, causal_sum
+from .ops.running_sum.running_sum_torch import sum_dtype
 from .ops.weighted_mean.weighted_mean import bidirectional_mean, causal_mean
 
 
@@ -156,7 +157,7 @@ class SumAggKeyedSummation(nn.Module):
         if self.conv is not None:
             inputs = self.conv(inputs, layout, cache)
         # In float32, so that the sums are rounded only after their norm.
-        inputs = inputs.to(torch.promote_types(inputs.dtype, torch.float32))
+        inputs = inputs.to(sum_dtype(inputs))
         sizes = [self.values_per_key, self.state_size, self.state_size]
         values, keys, queries = inputs.unflatten(-1, (-1, sum(sizes))).split(sizes, dim=-1)
         heads = values.shape[2] * values.shape[3] // self.head_dim
@@ -302,7 +303,7 @@ def sum_and_count(
     The sum `[B, d]` of the real terms `[B, T, d]` of each row and their number `[B, 1]`, float32 (float64 for float64), as
     outputs and as state.
     """
-    dtype = torch.promote_types(terms.dtype, torch.float32)
+    dtype = sum_dtype(terms)
     if attention_mask is None:
         count = terms.new_full((terms.shape[0], 1), terms.shape[1], dtype=dtype)
     else:

@@ -144,19 +144,22 @@ def labels_of_rows(labels: torch.Tensor, logits: torch.Tensor, config: PreTraine
 
 def refuse_sequence_parallelism() -> None:
     """
-    Refuse to run in processes between which accelerate has cut each sequence (`ParallelismConfig(sp_size=...)`).
+    Refuse to run in processes between which accelerate cuts each sequence (`ParallelismConfig(sp_size=...)` or `cp_size`).
 
-    Attention gathers the parts there; a state would start from zero in each. accelerate's own check knows the layer type
-    `"linear_attention"` alone.
+    Attention gathers the parts there; a state would start from zero in each. accelerate's own check of `sp_size` knows the
+    layer type `"linear_attention"` alone, and older versions do not check `cp_size`.
 
     Raises:
-        `ValueError`: sequence parallelism is on.
+        `ValueError`: sequence or context parallelism is on.
     """
     state = sys.modules.get("accelerate.state")
     parallelism = None if state is None else state.AcceleratorState._shared_state.get("parallelism_config")
-    # Not every version of accelerate knows sequence parallelism.
-    if getattr(parallelism, "sp_size", 1) > 1:
-        raise ValueError(
-            f"Sequence parallelism (`sp_size={parallelism.sp_size}` in accelerate's `ParallelismConfig`) is for models of "
-            "full attention alone: the sums and states of this one would begin anew in each process. Set `sp_size=1`."
-        )
+    for name in ("sp_size", "cp_size"):
+        # Not every version of accelerate knows both.
+        size = getattr(parallelism, name, 1)
+        if size > 1:
+            raise ValueError(
+                f"Sequence parallelism (`{name}={size}` in accelerate's `ParallelismConfig`) is for models of full attention "
+                f"alone: the states of this one would begin anew in each process. Set `{name}=1`. To cut a sequence between "
+                "processes, use `modeling_sumagg.training.sequence_parallel.backward_in_parallel`."
+            )

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedConfig
 from transformers import initialization as init
 
-from ..ops.running_sum.running_sum_torch import without_autocast
+from ..ops.running_sum.running_sum_torch import sum_dtype, without_autocast
 
 
 def own_part(parameter: torch.Tensor) -> torch.Tensor:
@@ -39,7 +39,7 @@ class SumDecay(nn.Module):
         """
         `hidden_states` `[B, T, d]` to `log a` and `1 - a`, float32 at least, `[B, T, K]`; `[1, T, K]` if no token decides.
         """
-        dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+        dtype = sum_dtype(hidden_states)
         logit = own_part(self.logit)
         if self.proj is None:
             logits = logit.to(dtype).expand(1, hidden_states.shape[1], -1)

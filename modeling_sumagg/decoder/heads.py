@@ -60,7 +60,8 @@ class ForCausalLM(_LanguageModel, RecurrentGenerationMixin):
         r"""
         Args:
             labels (`torch.LongTensor` of shape `[B, T]`, *optional*): the token ids to predict, usually `input_ids`
-                itself (they are shifted here); -100 is ignored.
+                itself (they are shifted here); -100 is ignored. As in transformers' models the mask hides no label:
+                after padding on the left, padding predicts the first real token unless its label is -100.
             logits_to_keep (`int` or `torch.Tensor`, defaults to 0): compute the logits of the last so many tokens
                 only, 0 for all; or the indices of the tokens.
 

@@ -83,16 +83,17 @@ def backward_in_chunks(
     num_chunks = len(reader.chunks)
     devices = list({parameter.device: parameter for parameter in model.parameters()}.values())
 
-    states: list[State] = [{}]
+    states: State = {}
+    random_states: State = {}
     growing: State = {}
-    random_states = []
+    state: State = {}
     with torch.no_grad():
         for index in range(num_chunks - 1):
-            random_states.append(_random_state(devices))
-            _, state = reader.read(index, {**states[index], **growing}, **reader.few_logits)
+            _keep(random_states, index, _random_state(devices), num_chunks - 1)
+            _, state = reader.read(index, state, **reader.few_logits)
             growing = {name: tensor for name, tensor in state.items() if _grows(name)}
-            # Copies: a view would keep the activations of its chunk in memory.
-            states.append({name: tensor.clone() for name, tensor in state.items() if not _grows(name)})
+            kept = {name: tensor for name, tensor in state.items() if not _grows(name)}
+            _keep(states, index, kept, num_chunks - 1)
             _report(progress, index + 1, 2 * num_chunks - 1)
 
     loss = None
@@ -100,8 +101,9 @@ def backward_in_chunks(
     for index in reversed(range(num_chunks)):
         is_last = index == num_chunks - 1
         if not is_last:
-            _set_random_state(*random_states.pop())
-        before = {**states.pop(), **(reader.columns_before(index, growing) if index else {})}
+            _set_random_state({name: tensor[index] for name, tensor in random_states.items()})
+        before = {name: tensor[index - 1] for name, tensor in states.items()} if index else {}
+        before |= reader.columns_before(index, growing) if index else {}
         leaves = {
             name: tensor.detach().requires_grad_() if tensor.is_floating_point() else tensor
             for name, tensor in before.items()
@@ -125,7 +127,7 @@ def backward_in_chunks(
         # Nothing of this chunk is alive while the next one is read.
         del outputs, state, roots, part, before, leaves
         _report(progress, 2 * num_chunks - 1 - index, 2 * num_chunks - 1)
-    _set_random_state(*random_state_after)
+    _set_random_state(random_state_after)
     return loss
 
 
@@ -446,15 +448,31 @@ def _grows(name: str) -> bool:
     return name.endswith((".keys", ".values"))
 
 
-def _random_state(devices: list[torch.Tensor]) -> tuple[torch.Tensor, list[int], list[torch.Tensor]]:
-    """The state of the random numbers of the processor, and of the devices of some tensors."""
-    return torch.get_rng_state(), *get_device_states(*devices)
+def _keep(kept: State, index: int, tensors: State, count: int) -> None:
+    """
+    Copy tensors into row `index` of `kept`, which has `count` rows of each from the first one on.
+
+    A copy of its own for each chunk would stand between the activations of two chunks, and the allocator could not use
+    their memory again as one piece.
+    """
+    for name, tensor in tensors.items():
+        if name not in kept:
+            kept[name] = tensor.new_empty(count, *tensor.shape)
+        kept[name][index] = tensor
 
 
-def _set_random_state(processor: torch.Tensor, devices: list[int], states: list[torch.Tensor]) -> None:
-    torch.set_rng_state(processor)
+def _random_state(devices: list[torch.Tensor]) -> State:
+    """The state of the random numbers of the processor, and by their index of the devices of some tensors."""
+    indices, states = get_device_states(*devices)
+    return {"processor": torch.get_rng_state(), **dict(zip(map(str, indices), states, strict=True))}
+
+
+def _set_random_state(state: State) -> None:
+    torch.set_rng_state(state["processor"])
+    devices = {int(name): tensor for name, tensor in state.items() if name != "processor"}
     if devices:
-        set_device_states(devices, states, device_type=torch.accelerator.current_accelerator().type)
+        device_type = torch.accelerator.current_accelerator().type
+        set_device_states(list(devices), list(devices.values()), device_type=device_type)
 
 
 def _report(progress: Progress | None, done: int, total: int) -> None:

@@ -4,6 +4,7 @@ import torch
 
 from ..dispatch import is_recorded, is_transformed, kernel_of
 from ..documents import Documents, check_tokens, find_documents, takes_documents
+from ..running_sum.running_sum_torch import sum_dtype
 from .causal_convolution_torch import (
     Convolution,
     behind_one_another,
@@ -78,8 +79,8 @@ def causal_convolution(
         last = torch.where(mask[..., None], last, state)
     elif ids is not None:
         last = inputs_of_last_document(last, ids, ids.new_full((batch_size, 1), length))
-    # A copy: a slice would keep the whole window in memory as long as the state.
-    return y, last.clone()
+    # A copy, unless it is one token: a slice would keep the whole window in memory as long as the state.
+    return y, last if length == 1 else last.clone()
 
 
 def _convolve_compactly(x, state, weight, bias, mask, documents):
@@ -100,7 +101,7 @@ def _convolve(
     `[B, T]`. Choose the path: one token; the kernel; plain operations for graphs and transforms; or a function of its own.
     """
     past = weight.shape[1] - 1
-    dtype = torch.promote_types(window.dtype, torch.float32)
+    dtype = sum_dtype(window)
     weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     if window.shape[1] == 1 + past:
         y = (window.to(dtype) * weight.T).sum(dim=1, keepdim=True)

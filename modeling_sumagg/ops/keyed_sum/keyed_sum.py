@@ -4,7 +4,7 @@ import torch
 
 from ..dispatch import is_exported, kernel_of
 from ..documents import Documents, check_tokens, find_documents, takes_documents
-from ..running_sum.running_sum_torch import without_autocast
+from ..running_sum.running_sum_torch import sum_dtype, without_autocast
 from .keyed_sum_torch import keyed_sum_chunks, keyed_sum_step
 
 
@@ -62,7 +62,7 @@ def causal_keyed_sum(
     _check(values, keys, queries, log_decay, weight, initial_state)
     batch_size, length, heads, width = values.shape
     check_tokens("values", batch_size, length, attention_mask, document_ids)
-    dtype = torch.promote_types(values.dtype, torch.float32)
+    dtype = sum_dtype(values)
     result_dtype = values.dtype
     log_decay = log_decay.to(dtype).expand(batch_size, -1, -1)
     values, keys, queries = (tensor.to(dtype) for tensor in (values, keys, queries))
@@ -115,7 +115,7 @@ def bidirectional_keyed_sum(
     Raises:
         As [`causal_keyed_sum`].
     """
-    dtype, result_dtype = torch.promote_types(values.dtype, torch.float32), values.dtype
+    dtype, result_dtype = sum_dtype(values), values.dtype
     tokens = [tensor.to(dtype) for tensor in (values, keys, queries)]
     decays = {"log_decay": log_decay, "weight": weight}
     documents = find_documents(document_ids, attention_mask)

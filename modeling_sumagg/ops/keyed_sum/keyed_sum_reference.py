@@ -2,6 +2,8 @@
 
 import torch
 
+from ..running_sum.running_sum_torch import sum_dtype
+
 
 def causal_keyed_sum_reference(
     values: torch.Tensor,
@@ -16,7 +18,7 @@ def causal_keyed_sum_reference(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """[`causal_keyed_sum`], row by row and token by token."""
     batch_size, length, heads, width = values.shape
-    dtype = torch.promote_types(values.dtype, torch.float32)
+    dtype = sum_dtype(values)
     rows, states = [], []
     for b in range(batch_size):
         if initial_state is None:

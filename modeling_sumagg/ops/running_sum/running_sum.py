@@ -8,7 +8,7 @@ import torch
 
 from ..dispatch import is_recorded, is_transformed, kernel_of
 from ..documents import Documents, check_tokens, find_documents, takes_documents
-from .running_sum_torch import scan, state_dtype
+from .running_sum_torch import scan, state_dtype, sum_dtype
 
 
 @takes_documents
@@ -208,7 +208,7 @@ def per_token(name: str, values: torch.Tensor, x: torch.Tensor, attention_mask: 
             f"`{name}` must have the shape [K], where K divides D = {hidden_size} of `x`, or [B, T, K] = "
             f"[{batch_size}, {length}, K] or [1, {length}, K], got {list(values.shape)}."
         )
-    values = values.to(torch.promote_types(x.dtype, torch.float32))
+    values = values.to(sum_dtype(x))
     if values.dim() == 1:
         values = values.expand(1, length, -1)
     return values if attention_mask is None else values.masked_fill(~attention_mask.bool()[..., None], 0)
@@ -216,7 +216,7 @@ def per_token(name: str, values: torch.Tensor, x: torch.Tensor, attention_mask: 
 
 def masked_terms(x: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
     """`x` in the dtype of the sums, zero where masked."""
-    terms = x.to(torch.promote_types(x.dtype, torch.float32))
+    terms = x.to(sum_dtype(x))
     if attention_mask is not None:
         terms = terms.masked_fill(~attention_mask.bool()[..., None], 0)
     return terms

@@ -22,7 +22,7 @@ from ..triton_helpers import (
     triton,
 )
 from .running_sum import causal_sum
-from .running_sum_torch import scan, scan_vjp, shifted
+from .running_sum_torch import scan, scan_vjp, shifted, sum_dtype
 
 
 BLOCK_T = 64  # tokens of a tile without decays
@@ -250,7 +250,7 @@ def launch_running_sum(
     if ids is not None:
         initial_id = ids[:, -1 if reverse else 0] if initial_id is None else initial_id
         (initial_id,) = contiguous(initial_id)
-    dtype = initial.dtype if length == 1 else torch.promote_types(x.dtype, torch.float32)
+    dtype = initial.dtype if length == 1 else sum_dtype(x)
     block_t = 1 if length == 1 else FLOAT64_BLOCK_T if dtype == torch.float64 else BLOCK_T
     num_tiles = triton.cdiv(length, block_t)
     block_d, num_segments = _partition(x, num_tiles)

@@ -16,6 +16,11 @@ DECAY_CHUNK = 16  # with decays, whose triangle is another for each chunk and he
 EXPORTED_DECAY_CHUNK = 64  # of chunks of chunks the exporter cannot prove that every length has some
 
 
+def sum_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype of the sums within a segment: float32, or float64 for float64."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
 def state_dtype(x: torch.Tensor) -> torch.dtype:
     """
     The dtype of a state: float64, in which a stream of 3e7 tokens is as exact at its end as at its beginning, and float32

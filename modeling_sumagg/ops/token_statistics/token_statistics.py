@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..dispatch import is_exported, is_recorded, is_transformed, kernel_of
 from ..documents import Documents, check_tokens, find_documents, has_tokens_at, takes_documents
-from ..running_sum.running_sum_torch import state_dtype
+from ..running_sum.running_sum_torch import state_dtype, sum_dtype
 from .token_statistics_reference import (
     TokenStatisticsState,
     bidirectional_formula,
@@ -18,7 +18,6 @@ from .token_statistics_reference import (
     causal_formula,
     causal_membership,
     causal_step,
-    statistics_dtype,
 )
 from .token_statistics_torch import bidirectional_forward, causal_forward, pack, unpack
 
@@ -65,7 +64,7 @@ def token_statistics(
     forward = kernel_of(token_statistics, w)
     if forward is None and _takes_formula(w):
         return bidirectional_formula(w, temperature, mask, keep, dropout_p)
-    temperature = temperature.flatten().to(statistics_dtype(w))
+    temperature = temperature.flatten().to(sum_dtype(w))
     return (forward or bidirectional_forward)(w.transpose(1, 2), temperature, mask, keep, dropout_p).transpose(1, 2)
 
 
@@ -156,7 +155,7 @@ def _causal(w, temperature, position_bias, initial_state, mask, log_decay, docum
 def _in_blocks(forward, w, temperature, position_bias, initial_state, mask, documents, keep, dropout_p):
     """The arguments of [`causal_forward`], or of the kernel in its place."""
     batch_size, num_heads, length, head_dim = w.shape
-    dtype = statistics_dtype(w)
+    dtype = sum_dtype(w)
     if position_bias is not None:
         position_bias = position_bias.to(dtype).transpose(-1, -2).expand(batch_size, length, num_heads)
     if initial_state is None:
@@ -287,7 +286,7 @@ def _decays(log_decay, w, mask):
     """`[B or 1, T, K]` in the dtype of the statistics, zero where masked; `None` of none."""
     if log_decay is None:
         return None
-    log_decay = log_decay.to(statistics_dtype(w))
+    log_decay = log_decay.to(sum_dtype(w))
     if log_decay.dim() == 1:
         log_decay = log_decay.expand(1, w.shape[2], -1)
     return log_decay if mask is None else log_decay.masked_fill(~mask.unsqueeze(-1), 0)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from ..documents import Documents
-from ..running_sum.running_sum_torch import scan, state_dtype
+from ..running_sum.running_sum_torch import scan, state_dtype, sum_dtype
 
 
 MIN_SECOND_MOMENT = 1e-12  # floor of D in the causal operator, of the norm (not its square) in the bidirectional one
@@ -127,13 +127,8 @@ def causal_step(
     return out, TokenStatisticsState(second_moment, weighted, total)
 
 
-def statistics_dtype(w: torch.Tensor) -> torch.dtype:
-    """The dtype of all that is computed of the tokens of a segment: float32, or float64 for float64."""
-    return torch.promote_types(w.dtype, torch.float32)
-
-
 def _squares(w: torch.Tensor) -> torch.Tensor:
-    return w.to(statistics_dtype(w)).square()
+    return w.to(sum_dtype(w)).square()
 
 
 def _bidirectional_membership(w2: torch.Tensor, temperature: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
