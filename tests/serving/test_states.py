@@ -82,7 +82,7 @@ def test_steps_in_slots_are_the_whole(kind):
         shared = exact.shared_arguments(layout)
         for i in states:
             hidden_states = exact.layers[i](hidden_states, layout, **shared)
-        torch.testing.assert_close(torch.cat(outputs[row]).double(), hidden_states[0], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(torch.cat(outputs[row]).double(), hidden_states[0], rtol=5e-4, atol=5e-4)
 
 
 @pytest.mark.parametrize("lengths", [[1, 1, 1], [3, 1, 20]], ids=["decode", "packed"])
