@@ -1,9 +1,9 @@
-"""Train a classifier of long documents with `Trainer`, from scratch or from a causal language model, and compare it
-with simple baselines.
+"""Train the published bag of embeddings, a classifier of long documents without any mixer, or a model with layers.
 
 Without arguments: which package of Python's standard library a piece of code is from, which needs no network. The model
-is the published classifier, a mean over projected embeddings without any layer: words alone tell most there. It has no
-limit of length. `--preset sumagg-pure-small` and `--config_overrides` give models with layers.
+is a mean over projected embeddings: single words tell most there, and mixers make no classifier of such data better. It
+has no limit of length. `--preset sumagg-pure-small`, `--config_overrides` and a causal language model
+(`--model_name_or_path`) give models with layers. Simple baselines are measured beside it.
 
     python run_text_classification.py
     python run_text_classification.py --train_file a.csv --validation_file b.csv
@@ -55,7 +55,7 @@ from modeling_sumagg.training.scripts import (
 )
 
 
-# The published classifier, no blocks at all, but for the mean instead of the sum, dropout, and positions without end.
+# The published classifier without blocks, but with the mean instead of the sum, dropout, and positions without end.
 SMALL_CLASSIFIER = {
     "model_type": "sumagg",
     "hidden_size": 256,
