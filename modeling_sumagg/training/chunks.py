@@ -83,17 +83,15 @@ def backward_in_chunks(
     num_chunks = len(reader.chunks)
     devices = list({parameter.device: parameter for parameter in model.parameters()}.values())
 
-    states: State = {}
-    random_states: State = {}
+    states, random_states = KeptTensors(num_chunks - 1), KeptTensors(num_chunks - 1)
     growing: State = {}
     state: State = {}
     with torch.no_grad():
         for index in range(num_chunks - 1):
-            _keep(random_states, index, _random_state(devices), num_chunks - 1)
+            random_states.keep(index, _random_state(devices))
             _, state = reader.read(index, state, **reader.few_logits)
             growing = {name: tensor for name, tensor in state.items() if _grows(name)}
-            kept = {name: tensor for name, tensor in state.items() if not _grows(name)}
-            _keep(states, index, kept, num_chunks - 1)
+            states.keep(index, {name: tensor for name, tensor in state.items() if not _grows(name)})
             _report(progress, index + 1, 2 * num_chunks - 1)
 
     loss = None
@@ -101,9 +99,9 @@ def backward_in_chunks(
     for index in reversed(range(num_chunks)):
         is_last = index == num_chunks - 1
         if not is_last:
-            _set_random_state({name: tensor[index] for name, tensor in random_states.items()})
-        before = {name: tensor[index - 1] for name, tensor in states.items()} if index else {}
-        before |= reader.columns_before(index, growing) if index else {}
+            # A copy: `torch.set_rng_state` reads the memory that its argument is a part of from the beginning.
+            _set_random_state({name: tensor.clone() for name, tensor in random_states.of(index).items()})
+        before = {**states.of(index - 1), **reader.columns_before(index, growing)} if index else {}
         leaves = {
             name: tensor.detach().requires_grad_() if tensor.is_floating_point() else tensor
             for name, tensor in before.items()
@@ -129,6 +127,41 @@ def backward_in_chunks(
         _report(progress, 2 * num_chunks - 1 - index, 2 * num_chunks - 1)
     _set_random_state(random_state_after)
     return loss
+
+
+class KeptTensors:
+    """
+    Copies of the tensors of `num_chunks` chunks, those of one name in one tensor for as long as their shape stays the same
+    (the state of a window grows until the window is full).
+
+    A copy of its own for each chunk would stand between the activations of two chunks. The allocator of a CPU could then
+    not use their memory again as one piece: about 1 MiB a chunk was lost, ten times the states.
+    """
+
+    def __init__(self, num_chunks: int):
+        self.num_chunks = num_chunks
+        # By name: the first chunk of each piece, and the tensors of that chunk and of the following ones.
+        self.pieces: dict[str, list[tuple[int, torch.Tensor]]] = {}
+
+    def keep(self, index: int, tensors: State) -> None:
+        """Copy the tensors of a chunk, which is the one after the last chunk that was kept."""
+        for name, tensor in tensors.items():
+            pieces = self.pieces.setdefault(name, [])
+            if not pieces or pieces[-1][1].shape[1:] != tensor.shape:
+                if pieces:
+                    first, piece = pieces[-1]
+                    pieces[-1] = first, piece[: index - first].clone()
+                pieces.append((index, tensor.new_empty(self.num_chunks - index, *tensor.shape)))
+            first, piece = pieces[-1]
+            piece[index - first] = tensor
+
+    def of(self, index: int) -> State:
+        """The tensors of a chunk."""
+        found = {}
+        for name, pieces in self.pieces.items():
+            first, piece = next(piece for piece in reversed(pieces) if piece[0] <= index)
+            found[name] = piece[index - first]
+        return found
 
 
 class ChunkedEvaluation(NamedTuple):
@@ -446,19 +479,6 @@ def _longest(model: nn.Module, input_ids: torch.Tensor) -> int:
 def _grows(name: str) -> bool:
     """Whether it is the keys or the values of full attention, of which those before a chunk are the first."""
     return name.endswith((".keys", ".values"))
-
-
-def _keep(kept: State, index: int, tensors: State, count: int) -> None:
-    """
-    Copy tensors into row `index` of `kept`, which has `count` rows of each from the first one on.
-
-    A copy of its own for each chunk would stand between the activations of two chunks, and the allocator could not use
-    their memory again as one piece.
-    """
-    for name, tensor in tensors.items():
-        if name not in kept:
-            kept[name] = tensor.new_empty(count, *tensor.shape)
-        kept[name][index] = tensor
 
 
 def _random_state(devices: list[torch.Tensor]) -> State:

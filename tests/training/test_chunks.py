@@ -23,7 +23,7 @@ from modeling_sumagg import (
     ToSTTextForTokenClassification,
 )
 from modeling_sumagg.training import backward_in_chunks, evaluate_in_chunks
-from modeling_sumagg.training.chunks import ChunkReader
+from modeling_sumagg.training.chunks import ChunkReader, KeptTensors
 
 
 FREE_TOST = {"position_embedding_type": "none", "use_membership_bias": False}
@@ -425,3 +425,16 @@ def test_masked_language_models_are_not_read_in_chunks():
         backward_in_chunks(model, text(), text(), chunk_length=4)
     with pytest.raises(ValueError, match="needs|by the loss of `labels`"):
         evaluate_in_chunks(make(LANGUAGE_MODELS["pure"]), text(), chunk_length=4)
+
+
+def test_states_of_many_chunks_are_few_pieces_of_memory():
+    """A window grows for two chunks; from then on all chunks share one piece."""
+    given = [torch.randn(min(index + 1, 3), 2) for index in range(10)]
+    kept = KeptTensors(10)
+    for index, tensor in enumerate(given):
+        changed_later = tensor.clone()
+        kept.keep(index, {"window": changed_later})
+        changed_later.zero_()
+    found = [kept.of(index)["window"] for index in range(10)]
+    assert all(map(torch.equal, found, given))
+    assert len({tensor.untyped_storage().data_ptr() for tensor in found}) == 3

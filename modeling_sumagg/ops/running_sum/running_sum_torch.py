@@ -32,7 +32,7 @@ def state_dtype(x: torch.Tensor) -> torch.dtype:
 def without_autocast(x: torch.Tensor) -> contextlib.AbstractContextManager:
     """Autocast would run matrix products in bfloat16 or float16, in which sums stop growing; "meta" has none."""
     device_type = x.device.type
-    if not _has_autocast(device_type):
+    if not _has_autocast(device_type) or not torch.is_autocast_enabled(device_type):
         return contextlib.nullcontext()
     return torch.autocast(device_type, enabled=False)
 
