@@ -101,22 +101,38 @@ class Attention(nn.Module):
         query = self._heads(self.q_proj(hidden_states))
         key = self._heads(self.k_proj(hidden_states))
         value = self._heads(self.v_proj(hidden_states))
-        if self.q_norm is not None:
+        if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
+        projected = query, key, value
         if position_embeddings is not None:
             rotated = apply_rotary_pos_emb(query, key, *position_embeddings)
             query, key = (x.to(query.dtype) for x in rotated)
         if cache is not None:
-            padding = {"attention_mask": layout.attention_mask} if self.is_sliding else {}
+            tokens = {"attention_mask": layout.attention_mask, "position_ids": layout.position_ids}
             try:
-                key, value = cache.update(key, value, self.layer_idx, **padding)
+                key, value = cache.update(key, value, self.layer_idx, **(tokens if self.is_sliding else {}))
             except IndexError:
                 raise ValueError(
                     f"A static cache of {cache.layers[self.layer_idx].get_max_length()} tokens is too short: make it with "
                     "a larger `max_cache_len`, or use a `DynamicCache`."
                 ) from None
         output, weights = self._attend(query, key, value, layout, **kwargs)
+        output = self.complete(output, projected, hidden_states, layout, cache)
         return getattr(self, self.output_name)(output.flatten(2)), weights
+
+    def complete(
+        self,
+        output: torch.Tensor,
+        projected: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        hidden_states: torch.Tensor,
+        layout: SequenceLayout,
+        cache: Cache | None,
+    ) -> torch.Tensor:
+        """
+        The values `[B, T, H, p]` for the output projection, where a family adds to those of the attention, `output`, what
+        it makes of the queries, keys and values `[B, H, T, p]` before their rotary positions.
+        """
+        return output
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
         """`[B, T, H · p]` as `[B, H, T, p]`, with as many heads as this process has."""
@@ -139,6 +155,7 @@ class Attention(nn.Module):
                 repeat_kv(value, self.num_key_value_groups),
                 sliding_window=config.sliding_window,
                 scaling=self.scaling,
+                num_sinks=config.attention_sinks,
                 dropout_p=dropout,
                 positions=mask,
             )
