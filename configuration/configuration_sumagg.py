@@ -63,9 +63,15 @@ class SumAggConfig(TextConfig):
         pooling (`str`, defaults to `"sum"`): how a sequence classifier pools: the sum over `relu(W h_t)` (`"sum"`, as
             published), its mean (`"mean"`), or the hidden state of the last token (`"last"`).
         mlp_gate (`bool`, defaults to `True`): whether the feed-forward layers are gated (published: no).
+        norm_type (`str`, defaults to `"layer"`): the norms, `"layer"`, or `"rms"` as in Llama.
+        attention_bias (`bool` or `"qkv"`, defaults to `True`): whether the maps of attention layers have a bias; with
+            `"qkv"` all but the output has one, as in Qwen2.
+        mlp_bias (`bool`, defaults to `True`): whether the maps of feed-forward layers have a bias.
+        attention_sum (`bool`, defaults to `False`): whether sliding attention layers add, through a gate, a sum with keys
+            over the whole document, with decays of `sum_decay`.
         kwargs: the arguments of [`TextConfig`]: `vocab_size`, `hidden_size`, `num_hidden_layers` (0: the embedding
             alone, as in the published classifier), `num_attention_heads`, `intermediate_size`, `hidden_act` (published:
-            `"relu"`), `sliding_window`, `max_position_embeddings`, the dropouts, `layer_norm_eps`, `initializer_range`,
+            `"relu"`), `num_key_value_heads`, `head_dim`, `attention_norm`, `attention_sinks`, `sliding_window`, `max_position_embeddings`, the dropouts, `layer_norm_eps`, `initializer_range`,
             `tie_word_embeddings` (published: no), `lm_head_bias` (published: yes), `fuse_linear_cross_entropy`,
             `use_cache` and the special tokens.
 
@@ -114,6 +120,9 @@ class SumAggConfig(TextConfig):
         "layers.*.mixer.q_proj": "colwise",
         "layers.*.mixer.k_proj": "colwise",
         "layers.*.mixer.v_proj": "colwise",
+        "layers.*.mixer.sum_gate": "colwise",
+        "layers.*.mixer.q_norm": "replicated_with_grad_allreduce",
+        "layers.*.mixer.k_norm": "replicated_with_grad_allreduce",
         "layers.*.mixer.out_proj": "rowwise",
         "layers.*.mlp.gate_proj": "colwise",
         "layers.*.mlp.up_proj": "colwise",
@@ -134,6 +143,10 @@ class SumAggConfig(TextConfig):
     conv_kernel_size: int | Literal["auto"] | None = "auto"
     conv_before: Literal["mixer", "terms"] = "terms"
     mlp_gate: bool = True
+    norm_type: Literal["layer", "rms"] = "layer"
+    attention_bias: bool | Literal["qkv"] = True
+    mlp_bias: bool = True
+    attention_sum: bool = False
     sum_state_size: int | Literal["auto"] | None = "auto"
     num_sum_key_heads: int | None = None
     sum_output_norm: bool = True
@@ -165,6 +178,8 @@ class SumAggConfig(TextConfig):
             (".conv.weight", ".conv.bias"): is_keyed and self.conv_kernel_size is not None,
             (".skip",): is_keyed and self.sum_skip,
             (".norm_weight",): is_keyed and self.sum_output_norm,
+            (".q_norm", ".k_norm"): self.attention_norm,
+            (".sum_gate",): self.attention_sum,
         }
         absent = [name for names, is_present in parts.items() if not is_present for name in names]
         plan = {name: kind for name, kind in self.base_model_tp_plan.items() if not name.endswith(tuple(absent))}
@@ -187,6 +202,11 @@ class SumAggConfig(TextConfig):
             raise ValueError(
                 f"`sum_normalization='sqrt'` needs sums without decays, but `sum_decay` is {self.sum_decay!r}: choose "
                 "'mean' or 'none'."
+            )
+        if self.attention_sum and (self.sum_decay == "none" or not self.is_causal):
+            raise ValueError(
+                "`attention_sum` is for causal models with a `sum_decay` of 'input' or 'learned', got "
+                f"{self.sum_decay!r} and `is_causal` = {self.is_causal}."
             )
         if self.sum_state_size is not None:
             self._validate_keys()

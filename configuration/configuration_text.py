@@ -12,7 +12,16 @@ from .configuration_fields import NamedFields
 
 
 ATTENTION_TYPES = ("full_attention", "sliding_attention")
-ROPE_TYPES = ("default", "linear")
+# By the type of rotary positions: the parameters that it needs, and those that it may have, beside `rope_theta`.
+ROPE_TYPES: dict[str, tuple[set[str], set[str]]] = {
+    "default": (set(), set()),
+    "linear": ({"factor"}, set()),
+    "llama3": ({"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}, set()),
+    "yarn": (
+        {"factor", "original_max_position_embeddings"},
+        {"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"},
+    ),
+}
 
 
 @strict
@@ -25,7 +34,13 @@ class TextConfig(NamedFields, PreTrainedConfig):
         vocab_size (`int`, defaults to 50257): number of token ids.
         hidden_size (`int`, defaults to 768): width `d`.
         num_hidden_layers (`int`, defaults to 12): number of blocks.
-        num_attention_heads (`int`, defaults to 12): heads of the attention layers; must divide `hidden_size`.
+        num_attention_heads (`int`, defaults to 12): heads of the attention layers; must divide `hidden_size`, unless
+            there is a `head_dim`.
+        num_key_value_heads (`int`, *optional*): heads of keys and values in the attention layers; must divide
+            `num_attention_heads`, which is the default.
+        head_dim (`int`, *optional*, defaults to `hidden_size / num_attention_heads`): width of an attention head.
+        attention_norm (`bool`, defaults to `False`): whether queries and keys have an RMS norm over each head.
+        attention_sinks (`int`, defaults to 0): the first tokens of a document that sliding attention layers always see.
         intermediate_size (`int`, *optional*, defaults to `4 * hidden_size`): width of the feed-forward layers. With
             `mlp_gate` the default is about two thirds of that, for equal parameters. It is then a multiple of the largest
             power of two up to 128 that divides `hidden_size`, so that groups of quantized weights divide both.
@@ -41,8 +56,8 @@ class TextConfig(NamedFields, PreTrainedConfig):
         max_position_embeddings (`int`, *optional*, defaults to 1024 if the model has parameters for each position): the
             longest document in tokens. A model without a limit has no such attribute. Clients detect it by that.
         rope_parameters (`dict`, *optional*): rotary positions (arXiv 2104.09864) in the attention layers, as transformers
-            writes them: `{"rope_type": "default", "rope_theta": 10000.0}`, or `"linear"` with a `factor`. The argument
-            `rope_theta=10000.0` means the former. `None` means no rotary positions.
+            writes them: `{"rope_type": "default", "rope_theta": 10000.0}`, or `"linear"`, `"llama3"` or `"yarn"` with
+            their parameters. The argument `rope_theta=10000.0` means the former. `None` means no rotary positions.
         sum_decay (`str`, defaults to `"none"`): the factor of the sums of recurrent layers before a token is added: none
             (`"none"`, as published), one learned decay for each head (`"learned"`), or one decay for each head and token,
             a learned function of the token (`"input"`).
@@ -53,7 +68,7 @@ class TextConfig(NamedFields, PreTrainedConfig):
         hidden_dropout (`float`, defaults to 0.0): dropout on the output of every mixer and feed-forward layer.
         attention_dropout (`float`, defaults to 0.0): dropout on the attention probabilities.
         classifier_dropout (`float`, defaults to 0.0): dropout before the classification heads.
-        layer_norm_eps (`float`, defaults to 1e-5): epsilon of the layer norms.
+        layer_norm_eps (`float`, defaults to 1e-5): epsilon of the norms.
         initializer_range (`float`, defaults to 0.02): standard deviation of the initial weights.
         tie_word_embeddings (`bool`, defaults to `True`): whether the output projection is the embedding table.
         lm_head_bias (`bool`, defaults to `False`): whether the output projection has a bias.
@@ -80,6 +95,11 @@ class TextConfig(NamedFields, PreTrainedConfig):
     hidden_size: int = 768
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
+    # A default of the class would give every config these attributes.
+    num_key_value_heads: int | None = field(default_factory=lambda: None)
+    head_dim: int | None = field(default_factory=lambda: None)
+    attention_norm: bool = False
+    attention_sinks: int = 0
     intermediate_size: int | None = None
     hidden_act: str = "gelu"
     mlp_gate: bool = False
@@ -124,6 +144,9 @@ class TextConfig(NamedFields, PreTrainedConfig):
             self.layer_types = self.default_layer_types()
         if self.sliding_window is None and "sliding_attention" in self.layer_types:
             self.sliding_window = self.default_sliding_window
+        for name in ("num_key_value_heads", "head_dim"):
+            if getattr(self, name) is None:
+                delattr(self, name)
         if not self.has_position_limit():
             del self.max_position_embeddings
         elif self.max_position_embeddings is None:
@@ -162,22 +185,30 @@ class TextConfig(NamedFields, PreTrainedConfig):
             return
         self._check_rope_type(self.rope_parameters)
         heads = self.num_attention_heads
-        if heads > 0 and self.hidden_size > 0 and self.hidden_size % heads == 0 and self.hidden_size // heads % 2:
+        if heads > 0 and self.hidden_size > 0 and getattr(self, "head_dim", self.hidden_size // heads) % 2:
             raise ValueError(
-                f"Rotary positions (`rope_parameters`) need an even width of attention heads, got {self.hidden_size} / "
-                f"{self.num_attention_heads}."
+                f"Rotary positions (`rope_parameters`) need an even width of attention heads, got "
+                f"{getattr(self, 'head_dim', f'{self.hidden_size} / {heads}')}."
             )
-        super().validate_rope()
+        if "original_max_position_embeddings" not in self.rope_parameters:
+            super().validate_rope()
+
+    @property
+    def original_max_position_embeddings(self) -> int | None:
+        """For transformers, which would look for a limit of the model, and the model may have none."""
+        return (self.rope_parameters or {}).get("original_max_position_embeddings")
 
     @staticmethod
     def _check_rope_type(rope_parameters: dict[str, Any]) -> None:
         rope_type = rope_parameters.get("rope_type", "default")
-        known = {"rope_type", "rope_theta", *(["factor"] if rope_type == "linear" else [])}
-        if rope_type not in ROPE_TYPES or rope_parameters.keys() - known:
+        needed, optional = ROPE_TYPES.get(rope_type, (set(), set()))
+        names = rope_parameters.keys() - {"rope_type", "rope_theta"}
+        if rope_type not in ROPE_TYPES or not needed <= names <= needed | optional:
+            parameters = {name: sorted(needed) for name, (needed, _) in ROPE_TYPES.items()}
             raise ValueError(
-                f"`rope_parameters` may have a `rope_type` of {list(ROPE_TYPES)}, `rope_theta` and, with 'linear', a "
-                f"`factor`, one of each for all attention layers; got {rope_parameters}. Other types change with the length "
-                "of the input, so a cached decode state could not be continued."
+                "`rope_parameters` may have a `rope_type` of these, with these parameters and `rope_theta`, the same for "
+                f"all attention layers: {parameters}; got {rope_parameters}. Other types change with the length of the "
+                "input, so a cached decode state could not be continued."
             )
 
     def validate_direction(self):
@@ -221,10 +252,22 @@ class TextConfig(NamedFields, PreTrainedConfig):
             raise ValueError(f"`max_position_embeddings` must be at least 1, got {self.max_position_embeddings}.")
         if self.num_hidden_layers < 0:
             raise ValueError(f"`num_hidden_layers` must be at least 0, got {self.num_hidden_layers}.")
-        if self.hidden_size % self.num_attention_heads:
+        if self.hidden_size % self.num_attention_heads and not hasattr(self, "head_dim"):
             raise ValueError(
                 f"`num_attention_heads` must divide `hidden_size`, got {self.num_attention_heads} heads for a width of "
                 f"{self.hidden_size}."
+            )
+        key_heads = getattr(self, "num_key_value_heads", self.num_attention_heads)
+        if key_heads < 1 or self.num_attention_heads % key_heads:
+            raise ValueError(
+                f"`num_key_value_heads` must divide `num_attention_heads` = {self.num_attention_heads}, got {key_heads}."
+            )
+        if getattr(self, "head_dim", 1) < 1:
+            raise ValueError(f"`head_dim` must be at least 1, got {self.head_dim}.")
+        if self.attention_sinks < 0 or (self.attention_sinks and not self.is_causal):
+            raise ValueError(
+                "`attention_sinks` must be at least 0, and 0 in a bidirectional model, got "
+                f"{self.attention_sinks} with `is_causal` = {self.is_causal}."
             )
         if not 0.01 <= self.sum_decay_min <= self.sum_decay_max:
             # After a hundredth of a token a decay is zero in float32.

@@ -19,6 +19,7 @@ from transformers.utils import TransformersKwargs
 from .common.decay import SumDecay, own_part
 from .common.position_modulation import PositionModulation
 from .configuration.configuration_sumagg import SumAggConfig
+from .decoder.attention import Attention
 from .decoder.heads import (
     ForCausalLM,
     ForMaskedLM,
@@ -187,6 +188,40 @@ class SumAggKeyedSummation(nn.Module):
         return self.out_proj(sums.to(hidden_states.dtype)), None
 
 
+class SumAggAttentionAndSum(Attention):
+    """
+    Attention to a window, and beside it a sum with keys over the whole document, read by the same heads of queries:
+
+        S_t = a_t S_{t-1} + (1 - a_t) k_t v_tᵀ,    output W_o (attention_t + g_t norm(S_tᵀ q_t)) + b_o
+
+    q, k and v are those of the attention before their rotary positions, q and k of length one. The gate `g_t = W_g h_t` of
+    each head begins closed, with `W_g` zero.
+    """
+
+    def __init__(self, config: SumAggConfig, layer_idx: int):
+        super().__init__(config, layer_idx, bias=config.attention_bias, output_name="out_proj")
+        self.decay = SumDecay(config, config.num_attention_heads)
+        self.sum_gate = nn.Linear(config.hidden_size, config.num_attention_heads, bias=False)
+        self.sum_gate.starts_closed = True
+
+    def complete(self, output, projected, hidden_states, layout, cache):
+        dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+        groups = projected[0].shape[1] // projected[1].shape[1]
+        queries, keys, values = (x.transpose(1, 2).to(dtype) for x in projected)
+        keys, values = (x.repeat_interleave(groups, dim=2) for x in (keys, values))
+        log_decay, weight = self.decay(hidden_states)
+        per_token = {
+            "keys": F.normalize(keys, dim=-1),
+            "queries": F.normalize(queries, dim=-1),
+            "log_decay": log_decay,
+            "weight": weight,
+        }
+        sums = recur(causal_keyed_sum, values, layout, cache, self.layer_idx, per_token=per_token)
+        # As written, since the older ONNX exporter knows no RMS norm.
+        sums = sums * (sums.square().mean(-1, keepdim=True) + self.config.layer_norm_eps).rsqrt()
+        return output + (self.sum_gate(hidden_states)[..., None] * sums).to(output.dtype)
+
+
 class SumAggDecoderLayer(DecoderLayer):
     """One block: post-norm, as published, or pre-norm."""
 
@@ -197,6 +232,8 @@ class SumAggDecoderLayer(DecoderLayer):
 
     def __init__(self, config: SumAggConfig, layer_idx: int):
         super().__init__(config, layer_idx, norm_first=config.norm_position == "pre")
+        if config.attention_sum and config.layer_types[layer_idx] == "sliding_attention":
+            self.mixer = SumAggAttentionAndSum(config, layer_idx)
         # Marked here, as `_init_weights` of a model outside transformers sees only modules with weights of their own.
         self.mixer.out_proj.adds_to_stream = self.mlp.down_proj.adds_to_stream = self.norm_first
 
@@ -218,6 +255,8 @@ class SumAggPreTrainedModel(DecoderPreTrainedModel):
                     init.ones_(parameter)
         elif isinstance(module, SumDecay):
             module.reset_parameters()
+        elif getattr(module, "starts_closed", False):
+            init.zeros_(module.weight)
         elif getattr(module, "adds_to_stream", False):
             # Each of the 2 L residual branches adds to the same stream, so each starts smaller.
             std = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)

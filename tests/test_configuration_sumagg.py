@@ -232,3 +232,27 @@ def test_an_unknown_preset():
 def test_importing_needs_no_triton():
     code = "import sys; sys.modules['triton'] = None; import modeling_sumagg, torch; assert not torch.cuda.is_initialized()"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"num_key_value_heads": 3}, "`num_key_value_heads` must divide `num_attention_heads` = 2, got 3"),
+        ({"head_dim": 0}, "`head_dim` must be at least 1, got 0"),
+        ({"head_dim": 5}, "even width of attention heads, got 5"),
+        ({"attention_sinks": -1}, "`attention_sinks` must be at least 0"),
+        ({"attention_sinks": 1, "is_causal": False}, "0 in a bidirectional model"),
+        ({"attention_sum": True, "sum_decay": "none"}, "`attention_sum` is for causal models with a `sum_decay`"),
+        ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "longrope"),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
+    ],
+)
+def test_the_parts_of_a_llama_are_checked(values, reason):
+    with pytest.raises(Exception, match=reason):
+        sumagg_config("sliding", **values)
+
+
+def test_a_config_without_the_parts_of_a_llama_is_written_as_before():
+    new = {"num_key_value_heads", "head_dim", "attention_norm", "attention_sinks", "norm_type", "attention_sum"}
+    assert not (new | {"attention_bias", "mlp_bias"}) & SumAggConfig().to_diff_dict().keys()
+    assert not {"num_key_value_heads", "head_dim"} & SumAggConfig().to_dict().keys()

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 from transformers import PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 
 def sinusoidal_positions(position_ids: torch.Tensor, hidden_size: int) -> torch.Tensor:
@@ -38,12 +39,16 @@ def rotary_positions(config: PreTrainedConfig, position_ids: torch.Tensor) -> tu
     """
     # Computed for each segment: a buffer would be rounded with the model.
     dtype = torch.float32 if position_ids.device.type == "mps" else torch.float64
-    head_dim = config.hidden_size // config.num_attention_heads
-    channels = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=dtype)
-    frequencies = float(config.rope_parameters["rope_theta"]) ** (-channels / head_dim)
-    angles = position_ids[..., None].to(dtype) * (frequencies / config.rope_parameters.get("factor", 1.0))
+    parameters, scale = config.rope_parameters, 1.0
+    if parameters["rope_type"] in ("default", "linear"):
+        head_dim = getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
+        channels = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=dtype)
+        frequencies = float(parameters["rope_theta"]) ** (-channels / head_dim) / parameters.get("factor", 1.0)
+    else:
+        frequencies, scale = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](config, position_ids.device)
+    angles = position_ids[..., None].to(dtype) * frequencies
     angles = torch.cat([angles, angles], dim=-1)
-    return angles.cos().float(), angles.sin().float()
+    return (angles.cos() * scale).float(), (angles.sin() * scale).float()
 
 
 def learned_positions(table: Callable, position_ids: torch.Tensor, size: int | None) -> torch.Tensor:

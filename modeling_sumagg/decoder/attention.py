@@ -5,7 +5,7 @@ from torch import nn
 from transformers import Cache, PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gpt2.modeling_gpt2 import eager_attention_forward
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repeat_kv
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
@@ -21,31 +21,57 @@ def attends_in_blocks(config: PreTrainedConfig, length: int) -> bool:
     return config._attn_implementation == "sdpa" and config.is_causal and length > config.sliding_window
 
 
+def eager_attention(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args, **kwargs):
+    """transformers' formula with all its weights, with a key and a value for each query."""
+    key, value = (repeat_kv(x, module.num_key_value_groups) for x in (key, value))
+    return eager_attention_forward(module, query, key, value, *args, **kwargs)
+
+
+class RMSNorm(nn.Module):
+    """Root mean square norm (arXiv 1910.07467) over the last dimension, in float32 at least."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # As written, since the older ONNX exporter knows no RMS norm.
+        y = x.to(torch.promote_types(x.dtype, torch.float32))
+        y = y * (y.square().mean(-1, keepdim=True) + self.eps).rsqrt()
+        return (y * self.weight).to(x.dtype)
+
+
 class Attention(nn.Module):
     """
-    Softmax attention with as many heads for keys and values as for queries.
+    Softmax attention, in which several heads of queries may share one of keys and values.
 
     Args:
-        config (`PreTrainedConfig`): with `hidden_size`, `num_attention_heads`, `layer_types`, `sliding_window`,
-            `attention_dropout`, `is_causal`.
+        config (`TextConfig`): its heads, `layer_types`, `sliding_window`, `attention_dropout`, `is_causal`.
         layer_idx (`int`): the block that it mixes in.
-        bias (`bool`): whether the projections have a bias.
+        bias (`bool` or `"qkv"`): whether the projections have a bias, or all but the output projection.
         output_name (`str`, defaults to `"o_proj"`): the name of the output projection, which differs between families.
     """
 
-    def __init__(self, config: PreTrainedConfig, layer_idx: int, *, bias: bool, output_name: str = "o_proj"):
+    def __init__(self, config: PreTrainedConfig, layer_idx: int, *, bias: bool | str, output_name: str = "o_proj"):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
         self.layer_type = config.layer_types[layer_idx]
         self.is_sliding = self.layer_type == "sliding_attention"
-        self.head_dim = config.hidden_size // config.num_attention_heads
+        heads, width = config.num_attention_heads, config.hidden_size
+        key_heads = getattr(config, "num_key_value_heads", heads)
+        self.num_key_value_groups = heads // key_heads
+        self.head_dim = getattr(config, "head_dim", width // heads)
         self.scaling = self.head_dim**-0.5
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=bias)
-        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=bias)
-        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=bias)
+        self.q_proj = nn.Linear(width, heads * self.head_dim, bias=bool(bias))
+        self.k_proj = nn.Linear(width, key_heads * self.head_dim, bias=bool(bias))
+        self.v_proj = nn.Linear(width, key_heads * self.head_dim, bias=bool(bias))
+        is_normed = getattr(config, "attention_norm", False)
+        self.q_norm = RMSNorm(self.head_dim, config.layer_norm_eps) if is_normed else None
+        self.k_norm = RMSNorm(self.head_dim, config.layer_norm_eps) if is_normed else None
         self.output_name = output_name
-        self.add_module(output_name, nn.Linear(config.hidden_size, config.hidden_size, bias=bias))
+        self.add_module(output_name, nn.Linear(heads * self.head_dim, width, bias=bias is True))
 
     @property
     def is_causal(self) -> bool:
@@ -75,20 +101,38 @@ class Attention(nn.Module):
         query = self._heads(self.q_proj(hidden_states))
         key = self._heads(self.k_proj(hidden_states))
         value = self._heads(self.v_proj(hidden_states))
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        projected = query, key, value
         if position_embeddings is not None:
             rotated = apply_rotary_pos_emb(query, key, *position_embeddings)
             query, key = (x.to(query.dtype) for x in rotated)
         if cache is not None:
-            padding = {"attention_mask": layout.attention_mask} if self.is_sliding else {}
+            tokens = {"attention_mask": layout.attention_mask, "position_ids": layout.position_ids}
             try:
-                key, value = cache.update(key, value, self.layer_idx, **padding)
+                key, value = cache.update(key, value, self.layer_idx, **(tokens if self.is_sliding else {}))
             except IndexError:
                 raise ValueError(
                     f"A static cache of {cache.layers[self.layer_idx].get_max_length()} tokens is too short: make it with "
                     "a larger `max_cache_len`, or use a `DynamicCache`."
                 ) from None
         output, weights = self._attend(query, key, value, layout, **kwargs)
+        output = self.complete(output, projected, hidden_states, layout, cache)
         return getattr(self, self.output_name)(output.flatten(2)), weights
+
+    def complete(
+        self,
+        output: torch.Tensor,
+        projected: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        hidden_states: torch.Tensor,
+        layout: SequenceLayout,
+        cache: Cache | None,
+    ) -> torch.Tensor:
+        """
+        The values `[B, T, H, p]` for the output projection, where a family adds to those of the attention, `output`, what
+        it makes of the queries, keys and values `[B, H, T, p]` before their rotary positions.
+        """
+        return output
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
         """`[B, T, H · p]` as `[B, H, T, p]`, with as many heads as this process has."""
@@ -107,15 +151,16 @@ class Attention(nn.Module):
         if self.is_sliding and is_plain and attends_in_blocks(config, length):
             output = sliding_window_attention(
                 query,
-                key,
-                value,
+                repeat_kv(key, self.num_key_value_groups),
+                repeat_kv(value, self.num_key_value_groups),
                 sliding_window=config.sliding_window,
                 scaling=self.scaling,
+                num_sinks=config.attention_sinks,
                 dropout_p=dropout,
                 positions=mask,
             )
             return output.transpose(1, 2), None
-        interface = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager_attention_forward)
+        interface = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager_attention)
         return interface(
             self,
             query,

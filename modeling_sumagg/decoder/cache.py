@@ -1,6 +1,7 @@
 """The cache layers of sliding attention, and how the caches that users and `generate` bring are made to fit a model."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from transformers import Cache, DynamicCache, PreTrainedConfig
@@ -24,9 +25,12 @@ def append_columns(
     attention_mask: torch.Tensor | None,
     document_ids: None,
     num_columns: int,
+    position_ids: torch.Tensor | None = None,
+    num_sinks: int = 0,
 ) -> tuple[tuple[torch.Tensor, torch.Tensor], State]:
     """
-    The recurrence of sliding attention, whose state are the keys and values of the last real tokens.
+    The recurrence of sliding attention, whose state are the keys and values of the last real tokens, and before them
+    those of the first `num_sinks` tokens of the last document.
 
     Args:
         key, value (`torch.Tensor` of shape `[B, H, T, p]`): those of a segment.
@@ -34,7 +38,9 @@ def append_columns(
             these columns are real (left out: all). Real ones are at the right end.
         attention_mask (`torch.Tensor` of shape `[B, T]`, bool, *optional*): the real tokens of the segment.
         document_ids: not used; documents are told apart by the mask of the attention.
-        num_columns (`int`): how many columns the state holds at most.
+        num_columns (`int`): how many columns the state holds at most, those of the sinks included.
+        position_ids (`torch.Tensor` of shape `[1 or B, T]`, *optional*): of the segment; needed with sinks.
+        num_sinks (`int`, defaults to 0): sinks of a document.
 
     Returns:
         `tuple`: the keys and values `[B, H, P + T, p]` that attention sees, and the state after the segment.
@@ -42,7 +48,8 @@ def append_columns(
     past_key, past_value, *past_real = (key[:, :, :0], value[:, :, :0]) if initial_state is None else initial_state
     keys, values = torch.cat([past_key, key], dim=2), torch.cat([past_value, value], dim=2)
     first = max(keys.shape[2] - num_columns, 0)
-    if not past_real and attention_mask is None:
+    is_all_real = not past_real and attention_mask is None
+    if is_all_real and (first == 0 or num_sinks == 0):
         state = (keys[:, :, first:], values[:, :, first:])
         # The slice of a long prefill would keep all its columns alive; after a decode step a copy costs more.
         return (keys, values), tuple(tensor.clone() for tensor in state) if first > num_columns else state
@@ -51,7 +58,9 @@ def append_columns(
     before = past_real[0] if past_real else past_key.new_ones(past_key[:, 0, :, 0].shape, dtype=torch.bool)
     new = key.new_ones(key[:, 0, :, 0].shape, dtype=torch.bool) if attention_mask is None else attention_mask
     real = torch.cat([before, new], dim=1)
-    if length == 1:
+    if is_all_real:
+        order = torch.arange(keys.shape[2], device=keys.device).expand_as(real)
+    elif length == 1:
         # Where the new token is padding it goes to the left end, where padding is dropped first.
         order = torch.arange(keys.shape[2], device=keys.device)
         order = torch.where(real[:, -1:], order, order.roll(1))
@@ -59,13 +68,22 @@ def append_columns(
         # The newest real columns first, padding last; ONNX knows `topk`, and no `argsort`.
         recency = real * torch.arange(1, real.shape[1] + 1, device=real.device)
         order = recency.topk(real.shape[1], dim=1).indices.flip(1)
-    order = order[:, first:]
+    kept = torch.arange(first, keys.shape[2], device=keys.device)
+    if num_sinks and first:
+        # Real columns are now at the right end. From there the last document begins so many columns to the left as its
+        # last token has a position; if it reaches further back than the columns, these are its sinks and its last ones.
+        num_real = real.sum(1, keepdim=True)
+        last = (new * torch.arange(length, device=new.device)).argmax(1, keepdim=True)
+        position = position_ids.expand(new.shape[0], -1).gather(1, last)
+        begin = keys.shape[2] - torch.minimum(num_real, position + 1)
+        rank = kept - first
+        kept = torch.where(rank < num_sinks, torch.minimum(kept, begin + rank), kept)
+        order = order.gather(1, kept)
+    else:
+        order = order[:, first:]
     columns = order[:, None, :, None]
-    return (keys, values), (
-        keys.gather(2, columns.expand(-1, keys.shape[1], -1, keys.shape[3])),
-        values.gather(2, columns.expand(-1, values.shape[1], -1, values.shape[3])),
-        real.gather(1, order),
-    )
+    state = tuple(t.gather(2, columns.expand(-1, t.shape[1], -1, t.shape[3])) for t in (keys, values))
+    return (keys, values), state if is_all_real else (*state, real.gather(1, order))
 
 
 @dataclass
@@ -73,18 +91,18 @@ class AppendColumns(Call):
     """A call of [`append_columns`], which can be cut, so that what was all real stays so."""
 
     def first(self, length: int) -> "AppendColumns":
-        mask = self.arguments["attention_mask"]
-        return replace(
-            self,
-            length=length,
-            inputs=tuple(tensor[:, :, :length] for tensor in self.inputs),
-            arguments={**self.arguments, "attention_mask": None if mask is None else mask[:, :length]},  # type: ignore[call-overload]
-        )
+        arguments = {
+            name: value[:, :length] if isinstance(value, torch.Tensor) else value
+            for name, value in self.arguments.items()
+        }
+        inputs = tuple(tensor[:, :, :length] for tensor in self.inputs)
+        return replace(self, length=length, inputs=inputs, arguments=arguments)
 
 
 class SlidingWindowLayer(RecurrentLayer):
     """
-    Cache layer of sliding attention: keys and values of the last `sliding_window - 1` *real* tokens of every row.
+    Cache layer of sliding attention: keys and values of the last `sliding_window - 1` *real* tokens of every row, and of
+    its `num_sinks` first ones. It holds the state of a sum beside them.
 
     transformers' own sliding layers keep the last columns, padding included, so that padding inside a continued
     segment pushes real tokens out. This one keeps the real tokens, moved to the right end.
@@ -92,9 +110,9 @@ class SlidingWindowLayer(RecurrentLayer):
 
     is_sliding = True
 
-    def __init__(self, sliding_window: int, **kwargs):
+    def __init__(self, sliding_window: int, num_sinks: int = 0, **kwargs):
         super().__init__(**kwargs)
-        self.sliding_window = sliding_window
+        self.sliding_window, self.num_sinks = sliding_window, num_sinks
 
     @property
     def columns(self) -> State | None:
@@ -109,19 +127,32 @@ class SlidingWindowLayer(RecurrentLayer):
     def num_columns(self) -> int:
         return self.columns[0].shape[2] if self.columns else 0
 
+    @property
+    def most_columns(self) -> int:
+        return self.sliding_window - 1 + self.num_sinks
+
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *, attention_mask: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor | None = None,
+        *,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        call: Call | None = None,
+        restart: torch.Tensor | None = None,
+    ) -> tuple[Any, Any]:
         """
         Append a segment `[B, H, T, p]`, of which `attention_mask` `[B, T]` says which tokens are real, and return the
-        columns kept so far with the segment behind them, `[B, H, P + T, p]`.
+        columns kept so far with the segment behind them, `[B, H, P + T, p]`; or make the `call` of a sum.
         """
+        if call is not None:
+            return super().update(key_states, call=call, restart=restart)
         call = AppendColumns(
             append_columns,
             key_states.shape[2],
             (key_states, value_states),
-            {"attention_mask": attention_mask, "document_ids": None},
-            {"num_columns": self.sliding_window - 1},
+            {"attention_mask": attention_mask, "document_ids": None, "position_ids": position_ids},
+            {"num_columns": self.most_columns, "num_sinks": self.num_sinks},
         )
         return super().update(key_states, call=call)[0]
 
@@ -158,7 +189,7 @@ class StaticSlidingLayer(SlidingWindowLayer, StaticRecurrentLayer):
 
     @property
     def num_columns(self) -> int:
-        return self.sliding_window - 1
+        return self.most_columns
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor | None = None) -> None:
         super().lazy_initialization(key_states)
@@ -196,7 +227,7 @@ def _own_layer(
         is_ours, is_recurrent = isinstance(layer, RecurrentLayer), type(layer).__name__ == cls.__name__
     else:
         cls = StaticSlidingLayer if is_static else SlidingWindowLayer
-        arguments["sliding_window"] = config.sliding_window
+        arguments |= {"sliding_window": config.sliding_window, "num_sinks": config.attention_sinks}
         is_ours = isinstance(layer, SlidingWindowLayer)
         is_recurrent = isinstance(layer, DynamicSlidingWindowLayer | StaticSlidingWindowLayer) or (
             type(layer).__name__ == cls.__name__

@@ -8,8 +8,14 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
-from .attention import Attention
+from .attention import Attention, RMSNorm
 from .layout import SequenceLayout
+
+
+def make_norm(config: PreTrainedConfig) -> nn.Module:
+    """The norm of `config.norm_type`, by default a layer norm, over the channels of a token."""
+    norm_class = RMSNorm if getattr(config, "norm_type", "layer") == "rms" else nn.LayerNorm
+    return norm_class(config.hidden_size, eps=config.layer_norm_eps)
 
 
 class MLP(nn.Module):
@@ -17,10 +23,11 @@ class MLP(nn.Module):
 
     def __init__(self, config: PreTrainedConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size) if config.mlp_gate else None
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
+        sizes, bias = (config.hidden_size, config.intermediate_size), getattr(config, "mlp_bias", True)
+        self.gate_proj = nn.Linear(*sizes, bias=bias) if config.mlp_gate else None
+        self.up_proj = nn.Linear(*sizes, bias=bias)
         self.act_fn = ACT2FN[config.hidden_act]
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.down_proj = nn.Linear(*sizes[::-1], bias=bias)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if self.gate_proj is None:
@@ -46,10 +53,10 @@ class DecoderLayer(GradientCheckpointingLayer):
         if config.layer_types[layer_idx] in config.recurrent_layer_types:
             self.mixer = self.mixer_class(config, layer_idx)
         else:
-            self.mixer = Attention(config, layer_idx, bias=True, output_name="out_proj")
+            bias = getattr(config, "attention_bias", True)
+            self.mixer = Attention(config, layer_idx, bias=bias, output_name="out_proj")
         self.mlp = MLP(config)
-        self.mixer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mixer_norm, self.mlp_norm = make_norm(config), make_norm(config)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
     def forward(

@@ -47,6 +47,10 @@ def attention_masks(
     if not kinds:
         return {}
     if is_flash_attention_requested(config):
+        if config.attention_sinks and "sliding_attention" in kinds:
+            raise ValueError(
+                "Flash attention shows no sinks (`attention_sinks`): load the model with `attn_implementation='sdpa'`."
+            )
         if earlier_documents and cache is not None:
             # It takes the padding mask and reads documents off `position_ids`, only in a segment without past.
             raise ValueError(
@@ -72,7 +76,9 @@ def _attention_mask(
     cache: Cache | None,
 ) -> Any:
     batch_size, length = inputs.shape[:2]
-    window = config.sliding_window if kind == "sliding_attention" else None
+    window, sinks = None, 0
+    if kind == "sliding_attention":
+        window, sinks = config.sliding_window, config.attention_sinks
     layer = None if cache is None else cache.layers[config.layer_types.index(kind)]
     # Flex attention asks the mask function again when the cache has counted on.
     past_length = 0 if layer is None else on_device(cache.get_seq_length(), inputs.device)
@@ -80,7 +86,9 @@ def _attention_mask(
     kv_offset = on_device(kv_offset, inputs.device)
     if isinstance(layer, SlidingWindowLayer):
         real = layer.real_columns(layout.attention_mask, inputs)
-    if real is None and window is not None and attends_in_blocks(config, length):
+    # The sinks of several documents are not in the same columns.
+    in_blocks = window is not None and attends_in_blocks(config, length) and not (sinks and positions is not None)
+    if real is None and in_blocks:
         return positions
 
     function: Callable = causal_mask_function
@@ -92,9 +100,13 @@ def _attention_mask(
         if real is None:
             real = torch.ones(batch_size, kv_length, dtype=torch.bool, device=inputs.device)
         real = F.pad(real, (0, kv_length - real.shape[1]))
-        function = and_masks(causal_mask_function, _visible(real, kv_offset, past_length, positions, window))
+        function = and_masks(causal_mask_function, _visible(real, kv_offset, past_length, positions, window, sinks))
     elif window is not None and kv_length > window:
-        function = and_masks(causal_mask_function, lambda batch, head, q, kv: kv > q - window)
+
+        def in_window(batch, head, q, kv):
+            return (kv > q - window) | (kv < kv_offset + sinks)
+
+        function = and_masks(causal_mask_function, in_window)
     # Where only the future is masked some implementations need no mask; but for one token they would then see all columns,
     # and those of a static layer are there before their tokens are.
     is_plain = function is causal_mask_function and not (length == 1 and isinstance(layer, StaticLayer))
@@ -121,11 +133,13 @@ def _visible(
     past_length: int | torch.Tensor,
     positions: torch.Tensor | None,
     window: int | None,
+    sinks: int = 0,
 ) -> Callable:
     """
     The mask function, to be combined with the causal one, over columns of which `real` `[B, P + T]` says which count.
 
-    Padding takes no room in a window, and a position counts real tokens: both are measured in real columns.
+    Padding takes no room in a window, and a position counts real tokens: both are measured in real columns. The tokens
+    between the sinks of a document and its window may have no columns; then no other document has one.
     """
     count = real.long().cumsum(dim=1)
 
@@ -134,7 +148,14 @@ def _visible(
         if window is not None or positions is not None:
             distance = count[batch, q - kv_offset] - count[batch, kv - kv_offset]
             if window is not None:
-                visible = visible & (distance < window)
+                is_near = distance < window
+                if sinks:
+                    before = 0
+                    if positions is not None:
+                        before = count[batch, q - kv_offset] - 1 - positions[batch, q - past_length]
+                        before = before.clamp(min=0)
+                    is_near = is_near | (count[batch, kv - kv_offset] <= before + sinks)
+                visible = visible & is_near
             if positions is not None:
                 visible = visible & (distance <= positions[batch, q - past_length])
         return visible

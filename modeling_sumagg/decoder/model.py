@@ -20,6 +20,7 @@ from ..compatibility import (
 )
 from .attention import Attention
 from .cache import adopt_cache
+from .layers import make_norm
 from .layout import SequenceLayout, last_real_hidden_states
 from .masks import decoder_layout
 from .recurrence import register_recurrent_layer_type
@@ -92,7 +93,7 @@ class DecoderModel(DecoderPreTrainedModel):
 
     def make_norm(self, config: PreTrainedConfig) -> nn.Module:
         """The norm after the blocks."""
-        return nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        return make_norm(config)
 
     def make_positions(self, config: PreTrainedConfig) -> None:
         """Make the modules that [`~DecoderModel.add_positions`] calls."""

@@ -11,6 +11,7 @@ def sliding_window_attention(
     *,
     sliding_window: int,
     scaling: float,
+    num_sinks: int = 0,
     dropout_p: float = 0.0,
     positions: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -18,14 +19,15 @@ def sliding_window_attention(
     Softmax attention in which each query sees the `sliding_window` keys that end with its own, of its document.
 
     The queries are cut into blocks of one window. A block sees its own keys and those of the block before, so that a
-    mask of two windows replaces the one of T × T.
+    mask of two windows replaces the one of T × T. It sees the first `num_sinks` keys too.
 
     Args:
         query (`torch.Tensor` of shape `[B, H, T, p]`): the queries.
-        key, value (`torch.Tensor` of shape `[B, H, P + T, p]`): those of the `P < sliding_window` tokens before the
-            first query, and of the queries' own tokens.
+        key, value (`torch.Tensor` of shape `[B, H, P + T, p]`): those of the `P < sliding_window + num_sinks` tokens
+            before the first query, and of the queries' own tokens.
         sliding_window (`int`): the keys a query sees, its own included.
         scaling (`float`): factor of the scores.
+        num_sinks (`int`, defaults to 0): the keys from the first one on that every later query sees.
         dropout_p (`float`, defaults to 0.0): dropout on the probabilities; for training only.
         positions (`torch.Tensor` of shape `[B, T]`, integer, *optional*): those of the queries in their documents, counted
             from 0. A query sees no key further back, so that several documents may stand in a row.
@@ -39,10 +41,16 @@ def sliding_window_attention(
     """
     batch_size, num_heads, length, head_dim = query.shape
     past = key.shape[2] - length
-    if not 0 <= past < sliding_window:
+    most = sliding_window - 1 + num_sinks
+    if not 0 <= past <= most or (num_sinks and positions is not None):
         raise ValueError(
-            f"A window of {sliding_window} takes 0 to {sliding_window - 1} keys before the first query, got {past}."
+            f"A window of {sliding_window} with {num_sinks} sinks takes 0 to {most} keys before the first query, got "
+            f"{past}, and with sinks no `positions`."
         )
+    sinks = [x[:, :, :num_sinks] for x in (key, value)]
+    hidden = max(past - sliding_window + 1, 0)
+    past -= hidden
+    key, value = key[:, :, hidden:], value[:, :, hidden:]
     # Of positive numbers, as ONNX rounds a negative quotient up.
     num_blocks = (length + sliding_window - 1) // sliding_window
     end = num_blocks * sliding_window - length
@@ -62,6 +70,13 @@ def sliding_window_attention(
     exists = columns >= F.pad(columns.new_full((1,), sliding_window - past), (0, num_blocks - 1))[:, None, None]
     mask = (visible & exists)[None, :, None].expand(batch_size, -1, -1, -1, -1).flatten(0, 1)
     key, value = blocks(key), blocks(value)
+    if num_sinks:
+        # Where the window reaches a sink, the query sees it there.
+        place = torch.arange(num_blocks * sliding_window, device=query.device).view(num_blocks, 1, sliding_window, 1)
+        beyond = place + past + hidden - torch.arange(sinks[0].shape[2], device=query.device) >= sliding_window
+        mask = torch.cat([beyond.repeat(batch_size, 1, 1, 1), mask], dim=3)
+        sinks = [x.repeat_interleave(num_blocks, 0) for x in sinks]
+        key, value = torch.cat([sinks[0], key], dim=2), torch.cat([sinks[1], value], dim=2)
     is_lost = None
     if positions is not None:
         positions = F.pad(positions, (0, end)).reshape(mask.shape[0], 1, sliding_window, 1)

@@ -78,7 +78,7 @@ def decode_state_size(model: PreTrainedModel) -> tuple[int, int] | None:
         return sum(tensor.numel() * tensor.element_size() for layer in tensors for tensor in layer)
 
     # Every window is full after so many tokens.
-    length = getattr(config, "sliding_window", None) or 1
+    length = (getattr(config, "sliding_window", None) or 1) + getattr(config, "attention_sinks", 0)
     per_token = held(length + 1) - held(length)
     return held(length) - length * per_token, per_token
 

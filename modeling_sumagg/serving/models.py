@@ -270,6 +270,18 @@ def check_engine(vllm_config: VllmConfig) -> None:
             "A window of attention to both sides (`is_causal=False` with 'sliding_attention' layers) is another one in "
             "vLLM: use full attention in bidirectional models, or transformers to run this one."
         )
+    converted = {"num_key_value_heads", "head_dim"} & vars(config).keys() or config.attention_norm
+    if converted and set(config.layer_types) - set(config.recurrent_layer_types):
+        raise ValueError(
+            "The plugin's attention layers have as many heads of keys as of queries, and no norms of them "
+            "(`num_key_value_heads`, `head_dim`, `attention_norm`): use transformers to run this model."
+        )
+    beside = config.attention_sinks or getattr(config, "attention_sum", False)
+    if beside and "sliding_attention" in config.layer_types:
+        raise ValueError(
+            "vLLM's windows of attention have neither sinks (`attention_sinks`) nor a sum beside them (`attention_sum`): "
+            "use transformers to run this model."
+        )
     if cache_config.mamba_cache_mode == "all":
         raise ValueError(
             "`mamba_cache_mode='all'` wants the state after every block from one pass, and the operators return that after "

@@ -81,7 +81,7 @@ def join_rows(rows: list[RowState | None], real: torch.Tensor, config: PreTraine
             if kind == "all":
                 parts = [_spread(part, seen) for part, seen in zip(parts, real, strict=True)]
             elif kind == "window":
-                columns = min(real.shape[1], config.sliding_window - 1)
+                columns = min(real.shape[1], layer.most_columns)
                 num_real = torch.tensor([part.shape[2] for part in parts])
                 parts = [F.pad(part, (0, 0, columns - part.shape[2], 0)) for part in parts]
             held.setdefault(name.split(".")[2], []).append(torch.cat(parts))

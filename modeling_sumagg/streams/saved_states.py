@@ -107,7 +107,7 @@ def cache_from_tensors(tensors: dict[str, torch.Tensor], model: PreTrainedModel)
             continue
         i = int(name.split(".")[1])
         seen = blocks[0] if i and blocks else length
-        _check(name, tensors[name], known[name], seen, _num_columns(reference.layers[i], seen, known[name]))
+        _check(name, tensors[name], known[name], seen, _num_columns(reference.layers[i], seen, name))
     return build_cache({name: tensor.to(known[name].device) for name, tensor in tensors.items()}, model.config)
 
 
@@ -157,10 +157,10 @@ def _length(name: str, tensor: torch.Tensor) -> int:
     return int(tensor)
 
 
-def _num_columns(layer: CacheLayerMixin, length: int, like: torch.Tensor) -> dict[int, int]:
+def _num_columns(layer: CacheLayerMixin, length: int, name: str) -> dict[int, int]:
     """The one dimension of an attention layer's tensor that depends on the number of tokens seen, and its size."""
-    if isinstance(layer, SlidingWindowLayer):
-        return {2 if like.dim() == 4 else 1: min(length, layer.sliding_window - 1)}
+    if f".{append_columns.__name__}." in name:
+        return {1 if name.endswith(".2") else 2: min(length, layer.most_columns)}
     return {} if isinstance(layer, RecurrentLayer) else {2: length}
 
 

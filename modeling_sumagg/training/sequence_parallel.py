@@ -103,6 +103,12 @@ def parallel_cache(
         length (`int`): the tokens of a part, the same in all processes.
         group (`ProcessGroup`, *optional*): the processes.
     """
+    beside = config.attention_sinks or getattr(config, "attention_sum", False)
+    if beside and "sliding_attention" in config.layer_types:
+        raise ValueError(
+            "Sequence parallelism hands neither the sinks nor the sums of sliding attention layers to the next process: "
+            "train with `attention_sinks=0` and `attention_sum=False`, or without it."
+        )
     cache = DynamicCache(config=config)
     before = None if mask is None else mask[:, : dist.get_rank(group) * length]
     for index, layer_type in enumerate(config.layer_types):

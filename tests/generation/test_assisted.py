@@ -151,7 +151,7 @@ def test_nothing_is_recorded_in_ordinary_decoding(kind):
     )
     for layer, layer_type in zip(find_cache(outputs).layers, model.config.layer_types, strict=True):
         if layer_type == "sliding_attention":
-            assert layer.keys.shape[-2] == model.config.sliding_window - 1
+            assert layer.keys.shape[-2] == model.config.sliding_window - 1 + model.config.attention_sinks
         elif layer_type != "full_attention":
             assert not layer.records
             sums = {name: state for name, state in layer.states.items() if name != "causal_convolution"}

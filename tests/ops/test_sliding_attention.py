@@ -8,10 +8,11 @@ from modeling_sumagg import SumAggForCausalLM
 from modeling_sumagg.ops.sliding_attention import sliding_window_attention
 
 
-def masked_softmax(query, key, value, sliding_window, scaling, positions=None):
+def masked_softmax(query, key, value, sliding_window, scaling, positions=None, num_sinks=0):
     past = key.shape[2] - query.shape[2]
     distance = torch.arange(past, key.shape[2])[:, None] - torch.arange(key.shape[2])
-    is_hidden = (distance < 0) | (distance >= sliding_window)
+    is_sink = torch.arange(key.shape[2]) < num_sinks
+    is_hidden = (distance < 0) | ((distance >= sliding_window) & ~is_sink)
     if positions is not None:
         is_hidden = is_hidden | (distance > positions[:, None, :, None])
     return (query @ key.mT * scaling).masked_fill(is_hidden, -torch.inf).softmax(dim=-1) @ value
@@ -19,14 +20,30 @@ def masked_softmax(query, key, value, sliding_window, scaling, positions=None):
 
 @pytest.mark.parametrize("length", [1, 5, 37, 130])
 @pytest.mark.parametrize(
-    ("sliding_window", "past"), [(1, 0), (2, 0), (2, 1), (5, 0), (5, 4), (64, 0), (64, 17), (64, 63)]
+    ("sliding_window", "past", "num_sinks"),
+    [
+        (1, 0, 0),
+        (2, 0, 0),
+        (2, 1, 0),
+        (5, 0, 0),
+        (5, 4, 0),
+        (64, 0, 0),
+        (64, 17, 0),
+        (64, 63, 0),
+        (1, 0, 3),
+        (5, 0, 2),
+        (5, 3, 2),
+        (5, 6, 2),
+        (64, 63, 4),
+        (64, 67, 4),
+    ],
 )
-def test_equals_the_masked_softmax_with_its_gradients(sliding_window, length, past):
+def test_equals_the_masked_softmax_with_its_gradients(sliding_window, length, past, num_sinks):
     tensors = [torch.randn(2, 3, n, 4, dtype=torch.float64) for n in (length, past + length, past + length)]
     results = []
     for function in (masked_softmax, sliding_window_attention):
         leaves = [tensor.clone().requires_grad_() for tensor in tensors]
-        output = function(*leaves, sliding_window=sliding_window, scaling=0.7)
+        output = function(*leaves, sliding_window=sliding_window, scaling=0.7, num_sinks=num_sinks)
         output.square().sum().backward()
         results.append([output, *(leaf.grad for leaf in leaves)])
     for actual, expected in zip(*reversed(results), strict=True):
