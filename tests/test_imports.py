@@ -198,9 +198,9 @@ def test_the_decoder_has_only_what_every_decoder_needs():
 
 
 def test_the_code_that_users_of_a_checkpoint_trust_is_short():
-    """A limit to go down. Sums with keys, ended rows, stricter checks and guards brought it from 4,250 lines to 5,300."""
+    """A limit to go down. Keys, ended rows, stricter checks and the parts of Llama brought it from 4,250 lines to 5,600."""
     lines = {module: text.count("\n") for module, text in exported("sumagg").items()}
-    assert sum(lines.values()) <= 5300, lines
+    assert sum(lines.values()) <= 5600, lines
 
 
 @pytest.mark.parametrize(("old", "new"), MOVED.items())

@@ -185,7 +185,7 @@ class StageTrainer(ChunkTrainer):
         super().__init__(*args, **kwargs)
         self.stage, self.teacher = stage, teacher.eval().requires_grad_(False).to(self.args.device)
         # The losses of the first two stages are means over a batch.
-        self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs and stage == "text"
+        self.model_accepts_loss_kwargs: bool = self.model_accepts_loss_kwargs and stage == "text"
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         if self.stage != "mixers":
