@@ -1,7 +1,6 @@
 """What `generate` must be told of a model whose layers have a state."""
 
 import copy
-import functools
 from typing import Any
 
 import torch
@@ -120,36 +119,19 @@ class RecurrentGenerationMixin(GenerationMixin):
                 layer.rows_are_beams = True
         return outputs
 
-    def _assisted_decoding(
-        self, input_ids: torch.Tensor, logits_processor, stopping_criteria, generation_config, *args, **kwargs
-    ):
-        cache, mask, given = find_cache(kwargs), kwargs.get("attention_mask"), input_ids.shape[1]
-        past_length = 0 if cache is None else int(cache.get_seq_length())
-        length = getattr(generation_config, "_mask_length", given) if mask is None else mask.shape[1]
-        if past_length and not past_length < given == length:
+    def _assisted_decoding(self, *args, **kwargs):
+        cache = find_cache(kwargs)
+        if cache is not None and (past_length := int(cache.get_seq_length())) > 0:
+            # transformers would pass the tokens in the cache again.
             raise ValueError(
-                "Assisted decoding needs all the tokens, those in `cache` too, and an `attention_mask` of as many: the "
-                f"cache has seen {past_length}, the input has {given}, and the mask {length}."
+                f"Assisted decoding and prompt lookup start from an empty cache, and this one has seen {past_length} "
+                "tokens: leave `cache` out, or decode without candidates."
             )
-        if cache is not None:
-            cache.is_assisted = True
         try:
-            return super()._assisted_decoding(
-                input_ids, logits_processor, stopping_criteria, generation_config, *args, **kwargs
-            )
+            return super()._assisted_decoding(*args, **kwargs)
         finally:
             for layer in getattr(cache, "layers", ()):
                 layer.record_past = False
-            if cache is not None:
-                del cache.is_assisted
-
-    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)
-    def prepare_inputs_for_generation(self, input_ids, next_sequence_length=None, **kwargs):
-        cache = find_cache(kwargs)
-        if next_sequence_length is None and getattr(cache, "is_assisted", False):
-            # transformers would pass the tokens in the cache again.
-            next_sequence_length = input_ids.shape[1] - int(cache.get_seq_length())
-        return super().prepare_inputs_for_generation(input_ids, next_sequence_length, **kwargs)
 
     def _prefill(self, input_ids: torch.Tensor, generation_config, model_kwargs: dict[str, Any], *args, **kwargs):
         attention_mask, chunk_size = model_kwargs.get("attention_mask"), generation_config.prefill_chunk_size

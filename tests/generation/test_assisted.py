@@ -105,42 +105,16 @@ def test_a_crop_beyond_the_record_is_an_error_and_never_a_wrong_state(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_filled_cache_is_continued_with_candidates(kind):
+def test_a_filled_cache_is_refused_with_candidates_and_stays_as_it_was(kind):
     model = tiny_model(kind)
-    expected = greedy_alone(model, PROMPT, NEW_TOKENS)
-    prompt = torch.tensor([PROMPT])
-    options = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
-    filled = DynamicCache(config=model.config)
-    with torch.no_grad():
-        model(prompt[:, :4], cache=filled)
-    for helper in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": smaller(model)}, {"assistant_early_exit": 1}):
-        for mask in ({}, {"attention_mask": torch.ones_like(prompt)}):
-            cache = copy.deepcopy(filled)
-            written = model.generate(prompt, cache=cache, **mask, **options, **helper)
-            assert written[0, len(PROMPT) :].tolist() == expected
-            assert not hasattr(cache, "is_assisted")
-    # Another turn, which has candidates in the text before it.
-    written = model.generate(prompt, cache=filled, return_dict_in_generate=True, **options).sequences
-    turn = torch.cat([written, torch.tensor([PROMPT])], dim=1)
-    expected = greedy_alone(model, turn[0].tolist(), NEW_TOKENS)
-    again = model.generate(turn, cache=filled, prompt_lookup_num_tokens=3, **options)
-    assert again[0, turn.shape[1] :].tolist() == expected
-
-
-def test_new_tokens_alone_and_a_filled_cache_are_refused_with_candidates():
-    model = tiny_model("sumagg-keyed-sliding")
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(torch.tensor([PROMPT]), cache=cache)
-    for given, mask in ((2, 8), (8, 14), (6, 6)):
-        with pytest.raises(ValueError, match=f"has seen 6, the input has {given}, and the mask {mask}"):
-            model.generate(
-                torch.ones(1, given, dtype=torch.long),
-                attention_mask=torch.ones(1, mask, dtype=torch.long),
-                cache=cache,
-                prompt_lookup_num_tokens=3,
-                max_new_tokens=4,
-            )
+        model(torch.tensor([PROMPT[:4]]), cache=cache)
+    for helper in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": smaller(model)}, {"assistant_early_exit": 1}):
+        with pytest.raises(ValueError, match="start from an empty cache, and this one has seen 4 tokens: leave"):
+            model.generate(torch.tensor([PROMPT]), cache=cache, max_new_tokens=NEW_TOKENS, **helper)
+    written = model.generate(torch.tensor([PROMPT]), cache=cache, max_new_tokens=NEW_TOKENS, do_sample=False)
+    assert written[0, len(PROMPT) :].tolist() == greedy_alone(model, PROMPT, NEW_TOKENS)
 
 
 @pytest.mark.parametrize("kind", KINDS)
