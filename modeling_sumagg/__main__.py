@@ -41,6 +41,16 @@ def export(arguments: argparse.Namespace) -> None:
     print(*export_folder(folder, target or f"{folder}-{arguments.to}", **options), sep="\n")
 
 
+def linearize(arguments: argparse.Namespace) -> None:
+    _import_the_models()
+    try:
+        from .training.linearize import command
+    except ImportError as error:
+        raise ValueError(error) from error
+
+    command(arguments.options)
+
+
 def _import_the_models() -> None:
     """Import and register all families, which the package leaves out when it is run as a command."""
     package = sys.modules[__package__]
@@ -85,6 +95,12 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("--int8", action="store_true", help="keep the weights of matrix products in 8 bits")
     command.add_argument(
         "--max_length", type=int, default=1024, help="tokens that layers of full attention keep (1024)"
+    )
+
+    what = "make a model of constant decode state of a pretrained Llama, Mistral, Qwen2 or Qwen3"
+    # Its options are those of a training script, which reads them itself.
+    add(linearize, help=what, description=what, add_help=False, prefix_chars="\0").add_argument(
+        "options", nargs=argparse.REMAINDER
     )
     return parser
 

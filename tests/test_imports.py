@@ -35,7 +35,7 @@ PARTS = {
     "streams": ["compatibility", "decoder", "modeling_sumagg_speech", "whole_files"],
     "training": ["common", "configuration", "decoder", "families", "ops", "publishing"],
     # Each of the commands imports what it needs.
-    "__main__": ["publishing"],
+    "__main__": ["publishing", "training"],
     "hub": ["__main__", "publishing"],
     "convert_original_checkpoint": ["__main__", "publishing"],
     "moved_modules": [],

@@ -79,7 +79,9 @@ def converted_config(config: PreTrainedConfig) -> SumAggConfig:
 
 def _missing_part(config: PreTrainedConfig) -> str:
     """What a model of another type has and our blocks have not, in words."""
-    experts = [name for name in ("num_local_experts", "num_experts", "n_routed_experts") if getattr(config, name, None)]
+    experts = [
+        name for name in ("num_local_experts", "num_experts", "n_routed_experts") if getattr(config, name, None)
+    ]
     if experts:
         return f"our feed-forward layers have no experts (`{experts[0]}` = {getattr(config, experts[0])})"
     if getattr(config, "alibi", False) or config.model_type in ("bloom", "mpt"):
@@ -127,8 +129,13 @@ def load_teacher(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
         `OSError`: there is no such model.
     """
     options = gguf_options(name_or_path)
-    converted_config(AutoConfig.from_pretrained(name_or_path, **options))
+    check_teacher(name_or_path)
     return AutoModelForCausalLM.from_pretrained(name_or_path, **options, **kwargs)
+
+
+def check_teacher(name_or_path: str) -> None:
+    """Raise as [`load_teacher`] does, without reading weights."""
+    converted_config(AutoConfig.from_pretrained(name_or_path, **gguf_options(name_or_path)))
 
 
 def gguf_options(name_or_path: str) -> dict[str, str]:
