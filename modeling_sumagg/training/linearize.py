@@ -184,8 +184,9 @@ class StageTrainer(ChunkTrainer):
     def __init__(self, *args, stage: str, teacher: PreTrainedModel, **kwargs):
         super().__init__(*args, **kwargs)
         self.stage, self.teacher = stage, teacher.eval().requires_grad_(False).to(self.args.device)
-        # The losses of the first two stages are means over a batch.
-        self.model_accepts_loss_kwargs: bool = self.model_accepts_loss_kwargs and stage == "text"
+        if stage != "text":
+            # The losses of these stages are means over a batch.
+            self.model_accepts_loss_kwargs = False
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         if self.stage != "mixers":
