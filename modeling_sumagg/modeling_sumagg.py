@@ -34,8 +34,8 @@ from .decoder.model import DecoderModel, DecoderPreTrainedModel
 from .decoder.recurrence import recur
 from .ops.causal_convolution.causal_convolution import causal_convolution
 from .ops.keyed_sum.keyed_sum import bidirectional_keyed_sum, causal_keyed_sum
+from .ops.precision import sum_dtype
 from .ops.running_sum.running_sum import bidirectional_sum, causal_sum
-from .ops.running_sum.running_sum_torch import sum_dtype
 from .ops.weighted_mean.weighted_mean import bidirectional_mean, causal_mean
 
 

@@ -21,7 +21,7 @@ PACKAGE = "modeling_sumagg"
 PARTS = {
     "configuration": [],
     "ops": [],
-    "common": [],
+    "common": ["ops.precision"],
     "compatibility": [],
     "registration": [],
     "decoder": ["common", "compatibility", "ops.sliding_attention", "ops.documents"],

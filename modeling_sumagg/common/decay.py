@@ -6,7 +6,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedConfig
 from transformers import initialization as init
 
-from ..ops.running_sum.running_sum_torch import sum_dtype, without_autocast
+from ..ops.precision import sum_dtype, without_autocast
 
 
 def own_part(parameter: torch.Tensor) -> torch.Tensor:

@@ -86,9 +86,9 @@ def _attention_mask(
     kv_offset = on_device(kv_offset, inputs.device)
     if isinstance(layer, SlidingWindowLayer):
         real = layer.real_columns(layout.attention_mask, inputs)
-    # The sinks of several documents are not in the same columns.
-    in_blocks = window is not None and attends_in_blocks(config, length) and not (sinks and positions is not None)
-    if real is None and in_blocks:
+    # The sinks of several documents are not in the same columns. The length is asked last: an exported graph has any.
+    has_blocks = real is None and window is not None and not (sinks and positions is not None)
+    if has_blocks and attends_in_blocks(config, length):
         return positions
 
     function: Callable = causal_mask_function

@@ -4,7 +4,7 @@ import torch
 
 from ..dispatch import is_recorded, is_transformed, kernel_of
 from ..documents import Documents, check_tokens, find_documents, takes_documents
-from ..running_sum.running_sum_torch import sum_dtype
+from ..precision import sum_dtype
 from .causal_convolution_torch import (
     Convolution,
     behind_one_another,

@@ -4,7 +4,7 @@ import torch
 
 from ..dispatch import is_exported, kernel_of
 from ..documents import Documents, check_tokens, find_documents, takes_documents
-from ..running_sum.running_sum_torch import sum_dtype, without_autocast
+from ..precision import sum_dtype, without_autocast
 from .keyed_sum_torch import keyed_sum_chunks, keyed_sum_step
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..running_sum.running_sum_torch import sum_dtype
+from ..precision import sum_dtype
 
 
 def causal_keyed_sum_reference(

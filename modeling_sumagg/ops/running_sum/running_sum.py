@@ -8,7 +8,8 @@ import torch
 
 from ..dispatch import is_recorded, is_transformed, kernel_of
 from ..documents import Documents, check_tokens, find_documents, takes_documents
-from .running_sum_torch import scan, state_dtype, sum_dtype
+from ..precision import state_dtype, sum_dtype
+from .running_sum_torch import scan
 
 
 @takes_documents

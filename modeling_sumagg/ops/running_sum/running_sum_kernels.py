@@ -8,6 +8,7 @@ time, after a pass that reads the sequence once more for the sum of each segment
 import torch
 
 from ..dispatch import register_kernel
+from ..precision import sum_dtype
 from ..triton_helpers import (
     FLOAT64_BLOCK_T,
     MIN_BLOCK,
@@ -22,7 +23,7 @@ from ..triton_helpers import (
     triton,
 )
 from .running_sum import causal_sum
-from .running_sum_torch import scan, scan_vjp, shifted, sum_dtype
+from .running_sum_torch import scan, scan_vjp, shifted
 
 
 BLOCK_T = 64  # tokens of a tile without decays

@@ -2,8 +2,8 @@
 
 import torch
 
+from ..precision import state_dtype
 from .running_sum import scaled
-from .running_sum_torch import state_dtype
 
 
 def causal_sum_reference(

@@ -1,12 +1,11 @@
 """The running sum over time, `s_t = a_t s_{t-1} + x_t`, in PyTorch's operations: what the causal operators share."""
 
-import contextlib
-
 import torch
 import torch.nn.functional as F
 
 from ..dispatch import is_exported, is_recorded, is_transformed, kernel_of
 from ..documents import Documents
+from ..precision import without_autocast
 
 
 LOOP_CHUNK = 32  # tokens that the loop on a CPU walks over, in all chunks at the same time
@@ -14,33 +13,6 @@ SHORT_LOOP_CHUNK = 8  # in sequences of less than LOOP_CHUNK² / 4 tokens
 SUM_CHUNK = 32  # tokens summed by one triangular matrix product
 DECAY_CHUNK = 16  # with decays, whose triangle is another for each chunk and head
 EXPORTED_DECAY_CHUNK = 64  # of chunks of chunks the exporter cannot prove that every length has some
-
-
-def sum_dtype(x: torch.Tensor) -> torch.dtype:
-    """The dtype of the sums within a segment: float32, or float64 for float64."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def state_dtype(x: torch.Tensor) -> torch.dtype:
-    """
-    The dtype of a state: float64, in which a stream of 3e7 tokens is as exact at its end as at its beginning, and float32
-    on devices that have no float64.
-    """
-    return torch.float32 if x.device.type == "mps" else torch.float64
-
-
-def without_autocast(x: torch.Tensor) -> contextlib.AbstractContextManager:
-    """Autocast would run matrix products in bfloat16 or float16, in which sums stop growing; "meta" has none."""
-    device_type = x.device.type
-    if not _has_autocast(device_type) or not torch.is_autocast_enabled(device_type):
-        return contextlib.nullcontext()
-    return torch.autocast(device_type, enabled=False)
-
-
-# The compiler of PyTorch 2.11 does not know the question.
-@torch.compiler.assume_constant_result
-def _has_autocast(device_type: str) -> bool:
-    return torch.amp.is_autocast_available(device_type)
 
 
 def scan(

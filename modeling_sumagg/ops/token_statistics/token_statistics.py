@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..dispatch import is_exported, is_recorded, is_transformed, kernel_of
 from ..documents import Documents, check_tokens, find_documents, has_tokens_at, takes_documents
-from ..running_sum.running_sum_torch import state_dtype, sum_dtype
+from ..precision import state_dtype, sum_dtype
 from .token_statistics_reference import (
     TokenStatisticsState,
     bidirectional_formula,

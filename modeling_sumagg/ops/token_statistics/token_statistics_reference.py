@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 
 from ..documents import Documents
-from ..running_sum.running_sum_torch import scan, state_dtype, sum_dtype
+from ..precision import state_dtype, sum_dtype
+from ..running_sum.running_sum_torch import scan
 
 
 MIN_SECOND_MOMENT = 1e-12  # floor of D in the causal operator, of the norm (not its square) in the bidirectional one

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from ..documents import Documents
-from ..running_sum.running_sum_torch import without_autocast
+from ..precision import without_autocast
 from .token_statistics_reference import (
     MIN_MEMBERSHIP,
     MIN_SECOND_MOMENT,
