@@ -321,7 +321,7 @@ def main() -> None:
     untrained = "windows and sinks alone, not trained"
     first = perplexity(student, held_out)
     print(
-        f"{student.num_parameters():,} parameters; layers {kept or 'none'} attend to all tokens. Perplexity on "
+        f"{student.num_parameters():,} parameters; layers that attend to all tokens: {kept or 'none'}. Perplexity on "
         f"{len(held_out)} held-out blocks of {arguments.block_size} tokens: teacher {measured['the teacher']:.2f}, "
         f"not trained {first:.2f}.",
         flush=True,
