@@ -132,7 +132,7 @@ def backward_in_chunks(
 class KeptTensors:
     """
     Copies of the tensors of `num_chunks` chunks, those of one name in one tensor for as long as their shape stays the same
-    (the state of a window grows until the window is full).
+    (the state of a window grows until the window is full). A chunk may have names that earlier ones lack.
 
     A copy of its own for each chunk would stand between the activations of two chunks. The allocator of a CPU could then
     not use their memory again as one piece: about 1 MiB a chunk was lost, ten times the states.
@@ -142,9 +142,11 @@ class KeptTensors:
         self.num_chunks = num_chunks
         # By name: the first chunk of each piece, and the tensors of that chunk and of the following ones.
         self.pieces: dict[str, list[tuple[int, torch.Tensor]]] = {}
+        self.names: list[list[str]] = []
 
     def keep(self, index: int, tensors: State) -> None:
         """Copy the tensors of a chunk, which is the one after the last chunk that was kept."""
+        self.names.append(list(tensors))
         for name, tensor in tensors.items():
             pieces = self.pieces.setdefault(name, [])
             if not pieces or pieces[-1][1].shape[1:] != tensor.shape:
@@ -158,8 +160,8 @@ class KeptTensors:
     def of(self, index: int) -> State:
         """The tensors of a chunk."""
         found = {}
-        for name, pieces in self.pieces.items():
-            first, piece = next(piece for piece in reversed(pieces) if piece[0] <= index)
+        for name in self.names[index]:
+            first, piece = next(piece for piece in reversed(self.pieces[name]) if piece[0] <= index)
             found[name] = piece[index - first]
         return found
 
