@@ -185,7 +185,8 @@ class TextConfig(NamedFields, PreTrainedConfig):
             return
         self._check_rope_type(self.rope_parameters)
         heads = self.num_attention_heads
-        if heads > 0 and self.hidden_size > 0 and getattr(self, "head_dim", self.hidden_size // heads) % 2:
+        is_divided = heads > 0 and self.hidden_size > 0 and self.hidden_size % heads == 0
+        if (is_divided or hasattr(self, "head_dim")) and getattr(self, "head_dim", self.hidden_size // heads) % 2:
             raise ValueError(
                 f"Rotary positions (`rope_parameters`) need an even width of attention heads, got "
                 f"{getattr(self, 'head_dim', f'{self.hidden_size} / {heads}')}."

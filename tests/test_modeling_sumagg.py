@@ -533,7 +533,7 @@ def test_initial_weights(norm_position, scale):
             assert parameter.min() >= -0.5 and parameter.max() <= 0.5 and 0.2 < parameter.std() < 0.4
         elif name.endswith(("bias", "decay.proj.weight")):
             assert not parameter.any(), name
-        elif "norm" in name:
+        elif "norm" in name or name.endswith("mixer.skip"):
             assert (parameter == 1).all(), name
         else:
             residual = name.endswith(("out_proj.weight", "down_proj.weight"))

@@ -56,6 +56,5 @@ def test_runs_are_lines_that_are_not_made_again(recall, tmp_path, monkeypatch, c
     table = capsys.readouterr().out
     assert "| sums with keys, N = 16 | 64 | 2 |" in table and output.with_suffix(".png").stat().st_size > 10_000
     monkeypatch.setattr(sys, "argv", ["recall.py", "--models", "gpt9"])
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match=r"no models \['gpt9'\]"):
         recall.main()
-    assert "no models ['gpt9']" in capsys.readouterr().err
