@@ -29,7 +29,11 @@ def test_offloaded_models_compute_the_same(kind, place, tmp_path):
     for name in INPUTS:
         assert_close(logits(model, inputs[name]), expected[name], rtol=0)
     if kind in CAUSAL_KINDS:
-        generated = model.generate(**inputs["plain"], max_new_tokens=4, do_sample=False, pad_token_id=0)
+        # Without a mask `generate` would take the token 0 in the prompts for padding.
+        mask = torch.ones_like(inputs["plain"]["input_ids"])
+        generated = model.generate(
+            **inputs["plain"], attention_mask=mask, max_new_tokens=4, do_sample=False, pad_token_id=0
+        )
         assert generated.tolist() == tokens.tolist()
 
 
