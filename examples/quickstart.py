@@ -204,7 +204,7 @@ def main() -> None:
     )
     print(
         f"\nSaved to {folder}: the model with its tokenizer and its card (README.md), and the losses by step "
-        f"({folder / 'training.png'}).\nNext: python -m modeling_sumagg.hub {folder}"
+        f"({folder / 'training.png'}).\nNext: python -m modeling_sumagg check {folder}"
     )
 
 

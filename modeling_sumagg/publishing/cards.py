@@ -272,7 +272,7 @@ def save_model_card(
 ) -> ModelCard:
     """
     Write the card of a trained model, or of an adapter, as `README.md` into the folder that it was saved to, and check
-    that the folder loads and runs where this package is not installed, as `python -m modeling_sumagg.hub FOLDER` does.
+    that the folder loads and runs where this package is not installed, as `python -m modeling_sumagg check FOLDER` does.
 
     `Trainer.push_to_hub` and PEFT's `save_pretrained` write cards of their own: call this after them.
 
