@@ -548,7 +548,6 @@ def command(arguments: list[str]) -> None:
 __all__ = [
     "LinearizeArguments",
     "StageTrainer",
-    "command",
     "convert_pretrained",
     "gguf_options",
     "layers_to_keep",
