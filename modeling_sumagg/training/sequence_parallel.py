@@ -254,8 +254,9 @@ class _ParallelSlidingLayer(SlidingWindowLayer):
         return None if real is None else real[2]
 
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *, attention_mask: torch.Tensor | None = None
+        self, key_states: torch.Tensor, value_states: torch.Tensor, **tokens: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As in [`~SlidingWindowLayer.update`]; the mask and the positions of the segment are those of the whole."""
         own_mask = self._mask_of(self.rank)
         own = self._after(key_states, value_states, None, own_mask)
         width = key_states.shape[3]

@@ -118,8 +118,8 @@ def running_sum_kernel(
                 nearest_id = carry_id
                 if (nearest >= 0) & (nearest < num_segments):
                     nearest_id = tl.load(ids_ptr + tl.sum(tl.where(other == nearest, end, 0), 0)).to(tl.int32)
-                ids = tl.load(ids_ptr + end, mask=is_before, other=-1).to(tl.int32)
-                is_before = is_before & (ids == nearest_id)
+                end_ids = tl.load(ids_ptr + end, mask=is_before, other=-1).to(tl.int32)
+                is_before = is_before & (end_ids == nearest_id)
                 carry_id = nearest_id
             totals = tl.load(
                 totals_ptr + other[:, None] * D + channel[None, :],
