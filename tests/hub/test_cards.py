@@ -74,7 +74,7 @@ def table_of(card: ModelCard, section: str) -> list[list[str]]:
 )
 def test_the_code_in_a_card_runs(model_class, config, tmp_path, monkeypatch, capsys):
     if "Image" in model_class.__name__ or model_class is ToSTModel:
-        if AutoImageProcessor.__module__.startswith("transformers.utils.dummy"):
+        if hasattr(AutoImageProcessor, "_backends"):  # A dummy of transformers, which names what is missing.
             pytest.skip("this version of transformers has `AutoImageProcessor` only where torchvision is installed")
     monkeypatch.chdir(tmp_path)
     model = build(model_class, config)
