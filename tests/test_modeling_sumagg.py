@@ -95,6 +95,13 @@ def test_any_segments_are_one_pass(layers, position_embedding_type, mixer, norm_
             assert_close(actual, reference)
 
 
+def convolved(x, weights):
+    """The causal convolution of `x` `[B, T, D]`, tap by tap, and SiLU."""
+    taps = weights["conv.weight"].T.flip(0)
+    y = weights["conv.bias"] + sum(F.pad(x, (0, 0, back, 0))[:, : x.shape[1]] * tap for back, tap in enumerate(taps))
+    return y * y.sigmoid()
+
+
 @pytest.mark.parametrize("mixer", [name for name in MIXERS if name != "keys"])
 def test_the_mixer_is_its_formula(mixer):
     model = build(SumAggModel, sumagg_config("pure", **MIXERS[mixer])).double()
@@ -107,9 +114,7 @@ def test_the_mixer_is_its_formula(mixer):
     weights = {name: parameter.detach() for name, parameter in layer.named_parameters()}
     u = h
     if config.conv_kernel_size is not None:
-        taps = weights["conv.weight"].T.flip(0)
-        u = weights["conv.bias"] + sum(F.pad(h, (0, 0, back, 0))[:, :length] * tap for back, tap in enumerate(taps))
-        u = u * u.sigmoid()
+        u = convolved(h, weights)
         h = u if config.conv_before == "mixer" else h
     if config.sum_map == "linear":
         z = u @ weights["hidden_proj.weight"].T
@@ -151,9 +156,7 @@ def test_the_mixer_with_keys_is_its_formula(is_causal):
     weights = {name: parameter.detach() for name, parameter in layer.named_parameters()}
     u = h @ weights["qkv_proj.weight"].T
     if is_causal:
-        taps = weights["conv.weight"].T.flip(0)
-        u = weights["conv.bias"] + sum(F.pad(u, (0, 0, back, 0))[:, :length] * tap for back, tap in enumerate(taps))
-        u = u * u.sigmoid()
+        u = convolved(u, weights)
     size, head_dim = config.sum_state_size, config.hidden_size // 4
     parts = [part.split([2 * head_dim, size, size], -1) for part in u.chunk(2, -1)]
     v = torch.cat([part[0] for part in parts], -1).unflatten(-1, (4, head_dim))

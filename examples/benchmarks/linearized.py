@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from benchmark_utils import tensor_bytes
 from learning import news_articles
 from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, HfArgumentParser, PreTrainedModel
 
@@ -70,12 +71,6 @@ def set_length(cache: Cache, length: int) -> None:
             layer.keys, layer.values = (layer.keys.new_empty(shape).normal_() for _ in range(2))
 
 
-def size_of(cache: Cache) -> int:
-    """The bytes that a cache holds."""
-    held = (layer.state if hasattr(layer, "state") else (layer.keys, layer.values) for layer in cache.layers)
-    return sum(tensor.numel() * tensor.element_size() for state in held for tensor in state)
-
-
 @torch.no_grad()
 def decode(model: PreTrainedModel, length: int, num_steps: int) -> tuple[float, int]:
     """The median of the processor seconds of a step after `length` tokens, and the bytes that the cache then holds."""
@@ -86,7 +81,7 @@ def decode(model: PreTrainedModel, length: int, num_steps: int) -> tuple[float, 
         start = time.process_time()
         model(token, cache=cache, use_cache=True)
         seconds.append(time.process_time() - start)
-    return sorted(seconds)[num_steps // 2], size_of(cache)
+    return sorted(seconds)[num_steps // 2], tensor_bytes(cache)
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ rows of up to 1,024 tokens with 256 pairs. The vocabulary has 8,192 tokens. Each
 again; the report takes the best learning rate of each model.
 """
 
+import dataclasses
 import json
 import sys
 import time
@@ -19,8 +20,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from benchmark_utils import hardware
-from learning import GATED, IGNORED, KEYED, markdown, optimizer_of, read_lines
+from benchmark_utils import hardware, tensor_bytes
+from language_models import decode_state
+from learning import GATED, IGNORED, KEYED, SCALES, markdown, optimizer_of, read_lines
 from matplotlib.figure import Figure
 from torch import nn
 from transformers import (
@@ -177,23 +179,7 @@ def state_bytes(model: PreTrainedModel, length: int) -> int:
     """The bytes of all tensors in the cache of one row after `length` tokens."""
     with torch.no_grad():
         outputs = model(torch.ones(1, length, dtype=torch.long, device=model.device), use_cache=True)
-    found: dict[int, int] = {}
-
-    def collect(value: Any, depth: int = 0) -> None:
-        if isinstance(value, torch.Tensor) and value.is_floating_point():
-            found[value.untyped_storage().data_ptr()] = value.numel() * value.element_size()
-        elif isinstance(value, dict):
-            for each in value.values():
-                collect(each, depth + 1)
-        elif isinstance(value, list | tuple):
-            for each in value:
-                collect(each, depth + 1)
-        elif hasattr(value, "__dict__") and depth < 6 and not isinstance(value, nn.Module | PreTrainedConfig):
-            collect(vars(value), depth + 1)
-
-    # transformers 5.17 calls the cache of Mamba2 `cache_params`.
-    collect(next(value for name, value in outputs.items() if name in ("past_key_values", "cache_params", "cache")))
-    return sum(found.values())
+    return tensor_bytes(decode_state(outputs))
 
 
 @torch.inference_mode()
@@ -218,8 +204,8 @@ def run(arguments: RecallArguments, name: str, width: int, seed: int, learning_r
     """Train and evaluate one model."""
     set_seed(seed)
     model = AutoModelForCausalLM.from_config(MODELS[name][1](width)).to(arguments.device).train()
-    schedule_of = _Schedule(warmup_steps=min(1000, arguments.steps // 10))
-    optimizer, schedule = optimizer_of(model, learning_rate, schedule_of, arguments.steps)
+    scale = dataclasses.replace(SCALES["cpu"], warmup_steps=min(1000, arguments.steps // 10))
+    optimizer, schedule = optimizer_of(model, learning_rate, scale, arguments.steps)
     generator = torch.Generator().manual_seed(seed)
     weights = torch.tensor([float(weight) for _, _, weight in TRAINED])
     start, processor_start, curve = time.perf_counter(), time.process_time(), []
@@ -247,11 +233,6 @@ def run(arguments: RecallArguments, name: str, width: int, seed: int, learning_r
         "processor_seconds": time.process_time() - processor_start,
         "hardware": hardware(arguments.device),
     }
-
-
-@dataclass
-class _Schedule:
-    warmup_steps: int
 
 
 def run_key(arguments: RecallArguments, name: str, width: int, seed: int, learning_rate: float) -> dict[str, Any]:
@@ -290,10 +271,13 @@ def report(path: Path) -> str:
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     for name in MODELS:
-        points = sorted((line["state_bytes"]["1024"], line) for line in best.values() if line["model"] == name)
+        points = sorted(
+            (line["state_bytes"]["1024"] / 1024, line["accuracy"]["256/64"])
+            for line in best.values()
+            if line["model"] == name
+        )
         if points:
-            values = [line["accuracy"]["256/64"] for _, line in points]
-            axes.plot([size / 1024 for size, _ in points], values, "o-", label=MODELS[name][0])
+            axes.plot(*zip(*points, strict=True), "o-", label=MODELS[name][0])
     axes.set(xscale="log", ylim=(-0.02, 1.02), xlabel="KiB of state after 1,024 tokens")
     axes.set(ylabel="accuracy", title="Recall of 64 pairs in 256 tokens")
     axes.grid(alpha=0.3)
