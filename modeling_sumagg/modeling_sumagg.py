@@ -19,7 +19,7 @@ from transformers.utils import TransformersKwargs
 from .common.decay import SumDecay, own_part
 from .common.position_modulation import PositionModulation
 from .configuration.configuration_sumagg import SumAggConfig
-from .decoder.attention import Attention
+from .decoder.attention import Attention, rms_norm
 from .decoder.heads import (
     ForCausalLM,
     ForMaskedLM,
@@ -177,12 +177,10 @@ class SumAggKeyedSummation(nn.Module):
             sums = bidirectional_keyed_sum(values, **per_token, **delimiters)
         if self.skip is not None:
             sums = torch.addcmul(sums, values, own_part(self.skip)[:, None])
-        if self.norm_weight is not None:
-            # As written, since the older ONNX exporter knows no RMS norm.
-            sums = sums * (sums.square().mean(-1, keepdim=True) + self.norm_eps).rsqrt()
-        sums = sums.flatten(-2)
-        if self.norm_weight is not None:
-            sums = sums * own_part(self.norm_weight)
+        if self.norm_weight is None:
+            sums = sums.flatten(-2)
+        else:
+            sums = rms_norm(sums, self.norm_eps).flatten(-2) * own_part(self.norm_weight)
         if self.gate_proj is not None:
             sums = sums * F.silu(self.gate_proj(hidden_states))
         return self.out_proj(sums.to(hidden_states.dtype)), None
@@ -205,7 +203,7 @@ class SumAggAttentionAndSum(Attention):
         self.sum_gate.starts_closed = True
 
     def complete(self, output, projected, hidden_states, layout, cache):
-        dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+        dtype = sum_dtype(hidden_states)
         groups = projected[0].shape[1] // projected[1].shape[1]
         queries, keys, values = (x.transpose(1, 2).to(dtype) for x in projected)
         keys, values = (x.repeat_interleave(groups, dim=2) for x in (keys, values))
@@ -217,8 +215,7 @@ class SumAggAttentionAndSum(Attention):
             "weight": weight,
         }
         sums = recur(causal_keyed_sum, values, layout, cache, self.layer_idx, per_token=per_token)
-        # As written, since the older ONNX exporter knows no RMS norm.
-        sums = sums * (sums.square().mean(-1, keepdim=True) + self.config.layer_norm_eps).rsqrt()
+        sums = rms_norm(sums, self.config.layer_norm_eps)
         return output + (self.sum_gate(hidden_states)[..., None] * sums).to(output.dtype)
 
 

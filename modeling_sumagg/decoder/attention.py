@@ -27,6 +27,11 @@ def eager_attention(module: nn.Module, query: torch.Tensor, key: torch.Tensor, v
     return eager_attention_forward(module, query, key, value, *args, **kwargs)
 
 
+def rms_norm(x: torch.Tensor, eps: float) -> torch.Tensor:
+    """`x` over its root mean square along the last dimension; as written, since the older ONNX exporter knows none."""
+    return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt()
+
+
 class RMSNorm(nn.Module):
     """Root mean square norm (arXiv 1910.07467) over the last dimension, in float32 at least."""
 
@@ -36,9 +41,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # As written, since the older ONNX exporter knows no RMS norm.
-        y = x.to(torch.promote_types(x.dtype, torch.float32))
-        y = y * (y.square().mean(-1, keepdim=True) + self.eps).rsqrt()
+        y = rms_norm(x.to(torch.promote_types(x.dtype, torch.float32)), self.eps)
         return (y * self.weight).to(x.dtype)
 
 
