@@ -78,6 +78,12 @@ class TextArguments(DataArguments):
             "--block_size of up to millions."
         },
     )
+    sequence_parallel: bool = field(
+        default=False,
+        metadata={
+            "help": "Cut each sequence over all processes of torchrun; --chunk_length is then of the evaluation."
+        },
+    )
     packing: Literal["blocks", "flattened", "padded"] = field(
         default="blocks",
         metadata={
@@ -213,6 +219,7 @@ def main() -> None:
         compute_metrics=perplexity,
         preprocess_logits_for_metrics=None if in_chunks else token_losses,
         chunk_length=data_arguments.chunk_length,
+        sequence_parallel=data_arguments.sequence_parallel,
     )
     held_out = {"validation": validation}
     results = train_and_evaluate(trainer, held_out, ["perplexity"])

@@ -161,5 +161,6 @@ def refuse_sequence_parallelism() -> None:
             raise ValueError(
                 f"Sequence parallelism (`{name}={size}` in accelerate's `ParallelismConfig`) is for models of full attention "
                 f"alone: the states of this one would begin anew in each process. Set `{name}=1`. To cut a sequence between "
-                "processes, use `modeling_sumagg.training.sequence_parallel.backward_in_parallel`."
+                "processes, use `ChunkTrainer(..., sequence_parallel=True)` of `modeling_sumagg.training.chunk_trainer`, or "
+                "`backward_in_parallel` of `modeling_sumagg.training.sequence_parallel`."
             )

@@ -1,7 +1,11 @@
 """`ChunkTrainer` against the same training on whole sequences."""
 
+import os
+
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from datasets import Dataset
 from testing import build, sumagg_config
 from transformers import TrainingArguments, default_data_collator
@@ -20,7 +24,7 @@ def rows_of(model_class, count=8, length=13):
     return Dataset.from_list(rows)
 
 
-def trained(model_class, folder, rows, chunk_length, **arguments):
+def trained(model_class, folder, rows, chunk_length, sequence_parallel=False, **arguments):
     model = build(model_class, sumagg_config("hybrid", num_labels=3))
     settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "num_train_epochs": 2}
     trainer = ChunkTrainer(
@@ -38,6 +42,7 @@ def trained(model_class, folder, rows, chunk_length, **arguments):
         eval_dataset=rows,
         data_collator=default_data_collator,
         chunk_length=chunk_length,
+        sequence_parallel=sequence_parallel,
     )
     trainer.train(resume_from_checkpoint=arguments.get("resume_from_checkpoint"))
     return trainer
@@ -102,5 +107,39 @@ def test_what_does_not_work_with_chunks_is_refused(tmp_path):
     layerwise = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True, optim="galore_adamw_layerwise")
     with pytest.raises(ValueError, match="steps within the backward pass"):
         ChunkTrainer(model, layerwise, chunk_length=4)
+    with pytest.raises(ValueError, match="`sequence_parallel` needs several processes"):
+        ChunkTrainer(model, arguments, sequence_parallel=True)
     with pytest.raises(TypeError, match="got a SumAggForMaskedLM"):
         ChunkTrainer(build(SumAggForMaskedLM, sumagg_config("pure", is_causal=False)), arguments, chunk_length=4)
+
+
+def compare_over_processes(rank, folder):
+    """Two processes that compute parts of each sequence train as two that compute different sequences."""
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    rows = rows_of(SumAggForCausalLM, count=12)
+    for averaged in (True, False):
+        settings = {"num_train_epochs": 1, "average_tokens_across_devices": averaged}
+        data_parallel, parts = (
+            trained(SumAggForCausalLM, folder, rows, None, is_cut, **settings) for is_cut in (False, True)
+        )
+        histories = [
+            [(entry["loss"], entry["grad_norm"]) for entry in trainer.state.log_history if "loss" in entry]
+            for trainer in (data_parallel, parts)
+        ]
+        torch.testing.assert_close(torch.tensor(histories[1]), torch.tensor(histories[0]), rtol=1e-4, atol=0)
+        pairs = zip(parts.model.parameters(), data_parallel.model.parameters(), strict=True)
+        for parameter, expected in pairs:
+            torch.testing.assert_close(parameter, expected, rtol=1e-3, atol=1e-4)
+    losses = [parts.evaluate(rows)["eval_loss"] for parts.chunk_length in (None, 4)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    with pytest.raises(ValueError, match="`sequence_parallel` does not work with a classifier of sequences"):
+        trained(SumAggForSequenceClassification, folder, rows, None, True)
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_each_sequence_is_cut_over_the_processes(tmp_path):
+    mp.spawn(compare_over_processes, args=(str(tmp_path),), nprocs=2)
