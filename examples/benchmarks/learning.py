@@ -490,6 +490,8 @@ PUBLISHED = {
 }
 # A matrix of 32 × 32 a head at a width of 128.
 KEYED: dict[str, Any] = {**GATED, "num_sum_heads": 4, "sum_state_size": 32}
+# As many weights for keys and queries, and a state that is two or four times as large.
+SHARED_KEYS: dict[str, Any] = {**GATED, "num_sum_heads": 4, "sum_decay_min": 8.0, "sum_decay_max": 512.0}
 WINDOW = 64
 # The first of our models with decays.
 RELU_TERMS = {**GATED, "sum_map": "relu", "sum_skip": False, "conv_kernel_size": None}
@@ -502,6 +504,14 @@ MODELS = {
     "keyed-window": Model("sums with keys, a window of 64 last: the default", _sums(window_every=0, **KEYED)),
     "keyed-window-convolution": Model(
         "the same, its sums deleted, all else kept", _sums(window_every=0, **KEYED), mixer=Convolution
+    ),
+    "keyed-window-64": Model(
+        "sums with keys of 64 for two heads each, time constants of 8 to 512, a window of 64 last",
+        _sums(window_every=0, **SHARED_KEYS, sum_state_size=64, num_sum_key_heads=2),
+    ),
+    "keyed-window-128": Model(
+        "sums with keys of 128 for all heads, time constants of 8 to 512, a window of 64 last",
+        _sums(window_every=0, **SHARED_KEYS, sum_state_size=128, num_sum_key_heads=1),
     ),
     "keyed-windows": Model("sums with keys, a window of 64 in every second layer", _sums(window_every=2, **KEYED)),
     "keyed": Model("sums with keys, no attention", _sums(**KEYED)),

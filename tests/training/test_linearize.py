@@ -232,7 +232,19 @@ def test_the_benchmark_of_linearized_models(folder, monkeypatch, capsys):
 
     texts = {"validation": {"text": [(folder / "text.txt").read_text()]}}
     monkeypatch.setattr(linearized, "news_articles", lambda wheel, cache_dir: texts)
-    options = ["--lengths", "32", "--decode_after", "200", "400", "--num_steps", "1", "--num_texts", "2"]
+    options = [
+        "--windows",
+        "64",
+        "--lengths",
+        "32",
+        "--decode_after",
+        "200",
+        "400",
+        "--num_steps",
+        "1",
+        "--num_texts",
+        "2",
+    ]
     monkeypatch.setattr("sys.argv", ["linearized.py", "--model_name_or_path", str(folder / "teacher"), *options])
     linearized.main()
     teacher, _, windows, _ = map(json.loads, capsys.readouterr().out.splitlines())
