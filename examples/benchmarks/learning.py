@@ -507,11 +507,11 @@ MODELS = {
     ),
     "keyed-window-64": Model(
         "sums with keys of 64 for two heads each, time constants of 8 to 512, a window of 64 last",
-        _sums(window_every=0, **SHARED_KEYS, sum_state_size=64, num_sum_key_heads=2),
+        _sums(window_every=0, **{**SHARED_KEYS, "sum_state_size": 64, "num_sum_key_heads": 2}),
     ),
     "keyed-window-128": Model(
         "sums with keys of 128 for all heads, time constants of 8 to 512, a window of 64 last",
-        _sums(window_every=0, **SHARED_KEYS, sum_state_size=128, num_sum_key_heads=1),
+        _sums(window_every=0, **{**SHARED_KEYS, "sum_state_size": 128, "num_sum_key_heads": 1}),
     ),
     "keyed-windows": Model("sums with keys, a window of 64 in every second layer", _sums(window_every=2, **KEYED)),
     "keyed": Model("sums with keys, no attention", _sums(**KEYED)),

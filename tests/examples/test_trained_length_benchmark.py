@@ -20,6 +20,7 @@ def trained_length(monkeypatch):
     tokens = torch.arange(20_000, dtype=torch.int32) % 37
     texts = learning.Texts(tokens, tokens[:2000], 300)
     monkeypatch.setattr(trained_length, "load_data", lambda arguments: texts)
+    monkeypatch.setattr(trained_length, "matched_sizes", lambda *arguments: {"intermediate_size": 16})
     return trained_length
 
 
