@@ -26,7 +26,7 @@ FLOOR = "matrix products of "
 # The same in every picture; what has attention and is compared with is black.
 COLORS = {
     "SumAgg, keys, window of 64 last": "tab:blue",
-    "SumAgg, keys": "tab:green",
+    "SumAgg, keys": "mediumvioletred",
     "SumAgg": "tab:olive",
     "SumAgg, sliding window last": "tab:pink",
     "SumAgg, full attention last": "tab:brown",
