@@ -97,7 +97,7 @@ class ChunkTrainer(DecayTrainer):
                 loss = backward_in_chunks(
                     model,
                     **self._prepare_inputs(inputs),
-                    chunk_length=self.chunk_length,
+                    chunk_length=self.chunk_length,  # type: ignore[arg-type]
                     num_items_in_batch=num_items_in_batch,
                     progress=progress,
                     **options,
