@@ -77,7 +77,9 @@ def set_length(cache: Cache, length: int) -> None:
 @torch.no_grad()
 def decode(model: PreTrainedModel, length: int, num_steps: int) -> tuple[float, int]:
     """The median of the processor seconds of a step after `length` tokens, and the bytes that the cache then holds."""
-    cache = model(torch.randint(model.config.vocab_size, (1, 128)), use_cache=True).cache
+    # As many tokens as fill the windows.
+    filled = max(128, (model.config.sliding_window or 0) + model.config.attention_sinks)
+    cache = model(torch.randint(model.config.vocab_size, (1, filled)), use_cache=True).cache
     set_length(cache, length)
     token, seconds = torch.zeros(1, 1, dtype=torch.long), []
     for _ in range(num_steps):

@@ -62,7 +62,7 @@ class LinearizeArguments(DataArguments):
             "quarter whose replacement costs most, each measured alone."
         },
     )
-    window: int = field(default=64, metadata={"help": "Tokens that a replaced layer attends to, its own included."})
+    window: int = field(default=256, metadata={"help": "Tokens that a replaced layer attends to, its own included."})
     sinks: int = field(default=4, metadata={"help": "First tokens of a document that it always attends to."})
     with_sum: bool = field(default=True, metadata={"help": "Whether replaced layers have a sum beside the window."})
     steps: list[int] = field(
@@ -97,7 +97,7 @@ class LinearizeArguments(DataArguments):
 
 
 def linearize(
-    teacher: PreTrainedModel, kept: list[int], *, window: int = 64, sinks: int = 4, with_sum: bool = True
+    teacher: PreTrainedModel, kept: list[int], *, window: int = 256, sinks: int = 4, with_sum: bool = True
 ) -> PreTrainedModel:
     """
     A copy of a converted teacher whose attention layers, but for those `kept`, have windows, sinks and a closed sum.
