@@ -139,8 +139,8 @@ def test_memory_is_constant(browser):
     for count in (14_000, 24_000):
         browser.wait(lambda count=count: browser.run("return tokens.length") >= count)
         memory.append(browser.memory())
-    # Each step makes a new state and new logits, together 10 KiB; 10,000 steps would take 100 MiB.
-    assert memory[1] - memory[0] < 16 * 2**20
+    # Each step makes a new state and new logits, together 10 KiB. A page that kept them would grow by 100 MiB.
+    assert memory[1] - memory[0] < 50 * 2**20
 
 
 def test_it_fits_a_phone(page, tmp_path):
