@@ -80,9 +80,7 @@ class TextArguments(DataArguments):
     )
     sequence_parallel: bool = field(
         default=False,
-        metadata={
-            "help": "Cut each sequence over all processes of torchrun; --chunk_length is then of the evaluation."
-        },
+        metadata={"help": "Cut each sequence, or each chunk of it, over all processes of torchrun."},
     )
     packing: Literal["blocks", "flattened", "padded"] = field(
         default="blocks",

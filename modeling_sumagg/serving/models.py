@@ -258,7 +258,7 @@ def prepare_for_states(vllm_config: VllmConfig) -> None:
 
 def check_engine(vllm_config: VllmConfig) -> None:
     """Refuse at the start what would be wrong later."""
-    config, cache_config = vllm_config.model_config.hf_config, vllm_config.cache_config
+    config = vllm_config.model_config.hf_config
     has_state = any(kind in config.recurrent_layer_types for kind in config.layer_types)
     if vllm_config.num_speculative_tokens and has_state:
         raise ValueError(
@@ -281,9 +281,4 @@ def check_engine(vllm_config: VllmConfig) -> None:
         raise ValueError(
             "vLLM's windows of attention have neither sinks (`attention_sinks`) nor a sum beside them (`attention_sum`): "
             "use transformers to run this model."
-        )
-    if cache_config.mamba_cache_mode == "all":
-        raise ValueError(
-            "`mamba_cache_mode='all'` wants the state after every block from one pass, and the operators return that after "
-            "the segment: use 'align', which is the default with prefix caching."
         )

@@ -32,7 +32,8 @@ class ChunkTrainer(DecayTrainer):
         chunk_length (`int`, *optional*): the tokens of a chunk; `None` reads each sequence at once, as `Trainer` does.
         sequence_parallel (`bool`, *optional*, defaults to `False`): whether all processes compute contiguous parts of each
             sequence, where `Trainer` gives whole sequences to each. The batches, losses and gradients of a step are those of
-            `Trainer` with as many processes. `chunk_length` is then that of the evaluation.
+            `Trainer` with as many processes. With `chunk_length` they compute the sequence chunk by chunk, each process an
+            equal part of a chunk.
 
     Raises:
         `TypeError`, `ValueError`: a model that cannot be read in chunks.
@@ -66,6 +67,11 @@ class ChunkTrainer(DecayTrainer):
         if sequence_parallel:
             refused["FSDP"] = self.is_fsdp_enabled
             refused["a classifier of sequences"] = isinstance(head, ForSequenceClassification)
+            if chunk_length is not None and chunk_length % dist.get_world_size():
+                raise ValueError(
+                    f"With `sequence_parallel` each of the {dist.get_world_size()} processes computes an equal part of a chunk: "
+                    f"`chunk_length` must be a multiple of it, got {chunk_length}."
+                )
         way = "Chunks do not work", "`chunk_length=None`"
         if sequence_parallel:
             way = "`sequence_parallel` does not work", "`sequence_parallel=False`"
@@ -120,7 +126,9 @@ class ChunkTrainer(DecayTrainer):
         for process in range(num_processes):
             batch, num_items = broadcast_object_list([inputs, num_items_in_batch], from_process=process)
             batch = self._prepare_inputs({**batch, "num_items_in_batch": num_items})
-            losses.append(backward_in_parallel(plain, **batch, **options))
+            with self._progress_line() as progress:
+                options |= {"chunk_length": self.chunk_length, "progress": progress}
+                losses.append(backward_in_parallel(plain, **batch, **options))
         return torch.stack(losses).mean()
 
     def prediction_step(

@@ -80,7 +80,14 @@ def backward_in_chunks(
     """
     reader = ChunkReader(model, input_ids, attention_mask, position_ids, chunk_length)
     losses = Losses(reader, labels, num_items_in_batch, ignore_index, label_smoothing)
-    num_chunks = len(reader.chunks)
+    return backward_of_reader(reader, losses, loss_scale, progress)
+
+
+def backward_of_reader(
+    reader: "ChunkReader", losses: "Losses", loss_scale: torch.Tensor | float, progress: Progress | None
+) -> torch.Tensor:
+    """The two readings of [`backward_in_chunks`], which returns the loss."""
+    model, num_chunks = reader.model, len(reader.chunks)
     devices = list({parameter.device: parameter for parameter in model.parameters()}.values())
 
     states, random_states = KeptTensors(num_chunks - 1), KeptTensors(num_chunks - 1)
@@ -119,9 +126,9 @@ def backward_in_chunks(
             else:
                 loss = part.detach() if loss is None else loss + part.detach()
                 roots.append((part * loss_scale, None))
-            with torch.autocast(input_ids.device.type, enabled=False):
+            with torch.autocast(reader.input_ids.device.type, enabled=False):
                 torch.autograd.backward(*zip(*roots, strict=True))
-        gradients = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+        gradients = reader.gradients_of(leaves)
         # Nothing of this chunk is alive while the next one is read.
         del outputs, state, roots, part, before, leaves
         _report(progress, 2 * num_chunks - 1 - index, 2 * num_chunks - 1)
@@ -238,6 +245,7 @@ class ChunkReader:
     Attributes:
         head (`nn.Module`): the model inside of what wraps it.
         chunks (`list[slice]`): the tokens of each chunk.
+        parts (`list[slice]`): those of them that this process computes.
         num_missing (`int`): how many masked tokens were added at the end.
         few_logits (`dict`): arguments for a reading of which nobody needs the logits.
     """
@@ -249,7 +257,6 @@ class ChunkReader:
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
         chunk_length: int,
-        num_chunks: int | None = None,
     ):
         self.model = model
         self.head = checked_head(model)
@@ -268,7 +275,7 @@ class ChunkReader:
                 f"`position_ids` must have the shape [1, T] or [B, T] = {shapes[1]}, got {list(position_ids.shape)}."
             )
         mask = None if attention_mask is None else attention_mask.to(input_ids.device, torch.bool)
-        length = _longest(model, input_ids) if num_chunks is None else num_chunks * chunk_length
+        length = self.padded_length(input_ids)
         num_missing = length - input_ids.shape[1]
         if num_missing:
             mask = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask
@@ -278,7 +285,19 @@ class ChunkReader:
         self.input_ids, self.position_ids = input_ids, position_ids
         self.mask = None if mask is None or mask.all() else mask
         self.chunks = [slice(start, min(start + chunk_length, length)) for start in range(0, length, chunk_length)]
+        self.parts = self.chunks
         self.few_logits = {"logits_to_keep": 1} if isinstance(self.head, ForCausalLM) else {}
+
+    def padded_length(self, input_ids: torch.Tensor) -> int:
+        """The length of the longest batch of all processes, where they have to read the same number of chunks."""
+        length = torch.tensor(input_ids.shape[1], device=input_ids.device)
+        if any(isinstance(module, FSDPModule) for module in self.model.modules()):
+            dist.all_reduce(length, op=dist.ReduceOp.MAX)
+        return int(length)
+
+    def gradients_of(self, leaves: State) -> State:
+        """The gradients of the state before a chunk, which are handed on to the chunk before it."""
+        return {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
 
     def columns_before(self, index: int, growing: State) -> State:
         """Of the keys and values of full attention, those before a chunk."""
@@ -290,31 +309,37 @@ class ChunkReader:
         cache = self.cache(index, state)
         # What autocast has kept of a weight is without a graph, or with that of another chunk.
         torch.clear_autocast_cache()
-        with self._handing_on(self.chunks[index], state, after):
+        with self.handing_on(self.chunks[index], state, after):
             outputs = self.forward(index, cache, **arguments)
         return outputs, {**tensors_of(cache), **after}
 
     def cache(self, index: int, state: State) -> DynamicCache:
         """The cache before a chunk, of the tensors that it holds."""
-        start = self.chunks[index].start
-        cache = DynamicCache(config=self.head.config)
-        adopt_cache(cache, self.head.config)
-        for i, layer in enumerate(cache.layers if start else ()):
+        cache, start = self.empty_cache(index), self.parts[index].start
+        for i, layer in enumerate(cache.layers):
             names = [name for name in state if name.startswith(f"{i}.")]
-            layer.lazy_initialization(*[state[name] for name in names[:2]])
+            if names:
+                layer.lazy_initialization(*[state[name] for name in names[:2]])
             if isinstance(layer, RecurrentLayer):
                 for name in names:
                     operator = name.split(".")[1]
                     layer.states[operator] = (*layer.states.get(operator, ()), state[name])
-                layer.cumulative_length = start
-                layer.real_tokens = None if self.mask is None else self.mask[:, :start]
-            else:
+                if start:
+                    layer.cumulative_length = start
+                    layer.real_tokens = None if self.mask is None else self.mask[:, :start]
+            elif names:
                 layer.keys, layer.values = (state[name] for name in names)
+        return cache
+
+    def empty_cache(self, index: int) -> DynamicCache:
+        """The cache of a model that has read nothing."""
+        cache = DynamicCache(config=self.head.config)
+        adopt_cache(cache, self.head.config)
         return cache
 
     def forward(self, index: int, cache: DynamicCache, **arguments) -> Any:
         """The outputs of the model for a chunk, with a cache that knows what is before it."""
-        chunk = self.chunks[index]
+        chunk = self.parts[index]
         return self.model(
             input_ids=self.input_ids[:, chunk],
             attention_mask=None if self.mask is None else self.mask[:, : chunk.stop],
@@ -325,7 +350,7 @@ class ChunkReader:
         )
 
     @contextlib.contextmanager
-    def _handing_on(self, chunk: slice, before: State, after: State) -> Iterator[None]:
+    def handing_on(self, chunk: slice, before: State, after: State) -> Iterator[None]:
         """Let padding at the beginning of a chunk repeat the last real token, which is in a chunk before."""
         if self.mask is None:
             yield
@@ -371,7 +396,7 @@ class Losses:
         ignore_index: int,
         label_smoothing: float,
     ):
-        self.head, self.chunks = reader.head, reader.chunks
+        self.head, self.parts = reader.head, reader.parts
         self.ignore_index, self.label_smoothing = ignore_index, label_smoothing
         self.num_items = num_items_in_batch
         if not 0 <= label_smoothing < 1:
@@ -402,29 +427,29 @@ class Losses:
 
     def arguments(self, index: int) -> dict[str, Any]:
         """The arguments that let the model itself compute the part of a chunk, if it can."""
-        if self.label_smoothing or (self.is_pooled and index < len(self.chunks) - 1):
+        if self.label_smoothing or (self.is_pooled and index < len(self.parts) - 1):
             return {}
         if self.is_pooled:
             return {"labels": self.labels}
         # The losses of transformers take views of their labels.
-        labels = self.labels[:, self.chunks[index]].contiguous()
+        labels = self.labels[:, self.parts[index]].contiguous()
         arguments = {"labels": labels, "num_items_in_batch": self.num_items, "ignore_index": self.ignore_index}
         return {**arguments, "shift_labels": labels} if isinstance(self.head, ForCausalLM) else arguments
 
     def of_chunk(self, index: int, outputs: Any) -> torch.Tensor | None:
         """The part of a chunk; `None` if sequences are classified, whose loss comes with the last chunk."""
-        if self.is_pooled and index < len(self.chunks) - 1:
+        if self.is_pooled and index < len(self.parts) - 1:
             return None
         if outputs.loss is not None:
             return outputs.loss
         if self.is_pooled:
             return self._cross_entropy(outputs.logits, self.labels, "mean", self.label_smoothing)
-        labels = self.labels[:, self.chunks[index]]
+        labels = self.labels[:, self.parts[index]]
         return self._cross_entropy(outputs.logits, labels, "sum", self.label_smoothing) / self.num_items
 
     def of_tokens(self, index: int, logits: torch.Tensor) -> torch.Tensor:
         """The negative log-likelihood `[B, T]` of the label of each token of a chunk."""
-        labels = self.labels[:, self.chunks[index]]
+        labels = self.labels[:, self.parts[index]]
         return self._cross_entropy(logits, labels, "none", 0.0).view_as(labels)
 
     def _cross_entropy(
@@ -468,14 +493,6 @@ def checked_head(model: nn.Module) -> nn.Module:
                     "chunk. Train another kind of adapter, such as LoRA, in chunks."
                 )
     return head
-
-
-def _longest(model: nn.Module, input_ids: torch.Tensor) -> int:
-    """The length of the longest batch of all processes, where they have to read the same number of chunks."""
-    length = torch.tensor(input_ids.shape[1], device=input_ids.device)
-    if any(isinstance(module, FSDPModule) for module in model.modules()):
-        dist.all_reduce(length, op=dist.ReduceOp.MAX)
-    return int(length)
 
 
 def _grows(name: str) -> bool:

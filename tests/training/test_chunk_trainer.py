@@ -122,19 +122,21 @@ def compare_over_processes(rank, folder):
     rows = rows_of(SumAggForCausalLM, count=12)
     for averaged in (True, False):
         settings = {"num_train_epochs": 1, "average_tokens_across_devices": averaged}
-        data_parallel, parts = (
-            trained(SumAggForCausalLM, folder, rows, None, is_cut, **settings) for is_cut in (False, True)
-        )
-        histories = [
-            [(entry["loss"], entry["grad_norm"]) for entry in trainer.state.log_history if "loss" in entry]
-            for trainer in (data_parallel, parts)
-        ]
-        torch.testing.assert_close(torch.tensor(histories[1]), torch.tensor(histories[0]), rtol=1e-4, atol=0)
-        pairs = zip(parts.model.parameters(), data_parallel.model.parameters(), strict=True)
-        for parameter, expected in pairs:
-            torch.testing.assert_close(parameter, expected, rtol=1e-3, atol=1e-4)
+        data_parallel = trained(SumAggForCausalLM, folder, rows, None, False, **settings)
+        for chunk_length in (None, 4):
+            parts = trained(SumAggForCausalLM, folder, rows, chunk_length, True, **settings)
+            histories = [
+                [(entry["loss"], entry["grad_norm"]) for entry in trainer.state.log_history if "loss" in entry]
+                for trainer in (data_parallel, parts)
+            ]
+            torch.testing.assert_close(torch.tensor(histories[1]), torch.tensor(histories[0]), rtol=1e-4, atol=0)
+            pairs = zip(parts.model.parameters(), data_parallel.model.parameters(), strict=True)
+            for parameter, expected in pairs:
+                torch.testing.assert_close(parameter, expected, rtol=1e-3, atol=1e-4)
     losses = [parts.evaluate(rows)["eval_loss"] for parts.chunk_length in (None, 4)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    with pytest.raises(ValueError, match="`chunk_length` must be a multiple of it, got 5"):
+        trained(SumAggForCausalLM, folder, rows, 5, True)
     with pytest.raises(ValueError, match="`sequence_parallel` does not work with a classifier of sequences"):
         trained(SumAggForSequenceClassification, folder, rows, None, True)
     dist.destroy_process_group()

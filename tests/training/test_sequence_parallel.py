@@ -70,14 +70,14 @@ def compare(rank, folder):
             initial = copy.deepcopy(whole)
             loss = whole(**batch, use_cache=False).loss
             loss.backward()
-            for group in (None, two):
+            for group, chunk_length in ((None, None), (None, 4), (two, 6)):
                 if group is two and rank > 1:
                     continue
                 model = copy.deepcopy(initial)
-                actual = backward_in_parallel(model, **batch, group=group)
+                actual = backward_in_parallel(model, **batch, chunk_length=chunk_length, group=group)
                 assert_close(actual, loss, 1e-6)
                 for (name, parameter), expected in zip(model.named_parameters(), whole.parameters(), strict=True):
-                    case = f"{kind}, batch {number}, {name}: "
+                    case = f"{kind}, batch {number}, chunks of {chunk_length}, {name}: "
                     torch.testing.assert_close(parameter.grad, expected.grad, rtol=1e-5, atol=1e-7, msg=case.__add__)
                 # The gradients of another batch are added.
                 if number == 0:
@@ -89,9 +89,39 @@ def compare(rank, folder):
         if rank < 2:
             for parameter, expected in zip(model.parameters(), whole.parameters(), strict=True):
                 torch.testing.assert_close(parameter, expected, rtol=1e-5, atol=1e-5)
+    check_dropout(rank)
     check_bytes()
     check_errors()
     dist.destroy_process_group()
+
+
+def check_dropout(rank):
+    """The gradients are those of the loss with what each process drops, in chunks too, which are read twice."""
+    set_seed(0)
+    dropouts = {"hidden_dropout": 0.3, "attention_dropout": 0.3}
+    model = build(SumAggForCausalLM, sumagg_config("sliding", **dropouts)).double().train()
+    ids = torch.randint(61, (2, 24))
+    directions = [torch.randn_like(parameter) for parameter in model.parameters()]
+    for chunk_length in (None, 8):
+
+        def loss(step=0.0, chunk_length=chunk_length):
+            set_seed(10 + rank)
+            with torch.no_grad():
+                for parameter, direction in zip(model.parameters(), directions, strict=True):
+                    parameter.add_(step * direction)
+            model.zero_grad()
+            # With smoothing the loss is not rounded to float32.
+            found = backward_in_parallel(model, ids, ids, chunk_length=chunk_length, label_smoothing=0.1)
+            with torch.no_grad():
+                for parameter, direction in zip(model.parameters(), directions, strict=True):
+                    parameter.sub_(step * direction)
+            return found
+
+        slope = (loss(1e-6) - loss(-1e-6)) / 2e-6
+        loss()
+        gradients = [parameter.grad for parameter in model.parameters()]
+        expected = sum((gradient * direction).sum() for gradient, direction in zip(gradients, directions, strict=True))
+        torch.testing.assert_close(slope, expected, rtol=1e-5, atol=1e-7)
 
 
 def check_bytes():
@@ -114,6 +144,8 @@ def check_errors():
     mask = torch.tensor([[1, 1, 1, 1, 0, 1, 1, 1]])
     with pytest.raises(ValueError, match="Token 4 begins the part of a process with padding that has a label"):
         backward_in_parallel(model, ids, ids, attention_mask=mask)
+    with pytest.raises(ValueError, match="`chunk_length` must be a multiple of the 4 processes, .* got 6"):
+        backward_in_parallel(model, ids, ids, chunk_length=6)
     classifier = build(SumAggForSequenceClassification, sumagg_config("pure", num_labels=3))
     with pytest.raises(ValueError, match="use `backward_in_chunks`"):
         backward_in_parallel(classifier, ids, torch.tensor([0]))
