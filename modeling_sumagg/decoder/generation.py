@@ -4,7 +4,7 @@ import copy
 from typing import Any
 
 import torch
-from transformers import GenerationMixin, PreTrainedConfig, StoppingCriteriaList
+from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedConfig, StoppingCriteriaList
 
 from ..compatibility import CACHE_NAME, find_cache, with_cache_renamed
 from .cache import EarlyExitCache, adopt_cache, start_over
@@ -16,6 +16,11 @@ _NEWER_TRANSFORMERS = (
     "What would be generated from it would be other text. This version of transformers hands the cache on in a way that "
     "this version of the model does not know: install the newest modeling-sumagg, or pass `use_cache=False`."
 )
+
+
+# A CPU reads a prompt of at least so many tokens in pieces: tensors of the whole prompt would be fetched from memory anew.
+LONG_PROMPT = 2**14
+PREFILL_PIECE = 2**11
 
 
 class EndedRows(StoppingCriteriaList):
@@ -164,6 +169,9 @@ class RecurrentGenerationMixin(GenerationMixin):
                         else "choose another `prefill_chunk_size`, or pad on the left."
                     )
                 )
+        if chunk_size is None and self._reads_in_pieces(cache, length - past_length, attention_mask, model_kwargs):
+            generation_config = copy.copy(generation_config)
+            generation_config.prefill_chunk_size = PREFILL_PIECE
         outputs = super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
         if cache is not None and length > 0 and cache.get_seq_length() != length:
             raise RuntimeError(
@@ -171,6 +179,18 @@ class RecurrentGenerationMixin(GenerationMixin):
                 + _NEWER_TRANSFORMERS
             )
         return outputs
+
+    def _reads_in_pieces(
+        self, cache: Cache | None, length: int, attention_mask: torch.Tensor | None, model_kwargs: dict[str, Any]
+    ) -> bool:
+        """Whether a prompt of `length` new tokens is read in pieces though the caller has not asked for it."""
+        if self.device.type != "cpu" or length < LONG_PROMPT or "inputs_embeds" in model_kwargs:
+            return False
+        # Full attention to a prompt is faster at once.
+        if not isinstance(cache, DynamicCache) or "full_attention" in self.config.layer_types:
+            return False
+        last = (length - 1) % PREFILL_PIECE + 1
+        return attention_mask is None or bool(attention_mask[:, -last:].any(dim=1).all())
 
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs: dict[str, Any], *args, **kwargs):
         passed, filled = find_cache(model_kwargs), find_cache(outputs)

@@ -122,6 +122,24 @@ def test_chunked_prefill_of_a_left_padded_batch(model, chunk_size, options):
     assert new_tokens(generated, inputs) == greedy_new_tokens(model)
 
 
+@pytest.mark.parametrize(("layout", "pieces"), [("left", 3), ("mixed", 1)])
+def test_long_prompts_are_read_in_pieces(model, layout, pieces, monkeypatch):
+    monkeypatch.setattr("modeling_sumagg.decoder.generation.LONG_PROMPT", 6)
+    monkeypatch.setattr("modeling_sumagg.decoder.generation.PREFILL_PIECE", 2)
+    lengths, forward = [], model.forward
+    monkeypatch.setattr(
+        model,
+        "forward",
+        lambda input_ids, **kwargs: lengths.append(input_ids.shape[1]) or forward(input_ids=input_ids, **kwargs),
+    )
+    inputs = padded_batch(layout)
+    generated = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
+    assert new_tokens(generated, inputs) == greedy_new_tokens(model)
+    # A piece at the end that is all padding of a row would predict nothing, and full attention is faster at once.
+    pieces = 1 if "full_attention" in model.config.layer_types else pieces
+    assert lengths[: -(NEW_TOKENS - 1)] == [6 // pieces] * pieces
+
+
 def test_chunked_prefill_whose_last_chunk_is_padding_is_refused(model):
     with pytest.raises(ValueError, match="`prefill_chunk_size`"):
         model.generate(**padded_batch(), max_new_tokens=1, do_sample=False, prefill_chunk_size=4)
