@@ -31,6 +31,7 @@ from ..decoder.recurrence import Call, RecurrentLayer, State
 from ..ops.causal_convolution.causal_convolution import causal_convolution
 from ..ops.documents import Documents
 from ..ops.running_sum.running_sum import causal_sum
+from ..ops.running_sum.running_sum_torch import join_segments
 from ..ops.token_statistics.token_statistics import causal_token_statistics
 from .chunks import ChunkReader, Losses, Progress, backward_of_reader
 from .chunks import State as NamedState
@@ -258,9 +259,7 @@ def _joined(
     total = torch.cat([state.reshape(batch_size, heads, -1) for state in initial], dim=2) + gathered[:0, ..., 1:].sum(
         0
     )
-    totals = [total]
-    for part in gathered:
-        totals.append(part[..., :1].exp() * totals[-1] + part[..., 1:])
+    totals = join_segments(gathered[..., 1:], gathered[..., 0], total)
     sizes = [state.shape[2] for state in flat]
 
     def shaped(total: torch.Tensor) -> State:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from ..dispatch import is_recorded, is_transformed
-from ..running_sum.running_sum_torch import decay_weights, first_tokens, to_chunks
+from ..running_sum.running_sum_torch import advanced, decay_weights, first_tokens, join_segments, to_chunks
 
 
 CHUNK = 32  # tokens whose scores are one matrix
@@ -27,13 +27,8 @@ def keyed_sum_step(values, keys, queries, log_decay, state):
     """
     heads = values.shape[1] // keys.shape[1]
     keys, queries = (t.repeat_interleave(heads, 1) if heads > 1 else t for t in (keys, queries))
-    state = _advanced(state, keys.unsqueeze(3) * values.unsqueeze(2), log_decay.expm1())
+    state = advanced(state, keys.unsqueeze(3) * values.unsqueeze(2), log_decay.expm1()[..., None, None])
     return (queries.unsqueeze(2) @ state).squeeze(2), state
-
-
-def _advanced(state: torch.Tensor, increment: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
-    """`a S + increment`, of `loss` `a - 1`: in float32 a decay of 1 - 1e-6 is exact to one digit, its loss to seven."""
-    return state + torch.addcmul(increment, loss[..., None, None], state)
 
 
 def keyed_sum_chunks(values, keys, queries, log_decay, state, starts=None):
@@ -63,7 +58,7 @@ def _forward(values, keys, queries, log_decay, state, starts):
     for block in _blocks(values, keys, queries, log_decay, starts):
         before.append(state)
         v, k, q, decay = _chunks(*block, chunk=min(CHUNK, values.shape[1]))
-        states = _walk(_increments(v, k, decay), decay.log_through, state)
+        states = join_segments(_increments(v, k, decay), decay.log_through, state)
         outputs.append(_read(v, k, q, decay, states[:-1]))
         state = states[-1].reshape(state.shape)
     return _tokens(outputs, values.shape[1]), state, before
@@ -115,9 +110,9 @@ def _vjp(grad_y, grad_state, values, keys, queries, log_decay, state, starts, st
         v, k, q, decay = _chunks(*block, chunk=min(CHUNK, values.shape[1]))
         dy = _split(grad_block, v.shape[4], v.shape[2])
         # 1. The states before each chunk, and the gradients of those after it, from the last chunk to the first.
-        states = _walk(_increments(v, k, decay), decay.log_through, before)[:-1]
+        states = join_segments(_increments(v, k, decay), decay.log_through, before)[:-1]
         reads = (decay.into[..., None] * q).transpose(-1, -2) @ dy
-        grad_states = _walk(reads.flip(0), decay.log_through.flip(0), grad_state).flip(0)
+        grad_states = join_segments(reads.flip(0), decay.log_through.flip(0), grad_state).flip(0)
         grad_after, grad_state = grad_states[1:], grad_states[0].reshape(grad_state.shape)
         # 2. Within a chunk.
         scores = q @ k.transpose(-1, -2)
@@ -218,23 +213,6 @@ def _tokens(blocks: list[torch.Tensor], length: int) -> torch.Tensor:
 def _increments(v, k, decay: _Decay) -> torch.Tensor:
     """What each chunk adds to the state, `[n, B, G, R, N, P]`."""
     return k.transpose(-1, -2) @ (decay.out[..., None] * v)
-
-
-def _walk(increments: torch.Tensor, log_through: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
-    """The states `[n + 1, B, G, R, N, P]` before each chunk and after the last, from `state` `[B, K, N, P]`."""
-    losses = log_through.expm1()
-    state = state.reshape(increments.shape[1:])
-    if torch.is_grad_enabled() or is_transformed(increments):
-        states = [state]
-        for loss, increment in zip(losses, increments, strict=True):
-            states.append(_advanced(states[-1], increment, loss))
-        return torch.stack(states)
-    states = increments.new_empty(len(increments) + 1, *state.shape)
-    states[0] = state
-    for i, increment in enumerate(increments):
-        torch.addcmul(increment, losses[i, ..., None, None], states[i], out=states[i + 1])
-        states[i + 1] += states[i]
-    return states
 
 
 def _read(v, k, q, decay: _Decay, states: torch.Tensor) -> torch.Tensor:

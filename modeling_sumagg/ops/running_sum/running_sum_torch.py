@@ -63,6 +63,41 @@ def scan(
         return _flat(y), _flat(final)
 
 
+def advanced(state: torch.Tensor, increment: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
+    """`a S + increment`, of `loss` `a - 1`: in float32 a decay of 1 - 1e-6 is exact to one digit, its loss to seven."""
+    return state + torch.addcmul(increment, loss, state)
+
+
+def join_segments(increments: torch.Tensor, log_decay: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+    """
+    The states before each segment of a sequence and after the last. Each segment was summed from zero.
+
+    Chunks of keyed sums and the parts of several processes are joined here; `join_segments_kernel` is the same on a GPU.
+
+    Args:
+        increments (`torch.Tensor` of shape `[n, *heads, *sizes]`): the state after each of n segments, from zero.
+        log_decay (`torch.Tensor` of shape `[n, *heads]`): the logarithm of the decay of each whole segment, `-inf` where
+            another document begins.
+        state (`torch.Tensor`, as large as one increment): the state before the first segment.
+
+    Returns:
+        `torch.Tensor` of shape `[n + 1, *heads, *sizes]`.
+    """
+    losses = log_decay.expm1()[(..., *[None] * (increments.dim() - log_decay.dim()))]
+    state = state.reshape(increments.shape[1:])
+    if torch.is_grad_enabled() or is_transformed(increments):
+        states = [state]
+        for loss, increment in zip(losses, increments, strict=True):
+            states.append(advanced(states[-1], increment, loss))
+        return torch.stack(states)
+    states = increments.new_empty(len(increments) + 1, *state.shape)
+    states[0] = state
+    for i, increment in enumerate(increments):
+        torch.addcmul(increment, losses[i], states[i], out=states[i + 1])
+        states[i + 1] += states[i]
+    return states
+
+
 # Neither `unflatten`, of which ONNX keeps the other sizes that it saw, nor `flatten`, which batched gradients do not know.
 def _to_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
     return x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads)
