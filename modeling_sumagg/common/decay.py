@@ -35,10 +35,8 @@ class SumDecay(nn.Module):
         self.proj = nn.Linear(config.hidden_size, num_heads, bias=False) if config.sum_decay == "input" else None
         self.logit = nn.Parameter(torch.empty(num_heads))
 
-    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """
-        `hidden_states` `[B, T, d]` to `log a` and `1 - a`, float32 at least, `[B, T, K]`; `[1, T, K]` if no token decides.
-        """
+    def forward(self, hidden_states: torch.Tensor, weight: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`hidden_states` `[B, T, d]` to `log a` and, if wanted, `1 - a`, float32 at least, `[B or 1, T, K]`."""
         dtype = sum_dtype(hidden_states)
         logit = own_part(self.logit)
         if self.proj is None:
@@ -47,7 +45,7 @@ class SumDecay(nn.Module):
             # In the dtype of the decays: float32 in a model that was loaded in float16, and under autocast.
             with without_autocast(hidden_states):
                 logits = self.proj(hidden_states.to(logit.dtype)).to(dtype) + logit.to(dtype)
-        return F.logsigmoid(logits), (-logits).sigmoid()
+        return F.logsigmoid(logits), (-logits).sigmoid() if weight else None
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

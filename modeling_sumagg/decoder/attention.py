@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers import Cache, PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gpt2.modeling_gpt2 import eager_attention_forward
@@ -28,7 +29,10 @@ def eager_attention(module: nn.Module, query: torch.Tensor, key: torch.Tensor, v
 
 
 def rms_norm(x: torch.Tensor, eps: float) -> torch.Tensor:
-    """`x` over its root mean square along the last dimension; as written, since the older ONNX exporter knows none."""
+    """`x` over its root mean square along the last dimension."""
+    if not torch.jit.is_tracing():
+        return F.rms_norm(x, x.shape[-1:], eps=eps)
+    # The older ONNX exporter knows no such operation.
     return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt()
 
 

@@ -184,10 +184,9 @@ class RecurrentGenerationMixin(GenerationMixin):
         self, cache: Cache | None, length: int, attention_mask: torch.Tensor | None, model_kwargs: dict[str, Any]
     ) -> bool:
         """Whether a prompt of `length` new tokens is read in pieces though the caller has not asked for it."""
-        if self.device.type != "cpu" or length < LONG_PROMPT or "inputs_embeds" in model_kwargs:
-            return False
+        is_long = self.device.type == "cpu" and length >= LONG_PROMPT and isinstance(cache, DynamicCache)
         # Full attention to a prompt is faster at once.
-        if not isinstance(cache, DynamicCache) or "full_attention" in self.config.layer_types:
+        if not is_long or "inputs_embeds" in model_kwargs or "full_attention" in self.config.layer_types:
             return False
         last = (length - 1) % PREFILL_PIECE + 1
         return attention_mask is None or bool(attention_mask[:, -last:].any(dim=1).all())

@@ -41,19 +41,27 @@ def real(y, arguments):
 
 
 def gradients(operator, arguments):
-    leaves = {name: arguments[name].clone().requires_grad_() for name in LEAVES}
+    leaves = {name: arguments[name].clone().requires_grad_() for name in LEAVES if name in arguments}
     y, state = operator(**{**arguments, **leaves})
     weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)
     loss = (real(y, arguments) * weights).sum() + (state * state.detach().sin()).sum()
     return y, state, *torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
 
 
+def averaged(arguments):
+    """The same call for the moving average, which takes no weights."""
+    return {**{name: value for name, value in arguments.items() if name != "weight"}, "average": True}
+
+
+@pytest.mark.parametrize("average", [False, True])
 @pytest.mark.parametrize("cut", [False, True])
 @pytest.mark.parametrize("length", [1, 2, 31, 32, 33, 100, 1100])
-def test_outputs_and_gradients_are_those_of_the_loop(length, cut):
+def test_outputs_and_gradients_are_those_of_the_loop(length, cut, average):
     arguments = sample(length, cut=cut)
+    arguments = averaged(arguments) if average else arguments
     found, expected = gradients(causal_keyed_sum, arguments), gradients(causal_keyed_sum_reference, arguments)
-    for name, one, other in zip(("y", "state", *LEAVES), found, expected, strict=True):
+    names = ("y", "state", *[name for name in LEAVES if name in arguments])
+    for name, one, other in zip(names, found, expected, strict=True):
         one, other = (real(one, arguments), real(other, arguments)) if name == "y" else (one, other)
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}")
 
@@ -76,6 +84,7 @@ def test_any_shapes_masks_and_documents(data):
     for name in ("weight", "initial_state", "attention_mask", "document_ids"):
         if name in arguments and draw(st.booleans()):
             del arguments[name]
+    arguments = averaged(arguments) if draw(st.booleans()) else arguments
     y, state = causal_keyed_sum(**arguments)
     expected_y, expected_state = causal_keyed_sum_reference(**arguments)
     torch.testing.assert_close(real(y, arguments), real(expected_y, arguments), rtol=1e-10, atol=1e-10)
@@ -122,13 +131,16 @@ def test_a_document_inside_the_segment_lets_nothing_through():
     assert (causal_keyed_sum(**arguments, return_log_decay=True)[2] == -torch.inf).all()
 
 
+@pytest.mark.parametrize("average", [False, True])
 @pytest.mark.parametrize("length", [1, 3, 40])
-def test_gradcheck_of_both_orders(length):
+def test_gradcheck_of_both_orders(length, average):
     arguments = sample(length, batch=1, heads=2, groups=1, size=2, width=2)
-    leaves = [arguments[name].requires_grad_() for name in LEAVES]
+    arguments = averaged(arguments) if average else arguments
+    names = [name for name in LEAVES if name in arguments]
+    leaves = [arguments[name].requires_grad_() for name in names]
 
     def of_leaves(*leaves):
-        return causal_keyed_sum(**{**arguments, **dict(zip(LEAVES, leaves, strict=True))})
+        return causal_keyed_sum(**{**arguments, **dict(zip(names, leaves, strict=True))})
 
     torch.autograd.gradcheck(of_leaves, leaves, fast_mode=length > 3)
     torch.autograd.gradgradcheck(of_leaves, leaves, fast_mode=True)
@@ -146,7 +158,8 @@ def loop(values, keys, queries, log_decay, weight, initial_state):
 
 def both_sides(**arguments):
     """A sum over all pairs of real tokens of a document, each decayed by the tokens from the nearer one to the reader."""
-    values, keys, queries, log_decay, weight = (arguments[name] for name in LEAVES[:5])
+    values, keys, queries, log_decay = (arguments[name] for name in LEAVES[:4])
+    weight = -log_decay.expm1() if arguments.get("average") else arguments["weight"]
     batch, length, heads, _ = values.shape
     mask = arguments.get("attention_mask", torch.ones(batch, length, dtype=torch.bool))
     ids = arguments.get("document_ids", torch.zeros(batch, length, dtype=torch.long))
@@ -165,14 +178,16 @@ def both_sides(**arguments):
     return torch.stack(y).view_as(values)
 
 
+@pytest.mark.parametrize("average", [False, True])
 @pytest.mark.parametrize("cut", [False, True])
 @pytest.mark.parametrize("length", [1, 2, 33])
-def test_both_sides_are_the_sum_over_pairs(length, cut):
+def test_both_sides_are_the_sum_over_pairs(length, cut, average):
     arguments = sample(length, cut=cut)
     del arguments["initial_state"]
+    arguments = averaged(arguments) if average else arguments
     if cut:
         arguments["document_ids"] = torch.arange(length).expand(2, -1) // 9
-    leaves = {name: arguments[name].clone().requires_grad_() for name in LEAVES[:5]}
+    leaves = {name: arguments[name].clone().requires_grad_() for name in LEAVES if name in arguments}
     found = []
     for operator in (bidirectional_keyed_sum, both_sides):
         y = operator(**{**arguments, **leaves})
@@ -334,6 +349,7 @@ def test_one_exported_graph_serves_every_length():
         ({"keys": torch.zeros(2, 9, 3, 5)}, ValueError, r"`keys`.*G divides the 4 heads.*got \[2, 9, 3, 5\]"),
         ({"queries": torch.zeros(2, 9, 2, 4)}, ValueError, r"`queries`.*\[2, 9, 2, 5\] of `keys`, got \[2, 9, 2, 4\]"),
         ({"log_decay": torch.zeros(2, 9, 2)}, ValueError, r"`log_decay`.*\[2, 9, 4\].*got \[2, 9, 2\]"),
+        ({"average": True}, ValueError, "leave out `weight`"),
         ({"weight": torch.zeros(9, 4)}, ValueError, r"`weight`.*got \[9, 4\]"),
         (
             {"initial_state": torch.zeros(2, 4, 3, 5)},

@@ -70,7 +70,8 @@ def compare(rank, folder):
             initial = copy.deepcopy(whole)
             loss = whole(**batch, use_cache=False).loss
             loss.backward()
-            for group, chunk_length in ((None, None), (None, 4), (two, 6)):
+            # The parts are cut by all processes and by two, whole and in chunks, in every second batch.
+            for group, chunk_length in ((None, 4), (two, None)) if number % 2 else ((None, None), (two, 6)):
                 if group is two and rank > 1:
                     continue
                 model = copy.deepcopy(initial)

@@ -16,6 +16,7 @@ def causal_keyed_sum(
     *,
     log_decay: torch.Tensor,
     weight: torch.Tensor | None = None,
+    average: bool = False,
     initial_state: torch.Tensor | None = None,
     attention_mask: torch.Tensor | None = None,
     document_ids: torch.Tensor | Documents | None = None,
@@ -37,6 +38,8 @@ def causal_keyed_sum(
         log_decay (`torch.Tensor` of shape `[B or 1, T, K]`, floating): `log a`, not positive. The decay of a token
             multiplies the state before the token.
         weight (`torch.Tensor` of shape `[B or 1, T, K]`, floating, *optional*): w. 1 if not given.
+        average (`bool`, *optional*, defaults to `False`): whether the state is the moving average, `w_t = 1 - a_t`. No
+            `weight` is then given.
         initial_state (`torch.Tensor` of shape `[B, K, N, P]`, floating, *optional*): S before the first token. It
             belongs to the document of the first real token. Zero if not given.
         attention_mask (`torch.Tensor` of shape `[B, T]`, bool or 0/1, *optional*): True where a token is real. A
@@ -57,9 +60,9 @@ def causal_keyed_sum(
 
     Raises:
         `TypeError`: an input is not floating, or `document_ids` is not integer.
-        `ValueError`: shapes do not fit each other.
+        `ValueError`: shapes do not fit each other, or `weight` is given beside `average`.
     """
-    _check(values, keys, queries, log_decay, weight, initial_state)
+    _check(values, keys, queries, log_decay, weight, average, initial_state)
     batch_size, length, heads, width = values.shape
     check_tokens("values", batch_size, length, attention_mask, document_ids)
     dtype = sum_dtype(values)
@@ -72,6 +75,8 @@ def causal_keyed_sum(
         log_decay = log_decay.masked_fill(padding, 0)
         weight = None if weight is None else weight.masked_fill(padding, 0)
         values, keys, queries = (tensor.masked_fill(padding[..., None], 0) for tensor in (values, keys, queries))
+    if average and length != 1:
+        weight = -log_decay.expm1()
     if weight is not None:
         values = values * weight[..., None]
     if initial_state is None:
@@ -81,7 +86,11 @@ def causal_keyed_sum(
     documents = None if length < 2 else find_documents(document_ids, attention_mask)
     # Autocast would round the state.
     with without_autocast(values):
-        y, state = _sum(values, keys, queries, log_decay, state, documents)
+        if length == 1:
+            y, state = keyed_sum_step(values[:, 0], keys[:, 0], queries[:, 0], log_decay[:, 0], state, average)
+            y = y[:, None]
+        else:
+            y, state = _sum(values, keys, queries, log_decay, state, documents)
     y = y.to(result_dtype)
     if not return_log_decay:
         return y, state
@@ -99,15 +108,15 @@ def bidirectional_keyed_sum(
     *,
     log_decay: torch.Tensor,
     weight: torch.Tensor | None = None,
+    average: bool = False,
     attention_mask: torch.Tensor | None = None,
     document_ids: torch.Tensor | Documents | None = None,
 ) -> torch.Tensor:
     """
-    Sum of outer products over both sides, which each token reads with its query: that of a [`causal_keyed_sum`] and of
-    another from the end, the own term once.
+    Sum of outer products over both sides: a [`causal_keyed_sum`] and another from the end, the own term once.
 
     Args:
-        values, keys, queries, log_decay, weight, attention_mask, document_ids: as for [`causal_keyed_sum`].
+        values, keys, queries, log_decay, weight, average, attention_mask, document_ids: as for [`causal_keyed_sum`].
 
     Returns:
         `torch.Tensor` of shape `[B, T, K, P]` in the dtype of `values`, zero where masked.
@@ -119,14 +128,16 @@ def bidirectional_keyed_sum(
     tokens = [tensor.to(dtype) for tensor in (values, keys, queries)]
     decays = {"log_decay": log_decay, "weight": weight}
     documents = find_documents(document_ids, attention_mask)
-    left, _ = causal_keyed_sum(*tokens, **decays, attention_mask=attention_mask, document_ids=documents)
+    options = {"average": average, "attention_mask": attention_mask, "document_ids": documents}
+    left, _ = causal_keyed_sum(*tokens, **decays, **options)
     if documents is not None:
         documents = find_documents(documents.ids.flip(1))
     mask = None if attention_mask is None else attention_mask.flip(1)
     decays = {name: None if tensor is None else tensor.flip(1) for name, tensor in decays.items()}
-    right, _ = causal_keyed_sum(
-        *(tensor.flip(1) for tensor in tokens), **decays, attention_mask=mask, document_ids=documents
-    )
+    options = {"average": average, "attention_mask": mask, "document_ids": documents}
+    right, _ = causal_keyed_sum(*(tensor.flip(1) for tensor in tokens), **decays, **options)
+    if average:
+        weight = -log_decay.expm1()
     values, keys, queries = tokens
     share = (queries * keys).sum(-1).repeat_interleave(values.shape[2] // keys.shape[2], 2)
     own = values * (share if weight is None else share * weight.to(dtype)).unsqueeze(-1)
@@ -136,16 +147,11 @@ def bidirectional_keyed_sum(
 
 
 def _sum(values, keys, queries, log_decay, state, documents):
-    """Choose the path: no tokens; one token; or chunks, by the kernel or by PyTorch's operations."""
-    length = values.shape[1]
-    if length == 0:
+    """Choose the path of any number of tokens but one: none; or chunks, by the kernel or by PyTorch's operations."""
+    if values.shape[1] == 0:
         return values, state
-    if length == 1:
-        y, state = keyed_sum_step(values[:, 0], keys[:, 0], queries[:, 0], log_decay[:, 0], state)
-        return y[:, None], state
     # The kernels hold float32.
-    kernel = kernel_of(keyed_sum_chunks, values) if values.dtype == torch.float32 else None
-    chunks = keyed_sum_chunks if kernel is None else kernel
+    chunks = (kernel_of(keyed_sum_chunks, values) if values.dtype == torch.float32 else None) or keyed_sum_chunks
     if documents is None or is_exported():
         return chunks(values, keys, queries, log_decay, state, None if documents is None else documents.starts)
     return _isolated(chunks, values, keys, queries, log_decay, state, documents)
@@ -170,7 +176,9 @@ def _isolated(chunks, values, keys, queries, log_decay, state, documents):
     return y, state.masked_fill(is_lost[:, -1, None, None, None], torch.nan)
 
 
-def _check(values, keys, queries, log_decay, weight, initial_state):
+def _check(values, keys, queries, log_decay, weight, average, initial_state):
+    if average and weight is not None:
+        raise ValueError("`average` sets the weights to 1 - a: leave out `weight`, or set `average=False`.")
     for name, tensor in (("values", values), ("keys", keys), ("queries", queries), ("log_decay", log_decay)):
         if not tensor.is_floating_point():
             raise TypeError(f"`{name}` must be of a floating dtype, got {tensor.dtype}.")

@@ -12,6 +12,7 @@ def causal_keyed_sum_reference(
     *,
     log_decay: torch.Tensor,
     weight: torch.Tensor | None = None,
+    average: bool = False,
     initial_state: torch.Tensor | None = None,
     attention_mask: torch.Tensor | None = None,
     document_ids: torch.Tensor | None = None,
@@ -38,6 +39,8 @@ def causal_keyed_sum_reference(
             key, query = (x[b, t].to(dtype).repeat_interleave(group, 0) for x in (keys, queries))
             decay = log_decay.expand(batch_size, -1, -1)[b, t].to(dtype).exp()
             value = values[b, t].to(dtype)
+            if average:
+                value = value * (1 - decay[:, None])
             if weight is not None:
                 value = value * weight.expand(batch_size, -1, -1)[b, t].to(dtype)[:, None]
             state = decay[:, None, None] * state + key[:, :, None] * value[:, None, :]

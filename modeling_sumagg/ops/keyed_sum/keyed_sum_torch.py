@@ -15,9 +15,9 @@ BLOCK = 32 * CHUNK  # tokens that are in memory as chunks at once
 RECORDED_CHUNK = 64  # in a graph, whose matrix over the chunks grows with the square of their number
 
 
-def keyed_sum_step(values, keys, queries, log_decay, state):
+def keyed_sum_step(values, keys, queries, log_decay, state, average=False):
     """
-    One token: `S = a S + k vᵀ`, `y = qᵀ S`.
+    One token: `S = a S + k vᵀ`, as an average `S = a S + (1 - a) k vᵀ`, and `y = qᵀ S`.
 
     Args:
         values `[B, K, P]`, keys and queries `[B, G, N]`, log_decay `[B, K]`, state `[B, K, N, P]`: of one dtype.
@@ -27,7 +27,8 @@ def keyed_sum_step(values, keys, queries, log_decay, state):
     """
     heads = values.shape[1] // keys.shape[1]
     keys, queries = (t.repeat_interleave(heads, 1) if heads > 1 else t for t in (keys, queries))
-    state = advanced(state, keys.unsqueeze(3) * values.unsqueeze(2), log_decay.expm1()[..., None, None])
+    increment, loss = keys.unsqueeze(3) * values.unsqueeze(2), log_decay.expm1()[..., None, None]
+    state = state.lerp(increment, -loss) if average else advanced(state, increment, loss)
     return (queries.unsqueeze(2) @ state).squeeze(2), state
 
 

@@ -70,18 +70,12 @@ def advanced(state: torch.Tensor, increment: torch.Tensor, loss: torch.Tensor) -
 
 def join_segments(increments: torch.Tensor, log_decay: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
     """
-    The states before each segment of a sequence and after the last. Each segment was summed from zero.
-
-    Chunks of keyed sums and the parts of several processes are joined here; `join_segments_kernel` is the same on a GPU.
+    The states before each segment of a sequence and after the last, `[n + 1, *heads, *sizes]`.
 
     Args:
-        increments (`torch.Tensor` of shape `[n, *heads, *sizes]`): the state after each of n segments, from zero.
-        log_decay (`torch.Tensor` of shape `[n, *heads]`): the logarithm of the decay of each whole segment, `-inf` where
-            another document begins.
-        state (`torch.Tensor`, as large as one increment): the state before the first segment.
-
-    Returns:
-        `torch.Tensor` of shape `[n + 1, *heads, *sizes]`.
+        increments `[n, *heads, *sizes]`: the states after segments that were summed from zero.
+        log_decay `[n, *heads]`: of each whole segment, `-inf` where a document begins.
+        state: before the first segment, as large as an increment.
     """
     losses = log_decay.expm1()[(..., *[None] * (increments.dim() - log_decay.dim()))]
     state = state.reshape(increments.shape[1:])
