@@ -162,13 +162,13 @@ class SumAggKeyedSummation(nn.Module):
         values, keys, queries = inputs.unflatten(-1, (-1, sum(sizes))).split(sizes, dim=-1)
         heads = values.shape[2] * values.shape[3] // self.head_dim
         values = values.reshape(*values.shape[:2], heads, self.head_dim)
-        log_decay, _ = self.decay(hidden_states)
+        log_decay, weight = self.decay(hidden_states, weight=not self.is_causal)
         per_token = {"keys": keys, "queries": queries * self.state_size**-0.5, "log_decay": log_decay}
         if self.is_causal:
             sums = recur(causal_keyed_sum, values, layout, cache, self.layer_idx, per_token=per_token, average=True)
         else:
             delimiters = {"attention_mask": layout.attention_mask, "document_ids": layout.documents}
-            sums = bidirectional_keyed_sum(values, **per_token, **delimiters, average=True)
+            sums = bidirectional_keyed_sum(values, **per_token, weight=weight, **delimiters)
         if self.skip is not None:
             sums = torch.addcmul(sums, values, own_part(self.skip)[:, None])
         if self.norm_weight is None:

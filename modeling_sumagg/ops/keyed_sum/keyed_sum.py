@@ -76,7 +76,8 @@ def causal_keyed_sum(
         weight = None if weight is None else weight.masked_fill(padding, 0)
         values, keys, queries = (tensor.masked_fill(padding[..., None], 0) for tensor in (values, keys, queries))
     if average and length != 1:
-        weight = -log_decay.expm1()
+        half = (log_decay / 2).tanh()
+        weight = 2 * half / (half - 1)  # `1 - a` to all digits, as `-expm1`, which ONNX has not
     if weight is not None:
         values = values * weight[..., None]
     if initial_state is None:
@@ -108,7 +109,6 @@ def bidirectional_keyed_sum(
     *,
     log_decay: torch.Tensor,
     weight: torch.Tensor | None = None,
-    average: bool = False,
     attention_mask: torch.Tensor | None = None,
     document_ids: torch.Tensor | Documents | None = None,
 ) -> torch.Tensor:
@@ -116,7 +116,7 @@ def bidirectional_keyed_sum(
     Sum of outer products over both sides: a [`causal_keyed_sum`] and another from the end, the own term once.
 
     Args:
-        values, keys, queries, log_decay, weight, average, attention_mask, document_ids: as for [`causal_keyed_sum`].
+        values, keys, queries, log_decay, weight, attention_mask, document_ids: as for [`causal_keyed_sum`].
 
     Returns:
         `torch.Tensor` of shape `[B, T, K, P]` in the dtype of `values`, zero where masked.
@@ -128,16 +128,14 @@ def bidirectional_keyed_sum(
     tokens = [tensor.to(dtype) for tensor in (values, keys, queries)]
     decays = {"log_decay": log_decay, "weight": weight}
     documents = find_documents(document_ids, attention_mask)
-    options = {"average": average, "attention_mask": attention_mask, "document_ids": documents}
-    left, _ = causal_keyed_sum(*tokens, **decays, **options)
+    left, _ = causal_keyed_sum(*tokens, **decays, attention_mask=attention_mask, document_ids=documents)
     if documents is not None:
         documents = find_documents(documents.ids.flip(1))
     mask = None if attention_mask is None else attention_mask.flip(1)
     decays = {name: None if tensor is None else tensor.flip(1) for name, tensor in decays.items()}
-    options = {"average": average, "attention_mask": mask, "document_ids": documents}
-    right, _ = causal_keyed_sum(*(tensor.flip(1) for tensor in tokens), **decays, **options)
-    if average:
-        weight = -log_decay.expm1()
+    right, _ = causal_keyed_sum(
+        *(tensor.flip(1) for tensor in tokens), **decays, attention_mask=mask, document_ids=documents
+    )
     values, keys, queries = tokens
     share = (queries * keys).sum(-1).repeat_interleave(values.shape[2] // keys.shape[2], 2)
     own = values * (share if weight is None else share * weight.to(dtype)).unsqueeze(-1)
