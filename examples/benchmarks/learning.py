@@ -431,7 +431,9 @@ def _gated_deltanet(context: int, num_attention_heads: int, **sizes) -> Qwen3Nex
     )
 
 
-def _sums(attention_last: bool = False, window_every: int | None = None, **values) -> Callable[..., SumAggConfig]:
+def _sums(
+    attention_last: bool = False, window_every: int | None = None, window: int = 64, **values
+) -> Callable[..., SumAggConfig]:
     """With full attention in the last layer, or a window in each `window_every`-th layer, 0 for the last one alone."""
 
     def config(context: int, **sizes) -> SumAggConfig:
@@ -442,7 +444,7 @@ def _sums(attention_last: bool = False, window_every: int | None = None, **value
         if window_every is not None:
             step = window_every or depth
             layer_types[step - 1 :: step] = ["sliding_attention"] * (depth // step)
-            sizes["sliding_window"] = WINDOW
+            sizes["sliding_window"] = window
         if values.get("position_embedding_type") != "none":
             sizes["max_position_embeddings"] = context
         return SumAggConfig(layer_types=layer_types, **values, **sizes)
@@ -492,7 +494,6 @@ PUBLISHED = {
 KEYED: dict[str, Any] = {**GATED, "num_sum_heads": 4, "sum_state_size": 32}
 # As many weights for keys and queries, and a state that is two or four times as large.
 SHARED_KEYS: dict[str, Any] = {**GATED, "num_sum_heads": 4, "sum_decay_min": 8.0, "sum_decay_max": 512.0}
-WINDOW = 64
 # The first of our models with decays.
 RELU_TERMS = {**GATED, "sum_map": "relu", "sum_skip": False, "conv_kernel_size": None}
 UNLIMITED = {"position_embedding_type": "none", "use_membership_bias": False}
@@ -508,6 +509,10 @@ MODELS = {
     "keyed-window-64": Model(
         "sums with keys of 64 for two heads each, time constants of 8 to 512, a window of 64 last",
         _sums(window_every=0, **{**SHARED_KEYS, "sum_state_size": 64, "num_sum_key_heads": 2}),
+    ),
+    "keyed-window-64-longer": Model(
+        "the same with a window of 256 last",
+        _sums(window_every=0, window=256, **{**SHARED_KEYS, "sum_state_size": 64, "num_sum_key_heads": 2}),
     ),
     "keyed-window-128": Model(
         "sums with keys of 128 for all heads, time constants of 8 to 512, a window of 64 last",
