@@ -3,6 +3,7 @@
 import functools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -232,22 +233,51 @@ def test_the_benchmark_of_linearized_models(folder, monkeypatch, capsys):
 
     texts = {"validation": {"text": [(folder / "text.txt").read_text()]}}
     monkeypatch.setattr(linearized, "news_articles", lambda wheel, cache_dir: texts)
-    options = [
-        "--windows",
-        "64",
-        "--lengths",
-        "32",
-        "--decode_after",
-        "200",
-        "400",
-        "--num_steps",
-        "1",
-        "--num_texts",
-        "2",
-    ]
-    monkeypatch.setattr("sys.argv", ["linearized.py", "--model_name_or_path", str(folder / "teacher"), *options])
+    options = "--windows 64 --lengths 32 --decode_after 200 400 --num_steps 1 --num_texts 2 --far 4 --key_after 8 --num_keys 1"
+    command = ["linearized.py", "--model_name_or_path", str(folder / "teacher"), "--cache_dir", str(folder)]
+    monkeypatch.setattr("sys.argv", [*command, *options.split()])
     linearized.main()
     teacher, _, windows, _ = map(json.loads, capsys.readouterr().out.splitlines())
     # Keys and values of 2 heads of 4 float32 in 3 layers.
     assert teacher["bytes after 400"] == 401 * 2 * 2 * 4 * 4 * 3
     assert windows["bytes after 400"] == windows["bytes after 200"] == (63 + 4) * 2 * 2 * 4 * 4 * 3
+    # Rows are shorter than the window, so both models are the same.
+    assert windows["news, 32 tokens"] == pytest.approx(teacher["news, 32 tokens"], rel=1e-4)
+
+
+def test_a_repetition_from_far_away(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "examples" / "benchmarks")
+    from linearized import is_far_repetition
+
+    # The pair 1 2 comes at the places 0, 5 and 7 of the second token.
+    tokens = [1, 2, 3, 4, 5, 1, 2, 1, 2]
+    assert is_far_repetition(tokens, 3).nonzero().flatten().tolist() == [5]
+    assert is_far_repetition(tokens, 1).nonzero().flatten().tolist() == [5, 7]
+
+
+class CopyingModel:
+    """Predicts the token that came after the last place with the same token, as an induction head does."""
+
+    def __call__(self, input_ids, use_cache, logits_to_keep):
+        tokens, logits = input_ids[0].tolist(), torch.zeros(1, input_ids.shape[1], 64)
+        for place, token in enumerate(tokens):
+            earlier = [i for i in range(place) if tokens[i] == token]
+            if earlier:
+                logits[0, place, tokens[earlier[-1] + 1]] = 1
+        return SimpleNamespace(logits=logits[:, -logits_to_keep:])
+
+
+def test_pass_keys_are_counted_where_they_are_copied(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "examples" / "benchmarks")
+    from linearized import recalled
+
+    # Every word is a token, and a key is one: it came after "is".
+    vocabulary: dict[str, int] = {}
+
+    def tokenizer(text, add_special_tokens):
+        words = text.replace(".", " .").split()
+        return {"input_ids": [vocabulary.setdefault(word, len(vocabulary)) for word in words]}
+
+    assert recalled(CopyingModel(), tokenizer, [60] * 20, 10, 3) == 1
+    misleading = [tokenizer("is", False)["input_ids"][0], 61] * 10
+    assert recalled(CopyingModel(), tokenizer, misleading, 10, 3) == 0
