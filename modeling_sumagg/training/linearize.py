@@ -69,6 +69,13 @@ class LinearizeArguments(DataArguments):
         default_factory=lambda: [200, 400, 100],
         metadata={"help": "Steps of the three stages, or one number for each of them; 0: nothing is trained."},
     )
+    learning_rates: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Learning rates of the three stages; by default --learning_rate in the first, in which a layer learns "
+            "from its own loss, and a tenth of it in the others."
+        },
+    )
     text_column_name: str = field(default="text", metadata={"help": "Column with the texts."})
     block_size: int = field(default=512, metadata={"help": "Tokens of a sequence in the first two stages."})
     long_block_size: int = field(default=2048, metadata={"help": "Tokens of a sequence in the last stage."})
@@ -88,6 +95,10 @@ class LinearizeArguments(DataArguments):
             self.steps = self.steps * len(STAGES)
         if len(self.steps) != len(STAGES) or min(self.steps) < 0:
             raise ValueError(f"--steps takes one number from 0 or three, got {self.steps}.")
+        if self.learning_rates is not None and (
+            len(self.learning_rates) != len(STAGES) or min(self.learning_rates) <= 0
+        ):
+            raise ValueError(f"--learning_rates takes three numbers above 0, got {self.learning_rates}.")
         if not re.fullmatch(r"none|auto|every_[1-9]\d*", self.keep_attention):
             raise ValueError(f"--keep_attention must be none, auto or every_N, got {self.keep_attention!r}.")
         smallest = {"window": 1, "sinks": 0, "block_size": 2, "long_block_size": 2, "chunk_length": 1}
@@ -274,7 +285,7 @@ def main() -> None:
             __doc__,
             output_dir="runs/linearized",
             per_device_train_batch_size=4,
-            learning_rate=3e-4,
+            learning_rate=1e-3,
             weight_decay=0.0,
             logging_steps=10,
             save_strategy="steps",
@@ -362,7 +373,10 @@ def check_stages(folder: Path, student: PreTrainedModel, arguments: LinearizeArg
         `ValueError`: it was another one.
     """
     wanted = {
-        **{name: str(getattr(arguments, name)) for name in ("model_name_or_path", "steps", "block_size", "dtype")},
+        **{
+            name: str(getattr(arguments, name))
+            for name in ("model_name_or_path", "steps", "learning_rates", "block_size", "dtype")
+        },
         **{name: str(getattr(arguments, name)) for name in ("long_block_size", "chunk_length", "train_file")},
         "layer_types": str(student.config.layer_types),
         **{
@@ -405,7 +419,8 @@ def train_stages(
     folder = Path(training.output_dir) / "stages"
     history: list[dict[str, Any]] = []
     tokens = steps_before = 0
-    for stage, steps in zip(STAGES, arguments.steps, strict=True):
+    rates = learning_rates(arguments, training)
+    for stage, steps, learning_rate in zip(STAGES, arguments.steps, rates, strict=True):
         if not steps:
             continue
         place = folder / stage
@@ -429,7 +444,7 @@ def train_stages(
             set_seed(training.seed)
             trainer = StageTrainer(
                 model=student,
-                args=_arguments_of_stage(training, place, steps),
+                args=_arguments_of_stage(training, place, steps, learning_rate),
                 train_dataset=blocks,
                 processing_class=tokenizer,
                 data_collator=default_data_collator,
@@ -468,9 +483,21 @@ def train_stages(
     return history
 
 
-def _arguments_of_stage(training: TrainingArguments, place: Path, steps: int) -> TrainingArguments:
+def learning_rates(arguments: LinearizeArguments, training: TrainingArguments) -> list[float]:
+    """The learning rate of each stage."""
+    return arguments.learning_rates or [
+        training.learning_rate,
+        training.learning_rate / 10,
+        training.learning_rate / 10,
+    ]
+
+
+def _arguments_of_stage(
+    training: TrainingArguments, place: Path, steps: int, learning_rate: float
+) -> TrainingArguments:
     arguments = copy.copy(training)
     arguments.output_dir, arguments.max_steps, arguments.eval_strategy = str(place), steps, "no"
+    arguments.learning_rate = learning_rate
     arguments.resume_from_checkpoint = None
     return arguments
 
@@ -522,7 +549,7 @@ def finish(
             "window": arguments.window,
             "sinks": arguments.sinks,
             "steps of the stages": ", ".join(map(str, arguments.steps)),
-            "learning_rate": training.learning_rate,
+            "learning rates of the stages": ", ".join(map(str, learning_rates(arguments, training))),
             "seed": training.seed,
         },
         limits=(

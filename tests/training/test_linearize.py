@@ -188,8 +188,26 @@ def test_a_run_that_was_stopped_in_every_stage_goes_on_to_the_same_weights(folde
 
 
 @pytest.mark.parametrize(
+    ("options", "rates"),
+    [((), [0.01, 0.001, 0.001]), (("--learning_rates", "3e-3", "2e-4", "1e-5"), [3e-3, 2e-4, 1e-5])],
+)
+def test_each_stage_has_its_learning_rate(folder, unchecked, monkeypatch, options, rates):
+    used = []
+    train = module.StageTrainer.train
+
+    def recorded(self, **kwargs):
+        used.append(self.args.learning_rate)
+        return train(self, **kwargs)
+
+    monkeypatch.setattr(module.StageTrainer, "train", recorded)
+    run(folder, "--steps", "1", *options)
+    assert used == pytest.approx(rates)
+
+
+@pytest.mark.parametrize(
     ("options", "reason"),
     [
+        (("--learning_rates", "1e-3"), "takes three numbers above 0"),
         (("--keep_attention", "every_1"), "keeps every layer"),
         (("--keep_attention", "some"), "must be none, auto or every_N, got 'some'"),
         (("--steps", "1", "2"), "one number from 0 or three"),
