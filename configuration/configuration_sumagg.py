@@ -103,7 +103,7 @@ class SumAggConfig(TextConfig):
         "conv_kernel_size": None,
         "conv_before": "mixer",
     }
-    default_sliding_window = 64
+    default_sliding_window = 256
     # Sums run channel by channel: each process sums its own channels and keeps their decode state.
     base_model_tp_plan = {
         "embed_tokens": "embedding_rowwise",

@@ -103,7 +103,7 @@ def main() -> None:
     datasets = {split: Dataset.from_dict({"input_ids": rows, "labels": rows}) for split, rows in blocks.items()}
 
     special_tokens = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    # Sums with keys in every layer but the last, which attends to 64 tokens: the length has no limit, and the decode state
+    # Sums with keys in every layer but the last, which attends to 256 tokens: the length has no limit, and the decode state
     # does not grow.
     config = SumAggConfig(
         vocab_size=len(tokenizer),

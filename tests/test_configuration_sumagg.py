@@ -138,7 +138,7 @@ def test_a_file_of_0_2_means_what_it_meant(tmp_path):
 def test_sums_have_keys_by_default_where_they_can():
     config = SumAggConfig(hidden_size=64, num_attention_heads=4, num_hidden_layers=3)
     assert (config.sum_state_size, config.num_sum_key_heads) == (16, None)
-    assert config.layer_types == ["summation", "summation", "sliding_attention"] and config.sliding_window == 64
+    assert config.layer_types == ["summation", "summation", "sliding_attention"] and config.sliding_window == 256
     for options in ({"sum_decay": "none"}, {"sum_map": "relu"}, {"conv_before": "mixer"}):
         config = SumAggConfig(num_hidden_layers=3, **options)
         assert config.sum_state_size is None and config.layer_types[-1] == "full_attention"

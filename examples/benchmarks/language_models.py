@@ -110,7 +110,7 @@ def configurations(arguments: LanguageModelArguments, max_length: int) -> dict[s
     keyed = ours | {"intermediate_size": group * round(2 * width / group)}
     ours = ours | {"sum_state_size": None}
     return {
-        "SumAgg, keys, window of 64 last": SumAggConfig(**keyed),
+        "SumAgg, keys, window of 64 last": SumAggConfig(**keyed, sliding_window=64),
         "SumAgg, keys": SumAggConfig(**keyed, **pure),
         "SumAgg": SumAggConfig(**ours, **pure),
         "SumAgg, sliding window last": SumAggConfig(

@@ -502,7 +502,10 @@ MODELS = {
     "gpt2": Model("GPT-2: attention, learned positions", _gpt2),
     "mamba2": Model("Mamba2", _mamba2, _mamba2_candidates),
     "gated-deltanet": Model("gated DeltaNet", _gated_deltanet),
-    "keyed-window": Model("sums with keys, a window of 64 last: the default", _sums(window_every=0, **KEYED)),
+    "keyed-window-longer": Model(
+        "sums with keys, a window of 256 last: the default", _sums(window_every=0, window=256, **KEYED)
+    ),
+    "keyed-window": Model("sums with keys, a window of 64 last", _sums(window_every=0, **KEYED)),
     "keyed-window-convolution": Model(
         "the same, its sums deleted, all else kept", _sums(window_every=0, **KEYED), mixer=Convolution
     ),
@@ -511,7 +514,7 @@ MODELS = {
         _sums(window_every=0, **{**SHARED_KEYS, "sum_state_size": 64, "num_sum_key_heads": 2}),
     ),
     "keyed-window-64-longer": Model(
-        "the same with a window of 256 last",
+        "sums with keys of 64 for two heads each, time constants of 8 to 512, a window of 256 last",
         _sums(window_every=0, window=256, **{**SHARED_KEYS, "sum_state_size": 64, "num_sum_key_heads": 2}),
     ),
     "keyed-window-128": Model(
