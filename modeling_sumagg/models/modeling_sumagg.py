@@ -16,11 +16,9 @@ from transformers import initialization as init
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
-from .common.decay import SumDecay, own_part
-from .common.position_modulation import PositionModulation
-from .configuration.configuration_sumagg import SumAggConfig
-from .decoder.attention import Attention, rms_norm
-from .decoder.heads import (
+from ..configuration.configuration_sumagg import SumAggConfig
+from ..decoder.attention import Attention, rms_norm
+from ..decoder.heads import (
     ForCausalLM,
     ForMaskedLM,
     ForSequenceClassification,
@@ -28,15 +26,17 @@ from .decoder.heads import (
     last_token,
     pool,
 )
-from .decoder.layers import DecoderLayer
-from .decoder.layout import SequenceLayout
-from .decoder.model import DecoderModel, DecoderPreTrainedModel
-from .decoder.recurrence import recur
-from .ops.causal_convolution.causal_convolution import causal_convolution
-from .ops.keyed_sum.keyed_sum import bidirectional_keyed_sum, causal_keyed_sum
-from .ops.precision import sum_dtype
-from .ops.running_sum.running_sum import bidirectional_sum, causal_sum
-from .ops.weighted_mean.weighted_mean import bidirectional_mean, causal_mean
+from ..decoder.layers import DecoderLayer
+from ..decoder.layout import SequenceLayout
+from ..decoder.model import DecoderModel, DecoderPreTrainedModel
+from ..decoder.recurrence import recur
+from ..ops.causal_convolution.causal_convolution import causal_convolution
+from ..ops.keyed_sum.keyed_sum import bidirectional_keyed_sum, causal_keyed_sum
+from ..ops.precision import sum_dtype
+from ..ops.running_sum.running_sum import bidirectional_sum, causal_sum
+from ..ops.weighted_mean.weighted_mean import bidirectional_mean, causal_mean
+from .decay import SumDecay, own_part
+from .position_modulation import PositionModulation
 
 
 class SumAggConvolution(nn.Module):
