@@ -194,9 +194,9 @@ def test_the_decoder_has_only_what_every_decoder_needs():
 
 
 def test_the_code_that_users_of_a_checkpoint_trust_is_short():
-    """A limit to go down. Keys, ended rows, stricter checks and the parts of Llama brought it from 4,250 lines to 5,600."""
+    """A limit to go down: 3,190 of the lines are code, the others say what it does. Issue 28 asks for 3,600 in all."""
     lines = {module: text.count("\n") for module, text in exported("sumagg").items()}
-    assert sum(lines.values()) <= 5600, lines
+    assert sum(lines.values()) <= 5550, lines
 
 
 @pytest.mark.parametrize(("old", "new"), MOVED.items())
