@@ -58,8 +58,6 @@ class SumAggConfig(TextConfig):
             `conv_before="terms"`. With these values the default is p, else `None`.
         num_sum_key_heads (`int`, *optional*, defaults to `num_sum_heads`): the number of keys and of queries of a token.
             Must divide `num_sum_heads`: consecutive heads share a key and a query.
-        sum_output_norm (`bool`, defaults to `True`): whether sums with keys have an RMS norm over the channels of each
-            head.
         pooling (`str`, defaults to `"sum"`): how a sequence classifier pools: the sum over `relu(W h_t)` (`"sum"`, as
             published), its mean (`"mean"`), or the hidden state of the last token (`"last"`).
         mlp_gate (`bool`, defaults to `True`): whether the feed-forward layers are gated (published: no).
@@ -149,7 +147,6 @@ class SumAggConfig(TextConfig):
     attention_sum: bool = False
     sum_state_size: int | Literal["auto"] | None = "auto"
     num_sum_key_heads: int | None = None
-    sum_output_norm: bool = True
     pooling: Literal["sum", "mean", "last"] = "sum"
 
     def __post_init__(self, **kwargs):
@@ -174,10 +171,9 @@ class SumAggConfig(TextConfig):
         parts = {
             (".in_proj",): self.sum_map == "relu",
             (".hidden_proj",): not is_keyed,
-            (".qkv_proj",): is_keyed,
+            (".qkv_proj", ".norm_weight"): is_keyed,
             (".conv.weight", ".conv.bias"): is_keyed and self.conv_kernel_size is not None,
             (".skip",): is_keyed and self.sum_skip,
-            (".norm_weight",): is_keyed and self.sum_output_norm,
             (".q_norm", ".k_norm"): self.attention_norm,
             (".sum_gate",): self.attention_sum,
         }

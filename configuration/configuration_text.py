@@ -12,6 +12,11 @@ from .configuration_fields import NamedFields
 
 
 ATTENTION_TYPES = ("full_attention", "sliding_attention")
+LEAST_VALUES = {
+    **dict.fromkeys(("vocab_size", "hidden_size", "num_attention_heads", "head_dim", "intermediate_size"), 1),
+    **dict.fromkeys(("sliding_window", "max_position_embeddings"), 1),
+    **dict.fromkeys(("num_hidden_layers", "initializer_range", "attention_sinks"), 0),
+}
 # By the type of rotary positions: the parameters that it needs, and those that it may have, beside `rope_theta`.
 ROPE_TYPES: dict[str, tuple[set[str], set[str]]] = {
     "default": (set(), set()),
@@ -246,13 +251,10 @@ class TextConfig(NamedFields, PreTrainedConfig):
 
     def validate_sizes(self):
         """Part of `@strict`-powered validation: sizes are positive and consistent, probabilities are in [0, 1)."""
-        for name in ("vocab_size", "hidden_size", "num_attention_heads", "intermediate_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
-        if getattr(self, "max_position_embeddings", 1) < 1:
-            raise ValueError(f"`max_position_embeddings` must be at least 1, got {self.max_position_embeddings}.")
-        if self.num_hidden_layers < 0:
-            raise ValueError(f"`num_hidden_layers` must be at least 0, got {self.num_hidden_layers}.")
+        for name, least in LEAST_VALUES.items():
+            value = getattr(self, name, None)
+            if value is not None and value < least:
+                raise ValueError(f"`{name}` must be at least {least}, got {value}.")
         if self.hidden_size % self.num_attention_heads and not hasattr(self, "head_dim"):
             raise ValueError(
                 f"`num_attention_heads` must divide `hidden_size`, got {self.num_attention_heads} heads for a width of "
@@ -263,13 +265,8 @@ class TextConfig(NamedFields, PreTrainedConfig):
             raise ValueError(
                 f"`num_key_value_heads` must divide `num_attention_heads` = {self.num_attention_heads}, got {key_heads}."
             )
-        if getattr(self, "head_dim", 1) < 1:
-            raise ValueError(f"`head_dim` must be at least 1, got {self.head_dim}.")
-        if self.attention_sinks < 0 or (self.attention_sinks and not self.is_causal):
-            raise ValueError(
-                "`attention_sinks` must be at least 0, and 0 in a bidirectional model, got "
-                f"{self.attention_sinks} with `is_causal` = {self.is_causal}."
-            )
+        if self.attention_sinks and not self.is_causal:
+            raise ValueError(f"`attention_sinks` must be 0 in a bidirectional model, got {self.attention_sinks}.")
         if not 0.01 <= self.sum_decay_min <= self.sum_decay_max:
             # After a hundredth of a token a decay is zero in float32.
             raise ValueError(
@@ -278,14 +275,10 @@ class TextConfig(NamedFields, PreTrainedConfig):
             )
         if not self.layer_norm_eps > 0:
             raise ValueError(f"`layer_norm_eps` must be above 0, got {self.layer_norm_eps}.")
-        if self.initializer_range < 0:
-            raise ValueError(f"`initializer_range` must be at least 0, got {self.initializer_range}.")
         if self.sliding_window is None and "sliding_attention" in (self.layer_types or ()):
             raise ValueError(
                 "`sliding_window` is None, but `layer_types` holds 'sliding_attention': set a number of tokens."
             )
-        if self.sliding_window is not None and self.sliding_window < 1:
-            raise ValueError(f"`sliding_window` must be at least 1, got {self.sliding_window}.")
         if self.position_embedding_type == "sinusoidal" and self.hidden_size % 2:
             raise ValueError(f"Sinusoidal positions need an even `hidden_size`, got {self.hidden_size}.")
         for name in ("embedding_dropout", "hidden_dropout", "attention_dropout", "classifier_dropout"):

@@ -32,7 +32,7 @@ from transformers import (
 )
 
 from modeling_sumagg import SumAggConfig
-from modeling_sumagg.hub import decode_state_size, save_model_card
+from modeling_sumagg.publishing.hub import decode_state_size, save_model_card
 from modeling_sumagg.training.data_files import read_document
 from modeling_sumagg.training.embedded_data import standard_library_sources
 from modeling_sumagg.training.plots import plot_training

@@ -37,7 +37,7 @@ from transformers import (
 # The top-level name is missing from transformers 5.17 where torchvision is.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-from modeling_sumagg.modeling_tost import tost_image_processor
+from modeling_sumagg.models.modeling_tost import tost_image_processor
 from modeling_sumagg.training.embedded_data import handwritten_digits
 from modeling_sumagg.training.runs import Results, report, train_and_evaluate
 from modeling_sumagg.training.scripts import (

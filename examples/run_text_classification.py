@@ -34,7 +34,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from modeling_sumagg.families import FAMILIES
+from modeling_sumagg import FAMILIES
 from modeling_sumagg.training.embedded_data import standard_library_packages
 from modeling_sumagg.training.runs import Results, report, train_and_evaluate
 from modeling_sumagg.training.scripts import (

@@ -41,8 +41,8 @@ from transformers import (
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from modeling_sumagg import ToSTConfig, ToSTForImageClassification
-from modeling_sumagg.hub import save_model_card
-from modeling_sumagg.modeling_tost import tost_image_processor
+from modeling_sumagg.models.modeling_tost import tost_image_processor
+from modeling_sumagg.publishing.hub import save_model_card
 from modeling_sumagg.training.data_files import open_image
 from modeling_sumagg.training.embedded_data import photo_crops, sample_photos
 from modeling_sumagg.training.scripts import DecayTrainer, check_output_folder, run, user_errors

@@ -7,25 +7,25 @@ __version__ = "0.2.0"
 
 # `python -m modeling_sumagg` begins with this file, and imports the models when a command needs them.
 if not (sys.argv[0] == "-m" and sys.orig_argv[-len(sys.argv)] == __name__):
-    from . import moved_modules  # noqa: F401
     from .configuration import SumAggConfig, SumAggMultimodalConfig, SumAggSpeechConfig, ToSTConfig, ToSTTextConfig
-    from .families import FAMILIES, Family
-    from .modeling_sumagg import (
+    from .models.families import FAMILIES, Family
+    from .models.modeling_sumagg import (
         SumAggForCausalLM,
         SumAggForMaskedLM,
         SumAggForSequenceClassification,
         SumAggForTokenClassification,
         SumAggModel,
     )
-    from .modeling_sumagg_multimodal import SumAggForMultimodalRegression
-    from .modeling_sumagg_speech import SumAggForAudioClassification, SumAggForCTC, SumAggSpeechModel
-    from .modeling_tost import ToSTBackbone, ToSTForImageClassification, ToSTModel
-    from .modeling_tost_text import (
+    from .models.modeling_sumagg_multimodal import SumAggForMultimodalRegression
+    from .models.modeling_sumagg_speech import SumAggForAudioClassification, SumAggForCTC, SumAggSpeechModel
+    from .models.modeling_tost import ToSTBackbone, ToSTForImageClassification, ToSTModel
+    from .models.modeling_tost_text import (
         ToSTForCausalLM,
         ToSTTextForSequenceClassification,
         ToSTTextForTokenClassification,
         ToSTTextModel,
     )
+    from .publishing import moved_modules  # noqa: F401  (finds the module names of 0.2)
     from .publishing.remote_code import register_family
     from .training.data_collator import DataCollatorForCTC, DataCollatorForMultimodalRegression
 

@@ -114,5 +114,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(f"error: {' '.join(str(error).split())}")
 
 
+def arguments_of_today(module: str, arguments: list[str]) -> list[str]:
+    """The arguments of `main` for a command of version 0.2, `python -m module arguments`; those of 0.3 stay as they are."""
+    old = module.removeprefix(f"{__package__}.")
+    if old == "hub":
+        command = "update" if "--update" in arguments else "check"
+        arguments = [argument for argument in arguments if argument != "--update"]
+    elif old == "convert_original_checkpoint":
+        command = "convert"
+    else:
+        return arguments
+    print(f"`python -m {module}` is now `python -m {__package__} {command}`.", file=sys.stderr)
+    return [command, *arguments]
+
+
 if __name__ == "__main__":
-    main()
+    main(arguments_of_today(__spec__.name, sys.argv[1:]))

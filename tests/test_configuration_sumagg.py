@@ -125,7 +125,7 @@ def test_a_file_of_before_decays_means_what_it_meant(tmp_path):
 def test_a_file_of_0_2_means_what_it_meant(tmp_path):
     SumAggConfig(hidden_size=64, num_attention_heads=4, sum_state_size=None).save_pretrained(tmp_path)
     old = json.loads((tmp_path / "config.json").read_text())
-    for name in ("sum_state_size", "num_sum_key_heads", "sum_output_norm"):
+    for name in ("sum_state_size", "num_sum_key_heads"):
         del old[name]
     for layer_types in (old["layer_types"], None):
         old["layer_types"] = layer_types

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from modeling_sumagg import SumAggForCTC
-from modeling_sumagg.compatibility import named_cache
+from modeling_sumagg.common.compatibility import named_cache
 
 
 # `item`, `bool` and `int` of a tensor are `_local_scalar_dense`.

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import modeling_sumagg
-from modeling_sumagg.moved_modules import MOVED
+from modeling_sumagg.publishing.moved_modules import MOVED
 from modeling_sumagg.publishing.remote_code import flat_sources
 
 
@@ -21,37 +21,32 @@ PACKAGE = "modeling_sumagg"
 PARTS = {
     "configuration": [],
     "ops": [],
-    "common": ["ops.precision"],
-    "compatibility": [],
-    "registration": [],
-    "decoder": ["common", "compatibility", "ops.sliding_attention", "ops.documents"],
-    "modeling_": ["common", "configuration", "decoder", "ops", "compatibility"],
+    "common": [],
+    "decoder": ["common", "ops.sliding_attention", "ops.documents"],
+    # Parts that several families share.
+    "models": ["common", "ops.precision"],
+    "models.modeling_": ["common", "configuration", "decoder", "models.decay", "models.position_modulation", "ops"],
     # The mixers and blocks of the text models, over what is heard.
-    "modeling_sumagg_speech": ["common", "configuration", "decoder", "ops", "compatibility", "modeling_sumagg"],
-    "families": ["configuration", "modeling_"],
-    "publishing": ["configuration", "decoder", "families", "moved_modules", "registration", "whole_files"],
+    "models.modeling_sumagg_speech": ["common", "configuration", "decoder", "models.modeling_sumagg", "ops"],
+    "models.families": ["configuration", "models.modeling_"],
+    "publishing": ["common", "configuration", "decoder", "models.families"],
     # A plugin for an engine: nobody imports it, and it knows the models.
-    "serving": ["decoder", "families", "ops.documents", "ops.running_sum.running_sum"],
-    "streams": ["compatibility", "decoder", "modeling_sumagg_speech", "whole_files"],
-    "training": ["common", "configuration", "decoder", "families", "ops", "publishing"],
+    "serving": ["decoder", "models.families", "ops.documents", "ops.running_sum.running_sum"],
+    "streams": ["common", "decoder", "models.modeling_sumagg_speech"],
+    "training": ["common", "configuration", "decoder", "models.families", "ops", "publishing"],
     # Each of the commands imports what it needs.
     "__main__": ["publishing", "training"],
-    "hub": ["__main__", "publishing"],
-    "convert_original_checkpoint": ["__main__", "publishing"],
-    "moved_modules": [],
-    "whole_files": [],
     # The package itself, which gathers the names.
-    "": ["configuration", "families", "modeling_", "moved_modules", "publishing", "training.data_collator"],
+    "": ["configuration", "models", "publishing", "training.data_collator"],
 }
 # What users, and so the examples, import; the rest may change with any version.
 PUBLIC = {
     "modeling_sumagg",
     "modeling_sumagg.configuration",
     "modeling_sumagg.decoder",
-    "modeling_sumagg.families",
-    "modeling_sumagg.hub",
-    "modeling_sumagg.modeling_tost",
+    "modeling_sumagg.models.modeling_tost",
     "modeling_sumagg.ops",
+    "modeling_sumagg.publishing.hub",
     "modeling_sumagg.streams",
     "modeling_sumagg.training",
 }
@@ -108,7 +103,7 @@ def refused(module: str, target: str) -> bool:
     if is_kernels(target) and not is_kernels(module) and module != f"{PACKAGE}.ops":
         return True
     # A family is one file, which imports no other.
-    if part(target) == own and own != "modeling_":
+    if part(target) == own and own != "models.modeling_":
         return False
     return not any(name.startswith(other) for other in PARTS[own])
 
@@ -131,18 +126,19 @@ def test_no_circles():
         ("ops.running_sum.running_sum", "decoder.layout"),
         ("ops.running_sum.running_sum", "ops.running_sum.running_sum_kernels"),
         ("ops.weighted_mean.weighted_mean_torch", "ops.triton_helpers"),
-        ("compatibility", "decoder.cache"),
+        ("common.compatibility", "decoder.cache"),
+        ("common.registration", "models.families"),
         ("decoder.model", "ops.running_sum.running_sum"),
         ("decoder.model", "ops.dispatch"),
-        ("decoder.model", "families"),
-        ("modeling_sumagg", "modeling_tost_text"),
-        ("modeling_sumagg", "modeling_sumagg_speech"),
-        ("modeling_sumagg", "ops.kernel_modes"),
-        ("modeling_sumagg", "registration"),
-        ("families", "publishing.remote_code"),
-        ("registration", "families"),
-        ("publishing.cards", "hub"),
-        ("families", "serving.models"),
+        ("decoder.model", "models.families"),
+        ("models.modeling_sumagg", "models.modeling_tost_text"),
+        ("models.modeling_sumagg", "models.modeling_sumagg_speech"),
+        ("models.modeling_sumagg", "models.families"),
+        ("models.modeling_sumagg", "ops.kernel_modes"),
+        ("models.decay", "models.modeling_sumagg"),
+        ("models.families", "publishing.remote_code"),
+        ("models.families", "serving.models"),
+        ("publishing.cards", "training.runs"),
         ("decoder.recurrence", "serving.states"),
         ("serving.models", "ops.dispatch"),
     ],
@@ -171,13 +167,13 @@ def exported(model_type: str) -> dict[str, str]:
             [
                 "running_sum.running_sum.",
                 "configuration_sumagg",
-                "modeling_sumagg.modeling_sumagg",
+                "models.modeling_sumagg",
                 "modeling_tost.",
                 "modulation",
             ],
         ),
-        ("tost", ["running_sum.running_sum.", "configuration_sumagg", "modeling_sumagg.modeling_sumagg", "_text"]),
-        ("sumagg_multimodal", ["tost", "configuration_text", "ops.", "modeling_sumagg.modeling_sumagg."]),
+        ("tost", ["running_sum.running_sum.", "configuration_sumagg", "models.modeling_sumagg", "_text"]),
+        ("sumagg_multimodal", ["tost", "configuration_text", "ops.", "models.modeling_sumagg."]),
         ("sumagg_speech", ["token_statistics", "tost", "multimodal"]),
     ],
 )
@@ -198,9 +194,9 @@ def test_the_decoder_has_only_what_every_decoder_needs():
 
 
 def test_the_code_that_users_of_a_checkpoint_trust_is_short():
-    """A limit to go down. Keys, ended rows, stricter checks and the parts of Llama brought it from 4,250 lines to 5,600."""
+    """A limit to go down: 3,190 of the lines are code, the others say what it does. Issue 28 asks for 3,600 in all."""
     lines = {module: text.count("\n") for module, text in exported("sumagg").items()}
-    assert sum(lines.values()) <= 5600, lines
+    assert sum(lines.values()) <= 5550, lines
 
 
 @pytest.mark.parametrize(("old", "new"), MOVED.items())

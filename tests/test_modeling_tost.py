@@ -26,7 +26,7 @@ from transformers import (
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from modeling_sumagg import ToSTBackbone, ToSTConfig, ToSTForImageClassification, ToSTModel
-from modeling_sumagg.modeling_tost import (
+from modeling_sumagg.models.modeling_tost import (
     ToSTClassAttention,
     ToSTLayerScale,
     fourier_position_code,

@@ -14,7 +14,7 @@ from modeling_sumagg import (
     ToSTTextModel,
 )
 from modeling_sumagg.configuration import preset_path
-from modeling_sumagg.convert_original_checkpoint import convert_original_checkpoint
+from modeling_sumagg.publishing.conversion import convert_original_checkpoint
 
 
 LAYER_TYPES = {

@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from modeling_sumagg import SumAggConfig, SumAggForCausalLM, ToSTForCausalLM, ToSTTextConfig
-from modeling_sumagg.compatibility import CACHE_NAME, find_cache
+from modeling_sumagg.common.compatibility import CACHE_NAME, find_cache
 
 
 LAYERS = 4

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, CompileConfig, DynamicCache, StaticCache, Trainer, TrainingArguments
 
 import modeling_sumagg
-from modeling_sumagg.hub import check_folder
+from modeling_sumagg.publishing.hub import check_folder
 
 
 ROOT = Path(__file__).parents[1]

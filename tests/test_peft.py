@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from modeling_sumagg import SumAggConfig, SumAggSpeechConfig, ToSTConfig, ToSTTextConfig
-from modeling_sumagg.families import FAMILIES
+from modeling_sumagg.models.families import FAMILIES
 
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}

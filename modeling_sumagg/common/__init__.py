@@ -1,1 +1,1 @@
-"""What models of several families share, decoders or not: checks of inputs, positions, decays."""
+"""What every part may use, and what uses no other: checks of inputs, positions, versions of transformers, whole files."""

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedConfig, StoppingCriteriaList
 
-from ..compatibility import CACHE_NAME, find_cache, with_cache_renamed
+from ..common.compatibility import CACHE_NAME, find_cache, with_cache_renamed
 from .cache import EarlyExitCache, adopt_cache, start_over
 from .masks import decoder_layout
 from .recurrence import RecurrentLayer

@@ -15,7 +15,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
 from ..common.checks import check_labels, labels_of_rows, loss_of_classes
-from ..compatibility import (
+from ..common.compatibility import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
     SequenceClassifierOutputWithPast,
@@ -176,25 +176,30 @@ class LastTokenPooler(nn.Module):
         return pool(last_token, hidden_states, attention_mask, cache)
 
 
-class ForSequenceClassification(DecoderPreTrainedModel):
-    """
-    Sequence classification or regression head: `score` on the vector `[B, d]` that `pooler(hidden_states,
-    attention_mask, cache)`, a `pooler_class(config)`, makes of the real tokens, by [`pool`] of those in the cache too.
-    """
-
+class _Classifier(DecoderPreTrainedModel):
     model_class: type[DecoderModel]
-    pooler_class: type[nn.Module] = LastTokenPooler
-    # The loss is a mean over the batch: `Trainer` has to divide by the accumulation steps.
-    accepts_loss_kwargs = False
+    pooler_class: type[nn.Module] | None = None
 
     def __init__(self, config: PreTrainedConfig):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.model = self.model_class(config)
-        self.pooler = self.pooler_class(config)
+        if self.pooler_class is not None:
+            self.pooler = self.pooler_class(config)
         self.dropout = nn.Dropout(config.classifier_dropout)
         self.score = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
+
+
+class ForSequenceClassification(_Classifier):
+    """
+    Sequence classification or regression head: `score` on the vector `[B, d]` that `pooler(hidden_states,
+    attention_mask, cache)`, a `pooler_class(config)`, makes of the real tokens, by [`pool`] of those in the cache too.
+    """
+
+    pooler_class = LastTokenPooler
+    # The loss is a mean over the batch: `Trainer` has to divide by the accumulation steps.
+    accepts_loss_kwargs = False
 
     @accepts_cache
     @can_return_tuple
@@ -249,18 +254,8 @@ class ForSequenceClassification(DecoderPreTrainedModel):
         )
 
 
-class ForTokenClassification(DecoderPreTrainedModel):
+class ForTokenClassification(_Classifier):
     """Token classification head: `score` on every token."""
-
-    model_class: type[DecoderModel]
-
-    def __init__(self, config: PreTrainedConfig):
-        super().__init__(config)
-        self.num_labels = config.num_labels
-        self.model = self.model_class(config)
-        self.dropout = nn.Dropout(config.classifier_dropout)
-        self.score = nn.Linear(config.hidden_size, config.num_labels)
-        self.post_init()
 
     @accepts_cache
     @can_return_tuple

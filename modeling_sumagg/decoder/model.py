@@ -11,13 +11,13 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ..common.checks import look_up, refuse_sequence_parallelism
-from ..common.positions import learned_positions, rotary_positions, sinusoidal_positions
-from ..compatibility import (
+from ..common.compatibility import (
     BaseModelOutputWithPast,
     accepts_cache,
     named_cache,
     warn_of_untested_transformers,
 )
+from ..common.positions import learned_positions, rotary_positions, sinusoidal_positions
 from .attention import Attention
 from .cache import adopt_cache
 from .layers import make_norm

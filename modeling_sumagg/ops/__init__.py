@@ -2,7 +2,8 @@
 
 from .causal_convolution.causal_convolution import causal_convolution
 from .causal_convolution.causal_convolution_reference import causal_convolution_reference
-from .documents import Documents, document_runs
+from .document_runs import document_runs
+from .documents import Documents
 from .kernel_modes import set_kernels
 from .keyed_sum.keyed_sum import bidirectional_keyed_sum, causal_keyed_sum
 from .keyed_sum.keyed_sum_reference import causal_keyed_sum_reference

@@ -16,8 +16,8 @@ import transformers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
-from ..families import FAMILIES
-from ..whole_files import write_whole
+from ..common.whole_files import write_whole
+from ..models.families import FAMILIES
 from .files import printable, refuse_foreign_readme
 from .folder_checks import check_folder
 

@@ -16,7 +16,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from ..families import FAMILIES, StateDict
+from ..models.families import FAMILIES, StateDict
 from .files import refuse_what_is_there, unfinished_folder
 
 

@@ -16,7 +16,7 @@ import torch
 from torch.export import Dim
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from ..families import FAMILIES
+from ..models.families import FAMILIES
 from . import onnx_text
 from .files import refuse_what_is_there, unfinished_folder
 from .onnx_graphs import Step, quantize, save_graphs, step_graph, whole_graph

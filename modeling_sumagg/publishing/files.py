@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..whole_files import write_whole
+from ..common.whole_files import write_whole
 
 
 # The names of a checkpoint's code files begin with this and a digest of the code: nobody else names files so.

@@ -6,8 +6,8 @@ import importlib.machinery
 import importlib.util
 from pathlib import Path
 
-from ..moved_modules import MOVED
-from ..registration import register_family
+from ..common.registration import register_family
+from .moved_modules import MOVED
 
 
 PACKAGE = __name__.partition(".")[0]
@@ -57,7 +57,7 @@ def flatten_imports(source: str, module: str, prefix: str = "") -> tuple[str, li
             imported += names
             flattened[node] = [
                 _import_statement(text, node, f".{prefix}{last_name(home)}", aliases)
-                for home, aliases in sorted(names.items())
+                for home, aliases in sorted(names.items(), key=lambda item: last_name(item[0]))
             ]
     return text.edited(_edits(tree, flattened, text)), imported
 

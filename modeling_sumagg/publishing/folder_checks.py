@@ -24,7 +24,7 @@ CARD_FIELDS = {
 }
 CARD_HELP = (
     f"A card begins with metadata between two lines `---`, in YAML: {', '.join(CARD_FIELDS.values())}, and of adapters "
-    "`base_model`. `save_model_card` of `modeling_sumagg.hub` writes all of it."
+    "`base_model`. `save_model_card` of `modeling_sumagg.publishing.hub` writes all of it."
 )
 # What is of use to nobody else, or tells paths of this machine.
 NOT_UPLOADED = {"training_args.bin": "training_args.bin", "checkpoint-*": "checkpoint-*/*", "runs": "runs/*"}

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ..configuration import SumAggConfig
-from ..families import FAMILIES
+from ..models.families import FAMILIES
 
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")

@@ -31,10 +31,10 @@ from transformers.dynamic_module_utils import get_relative_imports
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import CONFIG_NAME, is_vision_available
 
+from ..common.registration import register_class_names
+from ..common.whole_files import write_whole
 from ..configuration.configuration_fields import NamedFields
-from ..families import FAMILIES, Family
-from ..registration import register_class_names
-from ..whole_files import write_whole
+from ..models.families import FAMILIES, Family
 from .files import PREFIX, refuse_foreign_config, refuse_foreign_files, remove_old_code, write_code
 from .flattening import PACKAGE, REGISTRATION, flatten_imports, last_name
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from transformers.utils import CONFIG_NAME
 
-from ..families import FAMILIES, Family
-from ..whole_files import write_whole
+from ..common.whole_files import write_whole
+from ..models.families import FAMILIES, Family
 from .files import (
     code_files,
     read_auto_map,
@@ -89,7 +89,7 @@ def _read_config(folder: Path) -> tuple[Family, str]:
         raise ValueError(
             f"{folder} holds a model of the type {model_type!r}, whose code modeling-sumagg does not know: it knows "
             f"{', '.join(sorted(FAMILIES))}. Import the module that registers another one and call "
-            "`modeling_sumagg.hub.update_folder`."
+            "`modeling_sumagg.publishing.hub.update_folder`."
         )
     references = read_auto_map(config, path)
     if not references:

@@ -35,7 +35,7 @@ def register() -> None:
 
 def served_models() -> dict[str, str]:
     """By the names of the language models, of the classifiers and the bare models beside them, what runs each in vLLM."""
-    from ..families import FAMILIES
+    from ..models.families import FAMILIES
 
     classes = {
         "AutoModelForCausalLM": "CausalLM",

@@ -25,7 +25,7 @@ from vllm.sequence import IntermediateTensors
 
 from ..decoder.layout import SequenceLayout
 from ..decoder.recurrence import recur
-from ..families import FAMILIES
+from ..models.families import FAMILIES
 from ..ops.documents import find_documents
 from ..ops.running_sum.running_sum import causal_sum
 from .layers import put_in_engine_layers, shard_on_meta

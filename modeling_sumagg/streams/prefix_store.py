@@ -19,8 +19,8 @@ from safetensors import SafetensorError
 from transformers import Cache, GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 from transformers.utils import ModelOutput, logging
 
-from ..compatibility import CACHE_NAME, find_cache
-from ..whole_files import write_whole
+from ..common.compatibility import CACHE_NAME, find_cache
+from ..common.whole_files import write_whole
 from .cache_rows import RowState, join_rows, split_rows
 from .saved_states import fingerprint
 

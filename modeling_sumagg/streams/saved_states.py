@@ -16,10 +16,10 @@ from safetensors import SafetensorError
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
+from ..common.whole_files import write_whole
 from ..decoder.cache import SlidingWindowLayer, adopt_cache, append_columns
 from ..decoder.recurrence import RecurrentLayer
-from ..modeling_sumagg_speech import FramesLayer, adopt_cache_of_frames
-from ..whole_files import write_whole
+from ..models.modeling_sumagg_speech import FramesLayer, adopt_cache_of_frames
 
 
 # Of the state of an operator, the tensors that hold counts, or sums of weights, squares or memberships.

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from ..families import FAMILIES
+from ..models.families import FAMILIES
 
 
 def decay_parameter_names(model: nn.Module) -> list[str]:

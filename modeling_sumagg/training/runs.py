@@ -18,7 +18,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.integrations import unset_hf_deepspeed_config
 from transformers.trainer_utils import get_last_checkpoint
 
-from ..families import FAMILIES
+from ..models.families import FAMILIES
 from ..publishing.cards import decode_state_size, hardware_of, save_model_card
 from ..publishing.files import printable
 from .plots import METRICS, Metric, plot_training
@@ -160,7 +160,7 @@ def report(
         hyperparameters (`dict`, *optional*): for the card, beside those of `trainer.args`.
         loss_unit (`str`, defaults to `"nats"`): the unit of the loss.
         pictures (`str`, *optional*): what other pictures the script has drawn, for the last line.
-        facts: other arguments of [`~modeling_sumagg.hub.create_model_card`].
+        facts: other arguments of [`~modeling_sumagg.publishing.hub.create_model_card`].
     """
     folder = Path(trainer.args.output_dir)
     shown = "test" if "test" in held_out else list(held_out)[-1]

@@ -6,8 +6,8 @@ import pytest
 import torch
 from testing import assert_close
 
-from modeling_sumagg.common.position_modulation import PositionModulation
 from modeling_sumagg.common.positions import sinusoidal_positions
+from modeling_sumagg.models.position_modulation import PositionModulation
 
 
 def test_sinusoidal_code():

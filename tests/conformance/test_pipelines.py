@@ -29,7 +29,7 @@ from modeling_sumagg import (
     ToSTTextForTokenClassification,
     ToSTTextModel,
 )
-from modeling_sumagg.modeling_tost import tost_image_processor
+from modeling_sumagg.models.modeling_tost import tost_image_processor
 
 
 TEXTS = ["w5 w9 w2 w30 w7 w7", "w3 w4", "w11 w2 w8"]

@@ -8,7 +8,7 @@ from testing import assert_close, build, sumagg_config, tost_text_config
 from transformers import DynamicCache, StaticCache
 
 from modeling_sumagg import SumAggForSequenceClassification, ToSTTextForSequenceClassification
-from modeling_sumagg.compatibility import CACHE_NAME
+from modeling_sumagg.common.compatibility import CACHE_NAME
 
 
 LENGTH = 12

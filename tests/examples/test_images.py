@@ -14,7 +14,7 @@ from testing import assert_close, build
 from transformers import pipeline
 
 from modeling_sumagg import SumAggConfig, ToSTConfig, ToSTForImageClassification
-from modeling_sumagg.modeling_tost import tost_image_processor
+from modeling_sumagg.models.modeling_tost import tost_image_processor
 from modeling_sumagg.training.embedded_data import handwritten_digits, photo_crops
 
 

@@ -25,7 +25,7 @@ from transformers import (
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from modeling_sumagg import SumAggConfig, ToSTTextConfig
-from modeling_sumagg.families import FAMILIES
+from modeling_sumagg.models.families import FAMILIES
 from modeling_sumagg.training import decay_parameter_names, scripts
 from modeling_sumagg.training.scripts import DecayTrainer
 

@@ -7,7 +7,7 @@ from running import assert_card_is_true, config_overrides, metrics
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
-from modeling_sumagg.families import FAMILIES
+from modeling_sumagg.models.families import FAMILIES
 
 
 @pytest.mark.parametrize("family", ["sumagg", pytest.param("tost_text", marks=pytest.mark.slow), "gpt2"])

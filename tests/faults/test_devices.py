@@ -8,7 +8,7 @@ from testing import assert_close
 from torch import nn
 from transformers import DynamicCache, StaticCache
 
-from modeling_sumagg.compatibility import find_cache
+from modeling_sumagg.common.compatibility import find_cache
 
 from .kinds import CAUSAL_KINDS, INPUTS, KINDS, greedy, logits, marked, tiny_model
 

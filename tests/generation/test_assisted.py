@@ -16,7 +16,7 @@ from transformers import (
 )
 from transformers.cache_utils import StaticLayer
 
-from modeling_sumagg.compatibility import CACHE_NAME, find_cache
+from modeling_sumagg.common.compatibility import CACHE_NAME, find_cache
 
 from .kinds import CONFIGS, KINDS, MAIN_KINDS, VOCAB_SIZE, build, greedy_alone, logits_alone, tiny_model
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache, set_seed
 
-from modeling_sumagg.compatibility import CACHE_NAME, find_cache
+from modeling_sumagg.common.compatibility import CACHE_NAME, find_cache
 
 from .kinds import MAIN_KINDS, VOCAB_SIZE, greedy_alone, logits_alone, tiny_model
 

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache, StaticCache
 
-from modeling_sumagg.compatibility import CACHE_NAME
+from modeling_sumagg.common.compatibility import CACHE_NAME
 
 from .kinds import KINDS, VOCAB_SIZE, logits_alone, tiny_model
 

@@ -12,7 +12,7 @@ from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, PreTrainedTo
 from transformers.generation.streamers import BaseStreamer
 
 from modeling_sumagg import SumAggConfig, SumAggForCausalLM, ToSTForCausalLM, ToSTTextConfig
-from modeling_sumagg.compatibility import CACHE_NAME, find_cache
+from modeling_sumagg.common.compatibility import CACHE_NAME, find_cache
 
 from .kinds import CONFIGS, MAIN_KINDS, VOCAB_SIZE, build, greedy_alone, logits_alone, tiny_model
 

@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from modeling_sumagg.compatibility import find_cache
+from modeling_sumagg.common.compatibility import find_cache
 
 from .kinds import greedy_alone, tiny_model
 from .test_assisted import smaller

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from testing import MODEL_CLASSES, build, speech_processor, sumagg_config, tiny_config, tiny_inputs, word_tokenizer
 from transformers import PreTrainedModel
 
-from modeling_sumagg.modeling_tost import tost_image_processor
+from modeling_sumagg.models.modeling_tost import tost_image_processor
 
 
 def text_config(**kwargs):

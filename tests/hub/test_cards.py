@@ -25,8 +25,8 @@ from modeling_sumagg import (
     ToSTForImageClassification,
     ToSTModel,
 )
-from modeling_sumagg.hub import check_card, create_model_card
 from modeling_sumagg.publishing.cards import printable
+from modeling_sumagg.publishing.hub import check_card, create_model_card
 
 
 SPECIAL = {"pad_token_id": 0, "eos_token_id": 1}

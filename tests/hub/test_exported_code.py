@@ -167,7 +167,7 @@ def test_names_from_a_package_come_from_the_modules_that_define_them():
         "if True:\n    from .modeling_sumagg import SumAggModel, SumAggForCausalLM\n"
         "    from .modeling_tost import ToSTModel as Vision\n    x = 1\n"
     )
-    assert sorted(modules) == ["modeling_sumagg.modeling_sumagg", "modeling_sumagg.modeling_tost"]
+    assert sorted(modules) == ["modeling_sumagg.models.modeling_sumagg", "modeling_sumagg.models.modeling_tost"]
 
 
 def test_imports_inside_functions_are_flattened():

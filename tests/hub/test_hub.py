@@ -38,10 +38,16 @@ from modeling_sumagg import (
     ToSTForImageClassification,
     __main__,
 )
-from modeling_sumagg.hub import check_card, check_folder, create_model_card, decode_state_size, save_model_card
 from modeling_sumagg.publishing import folder_checks
 from modeling_sumagg.publishing.clean_process import check_checkpoint, what_it_becomes
 from modeling_sumagg.publishing.folder_checks import check_files
+from modeling_sumagg.publishing.hub import (
+    check_card,
+    check_folder,
+    create_model_card,
+    decode_state_size,
+    save_model_card,
+)
 
 
 RUN = {

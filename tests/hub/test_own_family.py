@@ -13,7 +13,7 @@ from testing import build, sumagg_config
 
 import modeling_sumagg
 from modeling_sumagg import SumAggConfig, SumAggForCausalLM, register_family
-from modeling_sumagg.hub import create_model_card, update_folder
+from modeling_sumagg.publishing.hub import create_model_card, update_folder
 from modeling_sumagg.publishing.remote_code import flatten_imports
 
 
@@ -91,9 +91,9 @@ def test_the_source_is_what_was_written(gated_sum):
     assert set(modules) == {
         "gates",
         "modeling_sumagg.configuration.configuration_sumagg",
-        "modeling_sumagg.modeling_sumagg",
+        "modeling_sumagg.models.modeling_sumagg",
         "modeling_sumagg.ops.running_sum.running_sum",
-        "modeling_sumagg.registration",
+        "modeling_sumagg.common.registration",
     }
 
 

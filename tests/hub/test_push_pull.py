@@ -10,7 +10,7 @@ from hub_server import HubServer
 from testing import build, tost_config
 
 from modeling_sumagg import SumAggForCausalLM, ToSTForImageClassification
-from modeling_sumagg.hub import create_model_card
+from modeling_sumagg.publishing.hub import create_model_card
 
 
 @pytest.fixture

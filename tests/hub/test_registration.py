@@ -23,9 +23,9 @@ from transformers.models.auto import modeling_auto
 
 import modeling_sumagg
 from modeling_sumagg import FAMILIES, SumAggConfig, SumAggForCausalLM, register_family
+from modeling_sumagg.common.registration import register_class_names
 from modeling_sumagg.configuration import TextConfig
 from modeling_sumagg.decoder import DecoderPreTrainedModel
-from modeling_sumagg.registration import register_class_names
 from modeling_sumagg.training import decay_parameter_names
 
 
@@ -105,7 +105,7 @@ def test_decay_leaves_out_biases_of_models_that_are_not_ours():
 
 OWN_FAMILY = """
 from modeling_sumagg.configuration.configuration_sumagg import SumAggConfig
-from modeling_sumagg.modeling_sumagg import SumAggForCausalLM
+from modeling_sumagg.models.modeling_sumagg import SumAggForCausalLM
 
 
 class {name}Config(SumAggConfig):

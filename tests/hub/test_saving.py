@@ -23,7 +23,7 @@ from transformers import (
 from transformers import dynamic_module_utils as dynamic
 
 from modeling_sumagg import SumAggForCausalLM, ToSTForCausalLM, ToSTForImageClassification
-from modeling_sumagg.hub import check_output_dir
+from modeling_sumagg.publishing.hub import check_output_dir
 
 
 INPUT_IDS = torch.arange(3, 15)[None]

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -17,9 +18,9 @@ from safetensors.torch import save_file
 from testing import build
 from transformers import dynamic_module_utils as dynamic
 
-from modeling_sumagg import SumAggForCausalLM, __main__, __version__, hub
-from modeling_sumagg.hub import check_folder, create_model_card, update_folder
+from modeling_sumagg import SumAggForCausalLM, __main__, __version__
 from modeling_sumagg.publishing import files, update
+from modeling_sumagg.publishing.hub import check_folder, create_model_card, update_folder
 
 
 HEADER = "# From the Python package modeling-sumagg 0.0.9 (Apache-2.0), module modeling_sumagg.{}.\n"
@@ -172,12 +173,29 @@ def test_a_folder_that_is_not_ours_is_refused(old_folder, spoil, reason):
     assert snapshot(old_folder) == before
 
 
-def test_the_command_of_0_2_advises_and_updates(old_folder, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["modeling_sumagg.hub", "--update", str(old_folder)])
-    hub.main()
-    printed = capsys.readouterr()
-    assert "`python -m modeling_sumagg.hub` is now `python -m modeling_sumagg update FOLDER`.\n" in printed.err
-    assert "changed: config.json" in printed.out
+def test_the_commands_of_0_2_advise_and_run(old_folder, monkeypatch, capsys):
+    def run(module: str, *arguments) -> tuple[str, str, str | None]:
+        """`python -m module arguments` in this process: what it prints on both streams, and its error."""
+        # Another test may have imported it under its old name.
+        monkeypatch.delitem(sys.modules, module, raising=False)
+        monkeypatch.setattr(sys, "argv", [module, *map(str, arguments)])
+        error = None
+        try:
+            runpy.run_module(module, run_name="__main__")
+        except SystemExit as raised:
+            error = raised.code
+        return *capsys.readouterr(), error
+
+    advice = "`python -m modeling_sumagg.hub` is now `python -m modeling_sumagg {}`.\n"
+    out, err, error = run("modeling_sumagg.hub", "--update", old_folder)
+    assert err == advice.format("update") and "changed: config.json" in out and error is None
+    out, err, error = run("modeling_sumagg.hub", old_folder / "missing")
+    assert err == advice.format("check") and error.endswith("missing is missing: give the folder of a checkpoint.")
+    converter = "modeling_sumagg.convert_original_checkpoint"
+    options = ("--model_family", "tost", "--checkpoint_path", "missing.pth", "--output_dir", old_folder / "new")
+    out, err, error = run(converter, *options)
+    assert err == f"`python -m {converter}` is now `python -m modeling_sumagg convert`.\n"
+    assert error == "error: There is no file missing.pth."
 
 
 def test_modes_stay_links_are_replaced_and_pipes_are_not_read(old_folder, tmp_path):

@@ -21,7 +21,7 @@ from testing import speech_processor
 from torch.testing._internal.two_tensor import TwoTensor
 from transformers import AutoModelForCausalLM
 
-from modeling_sumagg import whole_files
+from modeling_sumagg.common import whole_files
 from modeling_sumagg.streams import saved_states
 from modeling_sumagg.streams.saved_states import SavedStream, cache_from_tensors, cache_to_tensors, fingerprint
 from modeling_sumagg.streams.speech_stream import SpeechStream

@@ -17,7 +17,7 @@ from transformers import DynamicCache, StaticCache, Trainer, TrainingArguments, 
 from transformers.utils import logging
 
 from modeling_sumagg import SumAggForCausalLM, ToSTForCausalLM
-from modeling_sumagg.compatibility import CACHE_NAME
+from modeling_sumagg.common.compatibility import CACHE_NAME
 
 
 NAMES = ["cache", "past_key_values"]

@@ -13,8 +13,9 @@ from transformers.generation import utils as generation_utils
 from transformers.testing_utils import CaptureLogger
 from transformers.utils import logging
 
-from modeling_sumagg import SumAggForCausalLM, SumAggModel, ToSTForCausalLM, ToSTTextModel, compatibility
-from modeling_sumagg.compatibility import CACHE_NAME, NEWEST_TESTED_TRANSFORMERS
+from modeling_sumagg import SumAggForCausalLM, SumAggModel, ToSTForCausalLM, ToSTTextModel
+from modeling_sumagg.common import compatibility
+from modeling_sumagg.common.compatibility import CACHE_NAME, NEWEST_TESTED_TRANSFORMERS
 from modeling_sumagg.decoder import heads
 from modeling_sumagg.decoder.generation import RecurrentGenerationMixin
 

@@ -20,8 +20,7 @@ def causal_keyed_sum(
     initial_state: torch.Tensor | None = None,
     attention_mask: torch.Tensor | None = None,
     document_ids: torch.Tensor | Documents | None = None,
-    return_log_decay: bool = False,
-) -> tuple[torch.Tensor, ...]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     r"""
     Running sum of outer products over time, which each token reads with its query:
 
@@ -47,13 +46,10 @@ def causal_keyed_sum(
             output is zero.
         document_ids (`torch.Tensor` of shape `[B, T]`, integer, or `Documents`, *optional*): a change of id from one
             real token to the next restarts the sum.
-        return_log_decay (`bool`, *optional*, defaults to `False`): whether to return a third tensor, the logarithm of
-            the decay of the whole segment. A caller that sums segments apart needs it to join them.
 
     Returns:
-        `tuple[torch.Tensor, ...]`: the outputs `[B, T, K, P]` in the dtype of `values`, and the state after
-        the last token `[B, K, N, P]`. State and products are float32, float64 for float64 inputs. With
-        `return_log_decay` the decay of the segment `[B, K]`, `-inf` where another document begins.
+        `tuple[torch.Tensor, torch.Tensor]`: the outputs `[B, T, K, P]` in the dtype of `values`, and the state after
+        the last token `[B, K, N, P]`. State and products are float32, float64 for float64 inputs.
 
         A NaN or an infinity makes the later tokens of its document NaN, and in a row of one document possibly up to 31
         tokens before it. It reaches no other document, except in an exported graph.
@@ -92,13 +88,7 @@ def causal_keyed_sum(
             y = y[:, None]
         else:
             y, state = _sum(values, keys, queries, log_decay, state, documents)
-    y = y.to(result_dtype)
-    if not return_log_decay:
-        return y, state
-    log_decay = log_decay.double()
-    if documents is not None:
-        log_decay = log_decay.masked_fill(documents.starts[..., None], -torch.inf)
-    return y, state, log_decay.sum(1)
+    return y.to(result_dtype), state
 
 
 @takes_documents

@@ -59,8 +59,8 @@ def scan(
         starts = None if documents is None else documents.starts
         heads = log_decay.shape[-1]
         sizes = (EXPORTED_DECAY_CHUNK,) if is_exported() else (DECAY_CHUNK, DECAY_CHUNK)
-        y, final = _scan_chunks(_to_heads(x, heads), log_decay, _to_heads(initial, heads), starts, sizes)
-        return _flat(y), _flat(final)
+        y, final = _scan_chunks(to_heads(x, heads), log_decay, to_heads(initial, heads), starts, sizes)
+        return flat(y), flat(final)
 
 
 def advanced(state: torch.Tensor, increment: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
@@ -93,11 +93,11 @@ def join_segments(increments: torch.Tensor, log_decay: torch.Tensor, state: torc
 
 
 # Neither `unflatten`, of which ONNX keeps the other sizes that it saw, nor `flatten`, which batched gradients do not know.
-def _to_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
+def to_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
     return x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads)
 
 
-def _flat(x: torch.Tensor) -> torch.Tensor:
+def flat(x: torch.Tensor) -> torch.Tensor:
     return x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1])
 
 
@@ -139,16 +139,16 @@ def scan_vjp(grad, y, log_decay, initial, starts, *, needs_decay):
         return grad, None, grad[:, 0].to(initial.dtype)
     heads = log_decay.shape[-1]
     decay = log_decay.exp()
-    grad_initial = _to_heads(grad[:, 0], heads).to(initial.dtype) * decay[:, 0, :, None]
+    grad_initial = to_heads(grad[:, 0], heads).to(initial.dtype) * decay[:, 0, :, None]
     grad_decay = None
     if needs_decay:
-        first = (grad_initial * _to_heads(initial, heads)).sum(-1)
-        later = (_to_heads(grad[:, 1:], heads) * _to_heads(y[:, :-1], heads)).sum(-1)
+        first = (grad_initial * to_heads(initial, heads)).sum(-1)
+        later = (to_heads(grad[:, 1:], heads) * to_heads(y[:, :-1], heads)).sum(-1)
         grad_decay = torch.cat([first.to(y.dtype).unsqueeze(1), decay[:, 1:] * later], 1)
         if starts is not None:
             grad_decay = grad_decay.masked_fill(starts.unsqueeze(-1), 0)
         grad_decay = grad_decay.sum_to_size(log_decay.shape)
-    return grad, grad_decay, _flat(grad_initial)
+    return grad, grad_decay, flat(grad_initial)
 
 
 def _loop(x, log_decay, initial, documents, relu):
@@ -164,7 +164,7 @@ def _loop(x, log_decay, initial, documents, relu):
     chunk = min(chunk, length)
     heads = 1 if log_decay is None else log_decay.shape[-1]
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    sums, terms, carry = (_to_heads(tensor, heads) for tensor in (y, x, initial))
+    sums, terms, carry = (to_heads(tensor, heads) for tensor in (y, x, initial))
     decay = None if log_decay is None else log_decay.exp()
     starts = None if documents is None else documents.starts
 
@@ -225,7 +225,7 @@ def _loop(x, log_decay, initial, documents, relu):
             part.addcmul_(reach[:, :count, i], before[:, :count])
         if apart is not None:
             part[apart] = kept
-    return y, _flat(carries[:, -1]).clone()
+    return y, flat(carries[:, -1]).clone()
 
 
 def _sum_chunks(x, initial):

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..running_sum.running_sum_torch import scan
+from ..running_sum.running_sum_torch import flat, scan, to_heads
 
 
 FLOOR = 1e-30  # added to the constants that the sums are relative to, so that none is zero
@@ -36,16 +36,16 @@ def means_of_segment(terms, decays, weights, sums, total, documents=None, relu=F
         before = torch.where(documents.starts.unsqueeze(2), size, before)
 
     # 2. The terms.
-    terms = _to_heads(terms.relu() if relu else terms, heads)
-    terms = _flat(terms * (weights / size).to(terms.dtype).unsqueeze(-1))
+    terms = to_heads(terms.relu() if relu else terms, heads)
+    terms = flat(terms * (weights / size).to(terms.dtype).unsqueeze(-1))
     relative_decays = (decays + (before / size).log()).to(terms.dtype)
-    sums = _flat(_to_heads(sums, heads) / size_before.unsqueeze(-1))
+    sums = flat(to_heads(sums, heads) / size_before.unsqueeze(-1))
     relative, last = scan(terms, relative_decays, sums, documents)
 
     # 3. The means.
     share = (totals / size).to(terms.dtype)
-    means = _flat(_to_heads(relative, heads) / share.masked_fill(share == 0, 1).unsqueeze(-1))
-    return means, _flat(_to_heads(last, heads) * last_size.unsqueeze(-1)), last_total, totals
+    means = flat(to_heads(relative, heads) / share.masked_fill(share == 0, 1).unsqueeze(-1))
+    return means, flat(to_heads(last, heads) * last_size.unsqueeze(-1)), last_total, totals
 
 
 def mean_of_token(terms, decays, weights, sums, total, relu=False):
@@ -56,11 +56,3 @@ def mean_of_token(terms, decays, weights, sums, total, relu=False):
     sums = torch.addcmul(sums.view(heads.shape) * decay.unsqueeze(-1), heads, weights.unsqueeze(-1))
     means = sums / total.masked_fill(total == 0, 1).unsqueeze(-1)
     return means.view(terms.shape), sums.flatten(1), total
-
-
-def _to_heads(x, heads):
-    return x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads)
-
-
-def _flat(x):
-    return x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1])

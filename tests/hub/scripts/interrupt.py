@@ -18,8 +18,8 @@ from pathlib import Path
 import transformers
 from transformers import AutoConfig
 
-from modeling_sumagg.convert_original_checkpoint import convert_original_checkpoint
-from modeling_sumagg.hub import update_folder
+from modeling_sumagg.publishing.conversion import convert_original_checkpoint
+from modeling_sumagg.publishing.hub import update_folder
 
 
 def model_in(folder: Path) -> dict[str, bytes] | None:

@@ -26,9 +26,9 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
-from .common.checks import labels_of_rows, loss_of_classes
-from .configuration.configuration_tost import ToSTConfig
-from .ops.token_statistics.token_statistics import token_membership, token_statistics
+from ..common.checks import labels_of_rows, loss_of_classes
+from ..configuration.configuration_tost import ToSTConfig
+from ..ops.token_statistics.token_statistics import token_membership, token_statistics
 
 
 def tost_image_processor(config: ToSTConfig) -> BitImageProcessorPil:

@@ -16,21 +16,21 @@ from transformers.models.wav2vec2.modeling_wav2vec2 import _compute_mask_indices
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
-from .common.checks import check_labels, is_concrete, labels_of_rows, loss_of_classes
-from .compatibility import (
+from ..common.checks import check_labels, is_concrete, labels_of_rows, loss_of_classes
+from ..common.compatibility import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
     accepts_cache,
     find_cache,
     named_cache,
 )
-from .configuration.configuration_sumagg_speech import SumAggSpeechConfig
-from .decoder.cache import adopt_cache
-from .decoder.layout import SequenceLayout, sequence_layout
-from .decoder.masks import attention_masks
-from .decoder.recurrence import RecurrentLayer, recur
+from ..configuration.configuration_sumagg_speech import SumAggSpeechConfig
+from ..decoder.cache import adopt_cache
+from ..decoder.layout import SequenceLayout, sequence_layout
+from ..decoder.masks import attention_masks
+from ..decoder.recurrence import RecurrentLayer, recur
+from ..ops.stacked_frames import stack_frames
 from .modeling_sumagg import SumAggModel, SumAggPooler, SumAggPreTrainedModel
-from .ops.stacked_frames import stack_frames
 
 
 @dataclass

@@ -15,15 +15,15 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
-from .common.checks import (
+from ..common.checks import (
     is_concrete,
     labels_of_rows,
     look_up,
     loss_of_classes,
     refuse_sequence_parallelism,
 )
-from .common.position_modulation import PositionModulation, modulate
-from .configuration.configuration_sumagg_multimodal import SumAggMultimodalConfig
+from ..configuration.configuration_sumagg_multimodal import SumAggMultimodalConfig
+from .position_modulation import PositionModulation, modulate
 
 
 def exact_dtype(device: torch.device) -> torch.dtype:

@@ -14,16 +14,16 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.output_capturing import OutputRecorder
 
-from .common.decay import SumDecay
-from .common.positions import learned_positions
-from .configuration.configuration_tost_text import ToSTTextConfig
-from .decoder.attention import Attention
-from .decoder.heads import ForCausalLM, ForSequenceClassification, ForTokenClassification
-from .decoder.layout import SequenceLayout
-from .decoder.model import DecoderModel, DecoderPreTrainedModel
-from .decoder.recurrence import recur
-from .ops.token_statistics.token_statistics import causal_token_membership, causal_token_statistics
-from .ops.token_statistics.token_statistics_reference import TokenStatisticsState
+from ..common.positions import learned_positions
+from ..configuration.configuration_tost_text import ToSTTextConfig
+from ..decoder.attention import Attention
+from ..decoder.heads import ForCausalLM, ForSequenceClassification, ForTokenClassification
+from ..decoder.layout import SequenceLayout
+from ..decoder.model import DecoderModel, DecoderPreTrainedModel
+from ..decoder.recurrence import recur
+from ..ops.token_statistics.token_statistics import causal_token_membership, causal_token_statistics
+from ..ops.token_statistics.token_statistics_reference import TokenStatisticsState
+from .decay import SumDecay
 
 
 class ToSTTextTokenStatistics(nn.Module):

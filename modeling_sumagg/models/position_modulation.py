@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from .positions import learned_positions, sinusoidal_positions
+from ..common.positions import learned_positions, sinusoidal_positions
 
 
 def modulate(inputs_embeds: torch.Tensor, positions: torch.Tensor, position_bias: float) -> torch.Tensor:

@@ -16,11 +16,9 @@ from transformers import initialization as init
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
-from .common.decay import SumDecay, own_part
-from .common.position_modulation import PositionModulation
-from .configuration.configuration_sumagg import SumAggConfig
-from .decoder.attention import Attention, rms_norm
-from .decoder.heads import (
+from ..configuration.configuration_sumagg import SumAggConfig
+from ..decoder.attention import Attention, rms_norm
+from ..decoder.heads import (
     ForCausalLM,
     ForMaskedLM,
     ForSequenceClassification,
@@ -28,15 +26,17 @@ from .decoder.heads import (
     last_token,
     pool,
 )
-from .decoder.layers import DecoderLayer
-from .decoder.layout import SequenceLayout
-from .decoder.model import DecoderModel, DecoderPreTrainedModel
-from .decoder.recurrence import recur
-from .ops.causal_convolution.causal_convolution import causal_convolution
-from .ops.keyed_sum.keyed_sum import bidirectional_keyed_sum, causal_keyed_sum
-from .ops.precision import sum_dtype
-from .ops.running_sum.running_sum import bidirectional_sum, causal_sum
-from .ops.weighted_mean.weighted_mean import bidirectional_mean, causal_mean
+from ..decoder.layers import DecoderLayer
+from ..decoder.layout import SequenceLayout
+from ..decoder.model import DecoderModel, DecoderPreTrainedModel
+from ..decoder.recurrence import recur
+from ..ops.causal_convolution.causal_convolution import causal_convolution
+from ..ops.keyed_sum.keyed_sum import bidirectional_keyed_sum, causal_keyed_sum
+from ..ops.precision import sum_dtype
+from ..ops.running_sum.running_sum import bidirectional_sum, causal_sum
+from ..ops.weighted_mean.weighted_mean import bidirectional_mean, causal_mean
+from .decay import SumDecay, own_part
+from .position_modulation import PositionModulation
 
 
 class SumAggConvolution(nn.Module):
@@ -136,7 +136,7 @@ class SumAggKeyedSummation(nn.Module):
         num_keys = config.num_sum_key_heads or config.num_sum_heads
         self.values_per_key = config.hidden_size // num_keys
         self.skip = nn.Parameter(torch.empty(config.num_sum_heads)) if config.sum_skip else None
-        self.norm_weight = nn.Parameter(torch.empty(config.hidden_size)) if config.sum_output_norm else None
+        self.norm_weight = nn.Parameter(torch.empty(config.hidden_size))
         self.norm_eps = config.layer_norm_eps
         channels = config.hidden_size + 2 * num_keys * config.sum_state_size
         self.qkv_proj = nn.Linear(config.hidden_size, channels, bias=False)
@@ -171,10 +171,7 @@ class SumAggKeyedSummation(nn.Module):
             sums = bidirectional_keyed_sum(values, **per_token, weight=weight, **delimiters)
         if self.skip is not None:
             sums = torch.addcmul(sums, values, own_part(self.skip)[:, None])
-        if self.norm_weight is None:
-            sums = sums.flatten(-2)
-        else:
-            sums = rms_norm(sums, self.norm_eps).flatten(-2) * own_part(self.norm_weight)
+        sums = rms_norm(sums, self.norm_eps).flatten(-2) * own_part(self.norm_weight)
         if self.gate_proj is not None:
             sums = sums * F.silu(self.gate_proj(hidden_states))
         return self.out_proj(sums.to(hidden_states.dtype)), None
@@ -236,9 +233,9 @@ class SumAggPreTrainedModel(DecoderPreTrainedModel):
             init.uniform_(module.weight, -bound, bound)
             init.zeros_(module.bias)
         elif isinstance(module, SumAggKeyedSummation):
-            for parameter in (module.skip, module.norm_weight):
-                if parameter is not None:
-                    init.ones_(parameter)
+            init.ones_(module.norm_weight)
+            if module.skip is not None:
+                init.ones_(module.skip)
         elif isinstance(module, SumDecay):
             module.reset_parameters()
         elif getattr(module, "starts_closed", False):
