@@ -1,6 +1,7 @@
 """The states in pages of memory, and the calls on them, without an engine."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from vllm.config import VllmConfig, set_current_vllm_config
 
 from modeling_sumagg.decoder.masks import decoder_layout
 from modeling_sumagg.serving.layers import put_windows_in
-from modeling_sumagg.serving.models import bare_model_class, states_of
+from modeling_sumagg.serving.models import bare_model_class, check_engine, states_of
 from modeling_sumagg.serving.states import EngineCache, RecurrentState, Step, page_size, pages
 from serving.engines import KINDS, make_model
 
@@ -102,6 +103,16 @@ def test_nothing_is_read_on_the_host(kind, lengths):
     states = make_states(config, 5, "meta")
     outputs = run(model, states, step, positions, torch.empty(sum(lengths), dtype=torch.long, device="meta"))
     assert outputs.shape == (sum(lengths), config.hidden_size)
+
+
+def test_the_heads_of_keys_are_split_evenly():
+    engine = SimpleNamespace(
+        model_config=SimpleNamespace(hf_config=KINDS["converted"]().config),
+        parallel_config=SimpleNamespace(tensor_parallel_size=4),
+        num_speculative_tokens=0,
+    )
+    with pytest.raises(ValueError, match="`tensor_parallel_size` must divide `num_key_value_heads` = 2, got 4"):
+        check_engine(engine)
 
 
 def test_pages_are_aligned():

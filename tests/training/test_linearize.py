@@ -248,6 +248,7 @@ for arguments, way in json.loads(sys.argv[1]):
 """
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_in_every_stage_goes_on_to_the_same_weights(folder):
     options = ("--steps", "4", "--keep_attention", "every_3")
     ways = [
