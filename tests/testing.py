@@ -46,7 +46,7 @@ CONVERTED = {
     "sum_decay_max": 8.0,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "head_dim": 6,
+    "head_dim": 8,
     "attention_norm": True,
     "attention_bias": "qkv",
     "norm_type": "rms",
