@@ -3,6 +3,7 @@
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from testing import sumagg_config
 from transformers import (
     AutoModelForAudioClassification,
     AutoModelForCausalLM,
@@ -26,6 +27,7 @@ TOST_TEXT = ToSTTextConfig(vocab_size=20, layerscale_value=1.0, **SIZES)
 TOST = ToSTConfig(**SIZES, image_size=16, patch_size=8, num_labels=3)
 CASES = {
     "sumagg language model": (AutoModelForCausalLM, SUMAGG, TEXT, None),
+    "converted language model": (AutoModelForCausalLM, sumagg_config("converted"), TEXT, None),
     "sumagg classifier": (AutoModelForSequenceClassification, SUMAGG, DOCUMENTS, ["score", "pooler"]),
     "speech recogniser": (
         AutoModelForCTC,
@@ -73,6 +75,8 @@ def test_adapters_train_save_reload_and_merge(case, tmp_path):
         name.rpartition(".lora_A")[0].rpartition(".")[2] for name, _ in model.named_parameters() if "lora_A" in name
     }
     assert adapted and adapted <= set(FAMILIES[config.model_type].lora_target_modules)
+    if getattr(config, "attention_sum", False):
+        assert {"q_proj", "v_proj", "sum_gate"} <= adapted
     losses = train(model, batch)
     assert losses[-1] < losses[0]
     for name, parameter in model.get_base_model().named_parameters():

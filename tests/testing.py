@@ -37,6 +37,22 @@ LAYER_TYPES = {
     "pure": ["summation", "summation"],
     "hybrid": ["summation", "full_attention", "summation"],
     "sliding": ["summation", "sliding_attention"],
+    "converted": ["sliding_attention", "sliding_attention"],
+}
+# A transformer that `linearize` has converted: a Llama with a window, sinks, and a sum beside them.
+CONVERTED = {
+    "attention_sinks": 2,
+    "attention_sum": True,
+    "sum_decay_max": 8.0,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "attention_norm": True,
+    "attention_bias": "qkv",
+    "norm_type": "rms",
+    "mlp_bias": False,
+    "num_sum_heads": 1,
+    "position_bias": 1.0,
 }
 
 
@@ -51,6 +67,7 @@ def sumagg_config(layers: str = "hybrid", **kwargs) -> SumAggConfig:
         "layer_types": LAYER_TYPES[layers],
         "sliding_window": 5,
         "max_position_embeddings": 64,
+        **(CONVERTED if layers == "converted" else {}),
     }
     return SumAggConfig(**{**arguments, **kwargs})
 

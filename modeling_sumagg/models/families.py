@@ -185,7 +185,7 @@ FAMILIES: dict[str, Family] = {
                 "AutoModelForSequenceClassification": SumAggForSequenceClassification,
                 "AutoModelForTokenClassification": SumAggForTokenClassification,
             },
-            lora_target_modules=("in_proj", "hidden_proj", "qkv_proj", "gate_proj", "q_proj", "v_proj"),
+            lora_target_modules=("in_proj", "hidden_proj", "qkv_proj", "gate_proj", "q_proj", "v_proj", "sum_gate"),
             paper=SUMMATION,
             original_format=OriginalFormat(
                 renaming=(

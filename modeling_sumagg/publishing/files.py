@@ -310,5 +310,6 @@ def _holds_a_run(folder: Path) -> bool:
             try:
                 return mark in read_json(folder / name)
             except ValueError:
-                return False
+                # `linearize` was killed in the midst of writing it.
+                return (folder / "stages" / "command.json").is_file()
     return any(path.is_file() for path in folder.glob("checkpoint-*/trainer_state.json"))

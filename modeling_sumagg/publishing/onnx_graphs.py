@@ -119,7 +119,9 @@ def _quiet() -> Iterator[None]:
 def step_graph(step: Step, length: int) -> onnx_ir.Model:
     """The graph of segments of one token, or, from a sample of more than one, of any number of tokens from two on."""
     state = step.empty_state()
-    shapes = None if length == 1 else ({1: Dim("tokens", min=2, max=2**31 - 1)}, (None,) * len(state))
+    # A named dimension is refused where a key is repeated for several queries: the export cannot prove that the smaller of
+    # two strides is the smaller one for every length.
+    shapes = None if length == 1 else ({1: Dim.AUTO(min=2, max=2**31 - 1)}, (None,) * len(state))
     with _quiet():
         program = torch.export.export(step, (torch.zeros(1, length, dtype=torch.long), state), dynamic_shapes=shapes)
         graph = torch.onnx.export(

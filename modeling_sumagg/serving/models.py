@@ -28,7 +28,7 @@ from ..decoder.recurrence import recur
 from ..models.families import FAMILIES
 from ..ops.documents import find_documents
 from ..ops.running_sum.running_sum import causal_sum
-from .layers import put_in_engine_layers, shard_on_meta
+from .layers import keeps_state, put_in_engine_layers, put_windows_in, shard_on_meta
 from .states import EngineCache, OperatorStates, RecurrentState, StateRecorder, StateSpec, page_size, pages
 
 
@@ -225,17 +225,18 @@ def bare_model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
 
 def states_of(config: PreTrainedConfig, dtype: torch.dtype, num_processes: int) -> StatesOfLayers:
     """The decode states of the layers of a model that have one, read from a pass of one token on the device "meta"."""
-    recurrent = [i for i, kind in enumerate(config.layer_types) if kind in config.recurrent_layer_types]
-    if not config.is_causal or not recurrent:
+    with_state = [i for i, kind in enumerate(config.layer_types) if keeps_state(config, kind)]
+    if not config.is_causal or not with_state:
         return {}
     with torch.device("meta"):
         model = bare_model_class(config)(config).to(dtype).eval()
         shard_on_meta(model, config, num_processes)
+        put_windows_in(model)
         layout = SequenceLayout(torch.zeros(1, 1, dtype=torch.long), None, None, None, {})
         hidden_states = torch.empty(1, 1, config.hidden_size, dtype=dtype)
         shared = model.shared_arguments(layout)
         states = {}
-        for i in recurrent:
+        for i in with_state:
             recorder = StateRecorder()
             model.layers[i](hidden_states, layout, cache=recorder, **shared)
             states[i] = recorder.operators
@@ -259,7 +260,7 @@ def prepare_for_states(vllm_config: VllmConfig) -> None:
 def check_engine(vllm_config: VllmConfig) -> None:
     """Refuse at the start what would be wrong later."""
     config = vllm_config.model_config.hf_config
-    has_state = any(kind in config.recurrent_layer_types for kind in config.layer_types)
+    has_state = any(keeps_state(config, kind) for kind in config.layer_types)
     if vllm_config.num_speculative_tokens and has_state:
         raise ValueError(
             "Speculative decoding needs decode states that go back over rejected tokens, which vLLM's memory of them does "
@@ -270,15 +271,14 @@ def check_engine(vllm_config: VllmConfig) -> None:
             "A window of attention to both sides (`is_causal=False` with 'sliding_attention' layers) is another one in "
             "vLLM: use full attention in bidirectional models, or transformers to run this one."
         )
-    converted = {"num_key_value_heads", "head_dim"} & vars(config).keys() or config.attention_norm
-    if converted and set(config.layer_types) - set(config.recurrent_layer_types):
+    key_heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
+    num_processes = vllm_config.parallel_config.tensor_parallel_size
+    if (
+        keeps_state(config, "sliding_attention")
+        and "sliding_attention" in config.layer_types
+        and key_heads % num_processes
+    ):
         raise ValueError(
-            "The plugin's attention layers have as many heads of keys as of queries, and no norms of them "
-            "(`num_key_value_heads`, `head_dim`, `attention_norm`): use transformers to run this model."
-        )
-    beside = config.attention_sinks or getattr(config, "attention_sum", False)
-    if beside and "sliding_attention" in config.layer_types:
-        raise ValueError(
-            "vLLM's windows of attention have neither sinks (`attention_sinks`) nor a sum beside them (`attention_sum`): "
-            "use transformers to run this model."
+            f"Each process keeps the windows of its own heads of keys: `tensor_parallel_size` must divide "
+            f"`num_key_value_heads` = {key_heads}, got {num_processes}."
         )

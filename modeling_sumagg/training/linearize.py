@@ -28,7 +28,6 @@ from huggingface_hub.errors import HfHubHTTPError
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoTokenizer, PreTrainedModel, TrainingArguments, default_data_collator, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from ..decoder.masks import decoder_layout
 from ..publishing.cards import decode_state_size, save_model_card
@@ -39,7 +38,7 @@ from .embedded_data import standard_library_sources
 from .model_arguments import model_max_length
 from .plots import plot_training
 from .runs import StopAtInterrupt
-from .scripts import DataArguments, load_splits, parse_arguments, run, source_of, user_errors
+from .scripts import DataArguments, last_checkpoint, load_splits, parse_arguments, run, source_of, user_errors
 
 
 STAGES = ("mixers", "logits", "text")
@@ -65,6 +64,10 @@ class LinearizeArguments(DataArguments):
     window: int = field(default=256, metadata={"help": "Tokens that a replaced layer attends to, its own included."})
     sinks: int = field(default=4, metadata={"help": "First tokens of a document that it always attends to."})
     with_sum: bool = field(default=True, metadata={"help": "Whether replaced layers have a sum beside the window."})
+    untie_embeddings: bool = field(
+        default=False,
+        metadata={"help": "Whether the output layer of a teacher with tied embeddings becomes a matrix of its own."},
+    )
     steps: list[int] = field(
         default_factory=lambda: [200, 400, 100],
         metadata={"help": "Steps of the three stages, or one number for each of them; 0: nothing is trained."},
@@ -108,7 +111,13 @@ class LinearizeArguments(DataArguments):
 
 
 def linearize(
-    teacher: PreTrainedModel, kept: list[int], *, window: int = 256, sinks: int = 4, with_sum: bool = True
+    teacher: PreTrainedModel,
+    kept: list[int],
+    *,
+    window: int = 256,
+    sinks: int = 4,
+    with_sum: bool = True,
+    untie_embeddings: bool = False,
 ) -> PreTrainedModel:
     """
     A copy of a converted teacher whose attention layers, but for those `kept`, have windows, sinks and a closed sum.
@@ -119,6 +128,7 @@ def linearize(
         window (`int`): tokens that a layer attends to, its own included.
         sinks (`int`): first tokens of a document that it always attends to.
         with_sum (`bool`): whether it has a sum with keys, with time constants from the window to 64 windows.
+        untie_embeddings (`bool`): whether the output layer is a copy of the embeddings that learns on its own.
 
     Raises:
         `ValueError`: a layer of the teacher has a window of its own that is smaller or would stay beside the new one.
@@ -133,6 +143,7 @@ def linearize(
     config.layer_types = ["full_attention" if i in kept else "sliding_attention" for i in range(num_layers)]
     config.sliding_window, config.attention_sinks = window, sinks
     config.attention_sum = with_sum
+    config.tie_word_embeddings = config.tie_word_embeddings and not untie_embeddings
     config.sum_decay_min, config.sum_decay_max = float(window), 64.0 * window
     # Made anew, so that what depends on these fields is derived.
     config = type(config).from_dict(config.to_dict())
@@ -319,7 +330,12 @@ def main() -> None:
         held_out = to_blocks(splits["validation"]["text"], tokenizer, arguments.block_size, arguments.max_eval_samples)
         if not held_out:
             raise ValueError(f"The held-out text has less than --block_size {arguments.block_size} tokens: give more.")
-        options = {"window": arguments.window, "sinks": arguments.sinks, "with_sum": arguments.with_sum}
+        options = {
+            "window": arguments.window,
+            "sinks": arguments.sinks,
+            "with_sum": arguments.with_sum,
+            "untie_embeddings": arguments.untie_embeddings,
+        }
         kept = layers_to_keep(arguments.keep_attention, teacher, held_out, **options)
         if len(kept) == teacher.config.num_hidden_layers:
             raise ValueError(f"--keep_attention {arguments.keep_attention} keeps every layer: nothing is replaced.")
@@ -380,22 +396,31 @@ def check_stages(folder: Path, student: PreTrainedModel, arguments: LinearizeArg
         **{name: str(getattr(arguments, name)) for name in ("long_block_size", "chunk_length", "train_file")},
         "layer_types": str(student.config.layer_types),
         **{
-            name: str(getattr(student.config, name)) for name in ("sliding_window", "attention_sinks", "attention_sum")
+            name: str(getattr(student.config, name))
+            for name in ("sliding_window", "attention_sinks", "attention_sum", "tie_word_embeddings")
         },
     }
     path = folder / "command.json"
     if path.is_file():
         begun = read_json(path)
-        other = sorted(name for name in wanted if begun.get(name) != wanted[name])
+        # A run of an earlier version does not know every option.
+        other = sorted(name for name in wanted if begun.get(name, wanted[name]) != wanted[name])
         if other:
             raise ValueError(
-                f"{folder} holds a run with {', '.join(f'{name} {begun.get(name)}' for name in other)}, now "
+                f"{folder} holds a run with {', '.join(f'{name} {begun[name]}' for name in other)}, now "
                 f"{', '.join(f'{name} {wanted[name]}' for name in other)}: give the same command, delete the folder, or "
                 "choose another --output_dir."
             )
     elif any(arguments.steps):
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(wanted), encoding="utf-8")
+        _write_json(path, wanted)
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write a file that is whole once it has its name, so that a run which was killed can be trusted to go on from it."""
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(values), encoding="utf-8")
+    unfinished.replace(path)
 
 
 def train_stages(
@@ -455,13 +480,12 @@ def train_stages(
             interrupt = StopAtInterrupt()
             trainer.add_callback(interrupt)
             print(f"Stage {stage}: {steps} steps of {of_step * block_size:,} tokens.", flush=True)
-            resume = get_last_checkpoint(str(place)) if place.is_dir() else None
-            trainer.train(resume_from_checkpoint=resume)
+            trainer.train(resume_from_checkpoint=last_checkpoint(place))
             if trainer.state.global_step < steps:
                 raise KeyboardInterrupt("give the same command again to go on.")
             student.requires_grad_(True).save_pretrained(place)
             log = trainer.state.log_history
-            (place / FINISHED).write_text(json.dumps({"log_history": log}), encoding="utf-8")
+            _write_json(place / FINISHED, {"log_history": log})
             for checkpoint in place.glob("checkpoint-*"):
                 shutil.rmtree(checkpoint)
         losses = [entry for entry in log if "loss" in entry]
@@ -558,6 +582,9 @@ def finish(
             "was named further back may be lost."
         ),
     )
+    for stage in reversed(STAGES):
+        # A stage without its mark is trained again, where one without its weights could not be read.
+        (folder / "stages" / stage / FINISHED).unlink(missing_ok=True)
     shutil.rmtree(folder / "stages", ignore_errors=True)
     constant, per_token = decode_state_size(student) or (0, 0)
     print(

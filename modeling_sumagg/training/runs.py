@@ -16,12 +16,12 @@ from typing import Any
 
 from transformers import Trainer, TrainerCallback
 from transformers.integrations import unset_hf_deepspeed_config
-from transformers.trainer_utils import get_last_checkpoint
 
 from ..models.families import FAMILIES
 from ..publishing.cards import decode_state_size, hardware_of, save_model_card
 from ..publishing.files import printable
 from .plots import METRICS, Metric, plot_training
+from .scripts import last_checkpoint
 
 
 try:
@@ -123,7 +123,7 @@ def train_and_evaluate(trainer: Trainer, held_out: dict[str, Any], metrics: Sequ
 
 
 def _how_to_resume(folder: Path) -> str:
-    checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    checkpoint = last_checkpoint(folder)
     if checkpoint is None:
         return "no checkpoint was written, so that the training can only start again."
     arguments = [each for each in sys.argv if each not in ("--resume_from_checkpoint", "last")]

@@ -25,9 +25,8 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
-from ..publishing.files import check_output_dir, printable
+from ..publishing.files import check_output_dir, printable, read_json
 from .data_files import (
     PLACE,
     as_label,
@@ -224,7 +223,7 @@ def parse_arguments(types: Sequence[type], documentation: str, **defaults) -> tu
     folder = Path(training_arguments.output_dir)
     check_output_folder(folder, resumed=resume is not None)
     if resume == "last":
-        training_arguments.resume_from_checkpoint = resume = get_last_checkpoint(str(folder))
+        training_arguments.resume_from_checkpoint = resume = last_checkpoint(folder)
         if resume is None:
             raise ValueError(f"--resume_from_checkpoint last: {folder} holds no checkpoint. Leave the option out.")
     elif resume is not None and not Path(resume, "trainer_state.json").is_file():
@@ -248,7 +247,7 @@ def check_output_folder(folder: Path, resumed: bool = False) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder):
         pass
-    checkpoint = get_last_checkpoint(str(folder))
+    checkpoint = last_checkpoint(folder)
     if checkpoint is not None and not resumed:
         raise ValueError(
             f"{folder} holds {Path(checkpoint).name} of an earlier run: resume it with --resume_from_checkpoint last, delete "
@@ -256,6 +255,23 @@ def check_output_folder(folder: Path, resumed: bool = False) -> None:
         )
     if is_earlier and not resumed:
         print(f"{printable(str(folder))} holds the model of an earlier run, which this run will replace.")
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """
+    The last checkpoint of `Trainer` in a folder that it has written whole, if there is one. A run that was killed may leave
+    one that is not: `trainer_state.json`, the last file of a checkpoint, is missing then, or ends early.
+    """
+    whole = {}
+    for path in folder.glob("checkpoint-*"):
+        step = path.name.rpartition("-")[2]
+        try:
+            read_json(path / "trainer_state.json")
+        except (OSError, ValueError):
+            continue
+        if step.isdecimal():
+            whole[int(step)] = str(path)
+    return whole[max(whole)] if whole else None
 
 
 def source_of(arguments: DataArguments, embedded_name: str) -> str:
@@ -545,6 +561,7 @@ __all__ = [
     "add_adapters",
     "check_output_folder",
     "encode_labels",
+    "last_checkpoint",
     "load_config",
     "load_model",
     "load_splits",

@@ -45,7 +45,12 @@ def saved(folder, model_class=SumAggForCausalLM, layers="pure", **settings):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("model_class", "layers"),
-    [(SumAggForCausalLM, "hybrid"), (SumAggForCausalLM, "sliding"), (ToSTForCausalLM, "pure")],
+    [
+        (SumAggForCausalLM, "hybrid"),
+        (SumAggForCausalLM, "sliding"),
+        (SumAggForCausalLM, "converted"),
+        (ToSTForCausalLM, "pure"),
+    ],
 )
 def test_a_language_model_writes_without_this_package(model_class, layers, tmp_path, capsys):
     model = saved(tmp_path / "model", model_class, layers)

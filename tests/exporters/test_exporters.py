@@ -25,6 +25,8 @@ from modeling_sumagg import (
 
 
 CAUSAL_LMS = (SumAggForCausalLM, ToSTForCausalLM)
+# The layers that every export is tried with.
+EXPORTED = [*((cls, "hybrid") for cls in CAUSAL_LMS), (SumAggForCausalLM, "converted")]
 # One class of each family by default; what differs from it by a head is slow.
 FAMILIES = (*CAUSAL_LMS, SumAggForMaskedLM, SumAggForMultimodalRegression, ToSTForImageClassification)
 EVERY_CLASS = [
@@ -57,9 +59,9 @@ def decode_step(model, batch_size=1):
     return {**step, "cache": cache}
 
 
-@pytest.mark.parametrize("model_class", CAUSAL_LMS)
-def test_torch_export(model_class):
-    model = make(model_class)
+@pytest.mark.parametrize(("model_class", "layers"), EXPORTED)
+def test_torch_export(model_class, layers):
+    model = make(model_class, layers)
     dynamic = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
     inputs = {**tiny_inputs(model, 2, 6), "use_cache": False}
     shapes = {"input_ids": dynamic, "attention_mask": dynamic, "use_cache": None}
@@ -70,8 +72,7 @@ def test_torch_export(model_class):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layers", ["hybrid", "sliding"])
-@pytest.mark.parametrize("model_class", CAUSAL_LMS)
+@pytest.mark.parametrize(("model_class", "layers"), [*EXPORTED, *((cls, "sliding") for cls in CAUSAL_LMS)])
 def test_dynamo_exporter_decode_step(model_class, layers):
     model = make(model_class, layers)
     step = decode_step(model, batch_size=2)
@@ -88,9 +89,11 @@ def test_dynamo_exporter_decode_step(model_class, layers):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model_class", (*CAUSAL_LMS, SumAggForMaskedLM, SumAggForSequenceClassification))
-def test_onnx_forward(model_class, tmp_path):
-    model = make(model_class)
+@pytest.mark.parametrize(
+    ("model_class", "layers"), [*EXPORTED, (SumAggForMaskedLM, "hybrid"), (SumAggForSequenceClassification, "hybrid")]
+)
+def test_onnx_forward(model_class, layers, tmp_path):
+    model = make(model_class, layers)
     model.config.use_cache = False
     shapes = dict.fromkeys(("input_ids", "attention_mask"), {0: Dim.AUTO, 1: Dim.AUTO})
     exported = OnnxExporter().export(model, tiny_inputs(model, 2, 6), OnnxConfig(dynamic_shapes=shapes))
@@ -117,8 +120,7 @@ def test_onnx_forward_of_images(model_class, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layers", ["hybrid", "sliding"])
-@pytest.mark.parametrize("model_class", CAUSAL_LMS)
+@pytest.mark.parametrize(("model_class", "layers"), [*EXPORTED, *((cls, "sliding") for cls in CAUSAL_LMS)])
 def test_onnx_decode_step_writes_the_same_text(model_class, layers, tmp_path):
     model = make(model_class, layers)
     step = decode_step(model)

@@ -22,6 +22,7 @@ _KINDS = {
     "sumagg-pure": (SumAggForCausalLM, sumagg_config, "pure", {}),
     "sumagg-hybrid": (SumAggForCausalLM, sumagg_config, "hybrid", {"norm_position": "post", "lm_head_bias": True}),
     "sumagg-sliding": (SumAggForCausalLM, sumagg_config, "sliding", UNLIMITED_SUMAGG),
+    "sumagg-converted": (SumAggForCausalLM, sumagg_config, "converted", {}),
     "sumagg-bidirectional": (SumAggForMaskedLM, sumagg_config, "hybrid", {"is_causal": False}),
     "sumagg-classifier": (SumAggForSequenceClassification, sumagg_config, "hybrid", {"num_labels": 3}),
     "sumagg-classifier-mean": (

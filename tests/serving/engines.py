@@ -36,6 +36,20 @@ def tost(**options) -> ToSTForCausalLM:
     return ToSTForCausalLM(ToSTTextConfig(**options))
 
 
+# As `linearize` makes them, of the parts of a Llama.
+CONVERTED = {
+    "layer_types": ["sliding_attention"] * 3,
+    "sliding_window": 32,
+    "attention_sinks": 4,
+    "attention_sum": True,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "norm_type": "rms",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "num_sum_heads": 1,
+    "position_bias": 1.0,
+}
 # All that the configs can say, in as few models as hold it.
 KINDS = {
     "sums, as published": lambda: sumagg(**PUBLISHED, layer_types=["summation"] * 3, lm_head_bias=True),
@@ -77,6 +91,17 @@ KINDS = {
         use_membership_bias=False,
         position_embedding_type="none",
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    ),
+    "converted": lambda: sumagg(**CONVERTED),
+    "converted, a layer as it was": lambda: sumagg(
+        **{
+            **CONVERTED,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "attention_sum": False,
+            "attention_norm": True,
+            "attention_bias": "qkv",
+            "num_key_value_heads": 1,
+        },
     ),
 }
 

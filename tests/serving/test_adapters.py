@@ -15,15 +15,16 @@ from serving.engines import Engine, expected_text, make_model, random_prompts
 
 pytestmark = pytest.mark.serving
 
-MODULES = ["in_proj", "hidden_proj", "gate_proj", "q_proj", "v_proj", "out_proj", "up_proj"]
+MODULES = ["in_proj", "hidden_proj", "gate_proj", "q_proj", "v_proj", "out_proj", "up_proj", "sum_gate"]
 RANK, ALPHA = 8, 16
 
 
-def test_an_adapter_beside_none(tmp_path):
+@pytest.mark.parametrize("kind", ["defaults", "converted"])
+def test_an_adapter_beside_none(kind, tmp_path):
     from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
 
-    model = make_model("defaults")
+    model = make_model(kind)
     model.save_pretrained(tmp_path / "model")
     adapted, tensors = copy.deepcopy(model), {}
     for name, module in adapted.named_modules():

@@ -10,8 +10,10 @@ from serving.engines import Engine, expected_text, make_model, random_prompts
 
 pytestmark = pytest.mark.serving
 
+KINDS = ["sums, as published", "decays, gates and convolutions", "token statistics, hybrid", "converted"]
 
-@pytest.mark.parametrize("kind", ["sums, as published", "decays, gates and convolutions", "token statistics, hybrid"])
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_two_processes(kind, tmp_path, monkeypatch):
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")

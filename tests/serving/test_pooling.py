@@ -14,7 +14,7 @@ from modeling_sumagg import (
     ToSTTextForSequenceClassification,
     ToSTTextModel,
 )
-from serving.engines import SIZES, Engine, byte_tokenizer, random_prompts, randomized
+from serving.engines import CONVERTED, SIZES, Engine, byte_tokenizer, random_prompts, randomized
 
 
 pytestmark = pytest.mark.serving
@@ -32,6 +32,9 @@ CLASSIFIERS = {
     ),
     "attention": lambda: SumAggForSequenceClassification(
         SumAggConfig(**SHORT, **LABELS, layer_types=["full_attention", "sliding_attention"], sliding_window=32)
+    ),
+    "converted": lambda: SumAggForSequenceClassification(
+        SumAggConfig(**{**SHORT, **LABELS, **CONVERTED, "layer_types": ["sliding_attention"] * 2, "pooling": "mean"})
     ),
     "both sides": lambda: SumAggForSequenceClassification(SumAggConfig(**SHORT, **LABELS, is_causal=False)),
 }

@@ -1,5 +1,8 @@
 """The states in pages of memory, and the calls on them, without an engine."""
 
+import copy
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -8,7 +11,9 @@ pytest.importorskip("vllm", reason="needs vLLM, in an environment of its own: `t
 
 from vllm.config import VllmConfig, set_current_vllm_config
 
-from modeling_sumagg.serving.models import bare_model_class, states_of
+from modeling_sumagg.decoder.masks import decoder_layout
+from modeling_sumagg.serving.layers import put_windows_in
+from modeling_sumagg.serving.models import bare_model_class, check_engine, states_of
 from modeling_sumagg.serving.states import EngineCache, RecurrentState, Step, page_size, pages
 from serving.engines import KINDS, make_model
 
@@ -56,7 +61,9 @@ def run(model, states, step, positions, ids):
 @pytest.mark.parametrize("kind", RECURRENT)
 def test_steps_in_slots_are_the_whole(kind):
     """Two requests in parts, one of them beside tokens that the engine pads with, as each whole in double precision."""
-    model = make_model(kind).model
+    exact = make_model(kind).model
+    model = copy.deepcopy(exact)
+    put_windows_in(model)
     states, ids = make_states(model.config, 5, "cpu"), torch.randint(500, (2, 40))
     outputs = [[], []]
     for parts in ([17, 1], [0, 20], [1, 1], [22, 18]):
@@ -74,10 +81,9 @@ def test_steps_in_slots_are_the_whole(kind):
         )[: sum(parts)]
         for row, part in zip(rows, found.split([parts[row] for row in rows]), strict=True):
             outputs[row].append(part)
-    exact = model.double()
+    exact.double()
     for row in (0, 1):
-        step, positions = make_step([40], [0], [0], "cpu")
-        layout = step.layout(positions)
+        layout = decoder_layout(exact.config, ids[row : row + 1], None, None, None, torch.double)
         hidden_states = exact.add_positions(exact.embed_tokens(ids[row : row + 1]), layout.position_ids)
         shared = exact.shared_arguments(layout)
         for i in states:
@@ -92,10 +98,21 @@ def test_nothing_is_read_on_the_host(kind, lengths):
     config = KINDS[kind]().config
     with torch.device("meta"):
         model = bare_model_class(config)(config).eval()
+    put_windows_in(model)
     step, positions = make_step(lengths, [5, 0, 7], [3, 1, 2], "meta")
     states = make_states(config, 5, "meta")
     outputs = run(model, states, step, positions, torch.empty(sum(lengths), dtype=torch.long, device="meta"))
     assert outputs.shape == (sum(lengths), config.hidden_size)
+
+
+def test_the_heads_of_keys_are_split_evenly():
+    engine = SimpleNamespace(
+        model_config=SimpleNamespace(hf_config=KINDS["converted"]().config),
+        parallel_config=SimpleNamespace(tensor_parallel_size=4),
+        num_speculative_tokens=0,
+    )
+    with pytest.raises(ValueError, match="`tensor_parallel_size` must divide `num_key_value_heads` = 2, got 4"):
+        check_engine(engine)
 
 
 def test_pages_are_aligned():

@@ -8,6 +8,7 @@ import torch
 
 pytest.importorskip("vllm", reason="needs vLLM, in an environment of its own: `tests/serving/run`")
 
+from modeling_sumagg.serving.layers import keeps_state
 from modeling_sumagg.serving.states import StepBuilder
 from serving.engines import KINDS, Engine, expected_text, make_model, random_prompts
 
@@ -76,11 +77,12 @@ def chunked(folder, model):
 
 
 def attends(model) -> bool:
-    return any(kind.endswith("attention") for kind in model.config.layer_types)
+    """Whether keys and values live in the engine's memory."""
+    return not all(keeps_state(model.config, kind) for kind in model.config.layer_types)
 
 
 def has_states(model) -> bool:
-    return any(kind in model.config.recurrent_layer_types for kind in model.config.layer_types)
+    return any(keeps_state(model.config, kind) for kind in model.config.layer_types)
 
 
 def assert_same(model, prompts, found, expected, tie=1e-4, most=1):

@@ -15,7 +15,7 @@ from modeling_sumagg import SumAggForCausalLM, SumAggForCTC, ToSTForCausalLM
 from modeling_sumagg.streams.text_stream import TextStream
 
 
-# Each holds another state: keys, means of two widths, sums, no convolution, token statistics.
+# Each holds another state: keys, means of two widths, sums, no convolution, token statistics, and window, sinks and a sum.
 TEXT_MODELS = {
     "keys": {},
     "means": {"sum_state_size": None},
@@ -23,6 +23,7 @@ TEXT_MODELS = {
     "sums": {"sum_normalization": "none"},
     "no convolution": {"conv_kernel_size": None, "sum_state_size": None},
     "statistics": {"use_membership_bias": False, "position_embedding_type": "sinusoidal"},
+    "converted": {},
 }
 
 
@@ -30,7 +31,8 @@ def text_model(kind: str = "means", **changes) -> PreTrainedModel:
     values = {"vocab_size": 257, **TEXT_MODELS[kind], **changes}
     if kind == "statistics":
         return build(ToSTForCausalLM, tost_text_config("sliding", **values))
-    return build(SumAggForCausalLM, sumagg_config("sliding", sum_decay_max=8.0, **values))
+    layers = "converted" if kind == "converted" else "sliding"
+    return build(SumAggForCausalLM, sumagg_config(layers, sum_decay_max=8.0, **values))
 
 
 @functools.cache

@@ -212,7 +212,7 @@ def in_the_midst(kind: str) -> tuple[SavedStream, Path]:
 
 @SETTINGS
 @given(data=st.data())
-@pytest.mark.parametrize("kind", ["keys", "means", "statistics", "speech"])
+@pytest.mark.parametrize("kind", ["keys", "means", "statistics", "converted", "speech"])
 def test_malformed_states_are_refused(kind, data, tmp_path):
     stream, whole = in_the_midst(kind)
     before = state_of(stream)

@@ -2,6 +2,8 @@
 
 import functools
 import json
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -58,7 +60,7 @@ def unchecked(monkeypatch):
     monkeypatch.setattr(module, "save_model_card", functools.partial(module.save_model_card, check=False))
 
 
-def run(folder, *options: str, output: str = "out") -> None:
+def command(folder, *options: str, output: str = "out") -> list[str]:
     arguments = {
         "--model_name_or_path": folder / "teacher",
         "--train_file": folder / "text.txt",
@@ -73,7 +75,11 @@ def run(folder, *options: str, output: str = "out") -> None:
         "--logging_steps": 1,
         "--save_steps": 1,
     }
-    main(["linearize", *(str(part) for pair in arguments.items() for part in pair), *options])
+    return ["linearize", *(str(part) for pair in arguments.items() for part in pair), *options]
+
+
+def run(folder, *options: str, output: str = "out") -> None:
+    main(command(folder, *options, output=output))
 
 
 def test_without_steps_the_weights_are_those_of_the_teacher(folder):
@@ -185,6 +191,101 @@ def test_a_run_that_was_stopped_in_every_stage_goes_on_to_the_same_weights(folde
     actual = AutoModelForCausalLM.from_pretrained(folder / "parts").state_dict()
     for name, tensor in expected.items():
         assert_close(actual[name], tensor)
+
+
+# Runs a command once for each way to be killed, in a copy of a process that has imported what it needs.
+KILLED = """
+import functools, json, os, signal, sys
+import modeling_sumagg.training.linearize as module
+from modeling_sumagg.__main__ import main
+from transformers import TrainerState
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def dies(cls, name, where, halfway):
+    method = getattr(cls, name)
+    def replaced(self, *args, **kwargs):
+        at = getattr(self, "state", self).global_step
+        if [getattr(self, "stage", where[0]), at] != where:
+            return method(self, *args, **kwargs)
+        halfway(self, method, *args, **kwargs)
+        die()
+    setattr(cls, name, replaced)
+
+def write_half(state, method, path):
+    method(state, path)
+    os.truncate(path, os.path.getsize(path) // 2)
+
+def nothing(*args, **kwargs):
+    pass
+
+def kill(stage, step, place):
+    if place == "step":
+        dies(module.StageTrainer, "training_step", [stage, step], lambda self, method, *args: method(self, *args))
+    elif place == "optimizer":
+        dies(module.StageTrainer, "_save_optimizer_and_scheduler", [stage, step], nothing)
+    elif place == "state":
+        train = module.StageTrainer.train
+        def train_in_stage(self, **kwargs):
+            if self.stage == stage:
+                dies(TrainerState, "save_to_json", [stage, step], write_half)
+            return train(self, **kwargs)
+        module.StageTrainer.train = train_in_stage
+    elif place == "card":
+        module.save_model_card = lambda *args, **kwargs: die()
+
+module.save_model_card = functools.partial(module.save_model_card, check=False)
+for arguments, way in json.loads(sys.argv[1]):
+    child = os.fork()
+    if not child:
+        if way:
+            kill(*way)
+        main(arguments)
+        sys.stdout.flush()
+        os._exit(0)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status == (-signal.SIGKILL if way else 0), (way, status)
+"""
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_in_every_stage_goes_on_to_the_same_weights(folder):
+    options = ("--steps", "4", "--keep_attention", "every_3")
+    ways = [
+        ("mixers", 2, "step"),
+        ("mixers", 3, "optimizer"),
+        ("logits", 2, "step"),
+        ("logits", 4, "state"),
+        ("text", 2, "optimizer"),
+        ("text", 3, "step"),
+        ("after", 0, "card"),
+    ]
+    runs = [(command(folder, *options, output="parts"), way) for way in [*ways, None]]
+    runs.append((command(folder, *options, output="whole"), None))
+    process = subprocess.run(
+        [sys.executable, "-c", KILLED, json.dumps(runs)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert process.returncode == 0, process.stdout[-6000:]
+    assert not (folder / "parts" / "stages").exists()
+    actual, expected = (
+        AutoModelForCausalLM.from_pretrained(folder / name).state_dict() for name in ("parts", "whole")
+    )
+    for name, tensor in expected.items():
+        assert_close(actual[name], tensor)
+
+
+def test_untied_embeddings_learn_apart(folder, unchecked):
+    run(folder, "--steps", "0", "2", "0", "--untie_embeddings")
+    model = AutoModelForCausalLM.from_pretrained(folder / "out")
+    teacher = LlamaForCausalLM.from_pretrained(folder / "teacher")
+    assert teacher.config.tie_word_embeddings and not model.config.tie_word_embeddings
+    distance = model.lm_head.weight - model.model.embed_tokens.weight
+    assert distance.abs().max() > 1e-3
+    with pytest.raises(SystemExit, match="tie_word_embeddings False, now tie_word_embeddings True"):
+        (folder / "out" / "stages").mkdir()
+        (folder / "out" / "stages" / "command.json").write_text('{"tie_word_embeddings": "False"}')
+        run(folder, "--steps", "0", "2", "0")
 
 
 @pytest.mark.parametrize(

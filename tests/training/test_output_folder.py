@@ -70,6 +70,17 @@ def test_an_earlier_run_is_replaced_with_a_word_and_its_checkpoints_are_not(pars
     assert capsys.readouterr().out == ""
 
 
+def test_a_checkpoint_that_was_not_written_whole_is_skipped(parse):
+    write("runs/out/checkpoint-10/model.safetensors")
+    write("runs/out/checkpoint-11/trainer_state.json", '{"global_step": 1')
+    assert parse().resume_from_checkpoint is None
+    with pytest.raises(ValueError, match="--resume_from_checkpoint last: runs/out holds no checkpoint"):
+        parse("--resume_from_checkpoint", "last")
+    write("runs/out/checkpoint-9/trainer_state.json", "{}")
+    resumed = parse("--resume_from_checkpoint", "last")
+    assert Path(resumed.resume_from_checkpoint) == Path("runs/out/checkpoint-9")
+
+
 def test_a_checkpoint_to_resume_from_has_to_be_there(parse):
     with pytest.raises(ValueError, match="--resume_from_checkpoint last: runs/out holds no checkpoint"):
         parse("--resume_from_checkpoint", "last")
