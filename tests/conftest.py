@@ -3,13 +3,14 @@ import signal
 from collections import Counter, defaultdict
 
 import pytest
-import torch
-from transformers import set_seed
 
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers share the cores: one thread for each, and for the processes that it starts.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # Here and in `seed`, since the process that hands out the tests runs none: the import would take it ten seconds.
+    import torch
+
     torch.set_num_threads(1)
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -54,6 +55,8 @@ def pytest_terminal_summary(terminalreporter):
 
 @pytest.fixture(autouse=True)
 def seed():
+    from transformers import set_seed
+
     set_seed(0)
 
 

@@ -18,7 +18,8 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, CompileConfig, DynamicCache, StaticCache, Trainer, TrainingArguments
 
 import modeling_sumagg
-from modeling_sumagg.publishing.hub import check_folder
+from modeling_sumagg.publishing import clean_process
+from modeling_sumagg.publishing.folder_checks import check_files
 
 
 ROOT = Path(__file__).parents[1]
@@ -380,14 +381,14 @@ def test_bfloat16_rounds_and_does_no_more(model):
 
 
 CLEAN = """
-import json, sys
+import json, runpy, sys
 for name in ("modeling_sumagg", "gated_sum"):
     sys.modules[name] = None
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer, TrainingArguments
 
-source, target = sys.argv[1:]
+source, target, check, finished = sys.argv[1:]
 def load(folder):
     return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
 model = load(source)
@@ -402,6 +403,9 @@ classifier = AutoModelForSequenceClassification.from_pretrained(source, trust_re
 result["classes"] = list(classifier(prompt).logits.shape)
 names = [name for name, _ in get_peft_model(model, LoraConfig()).named_parameters() if "lora_A" in name]
 result["adapted"] = sorted({name.split(".lora_A")[0].split(".")[-1] for name in names})
+# What `check_folder` runs in such a process.
+sys.argv = [check, source, finished, "gated_sum"]
+runpy.run_path(check, run_name="__main__")
 assert not [name for name in sys.modules if name.startswith(("modeling_sumagg.", "gated_sum."))]
 print(json.dumps(result))
 """
@@ -413,7 +417,8 @@ def test_a_checkpoint_needs_neither_the_package_nor_the_module(gated_sum, tmp_pa
     written = {path.stem.split("_", 2)[2] for path in (tmp_path / "saved").glob("sumagg_*.py")}
     assert {"gated_sum", "recurrence"} <= written
     assert not written & {"modeling_sumagg", "summation", "running_sum_kernels", "operators"}
-    command = [sys.executable, "-I", "-c", CLEAN, str(tmp_path / "saved"), str(tmp_path / "again")]
+    folders = tmp_path / "saved", tmp_path / "again"
+    command = [sys.executable, "-I", "-c", CLEAN, *folders, clean_process.__file__, tmp_path / "finished"]
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
     process = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr[-3000:]
@@ -422,12 +427,9 @@ def test_a_checkpoint_needs_neither_the_package_nor_the_module(gated_sum, tmp_pa
     assert result["smoothed"] == pytest.approx(loss_by_loop(model, PROMPTS[0], 0.3).item(), rel=1e-5)
     assert result["classes"] == [1, 3]
     assert result["adapted"] == ["gate_proj", "in_proj", "q_proj", "v_proj"]
-
-
-def test_the_check_of_a_folder_misses_nothing_but_a_card(gated_sum, tmp_path):
-    build(gated_sum, "hybrid").save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="There is no model card"):
-        check_folder(tmp_path)
+    # The check of the folder misses nothing but a card.
+    assert (tmp_path / "finished").exists()
+    check_files(tmp_path / "saved")
 
 
 def test_trainer(gated_sum, kind, tmp_path):

@@ -60,6 +60,28 @@ NOT_APPLICABLE: dict[str, str] = {
     "ToSTBackbone.test_retain_grad_hidden_states_attentions": "the first output is a tuple of feature maps",
 }
 
+# These run for the classes named among the fast tests, and for the others among the slow ones. A head changes neither what
+# attention computes nor how weights are loaded, and a family not how the frame of both is saved and added up by processes.
+FAST_FOR: dict[str, set[str]] = {
+    name: {
+        "SumAggForCausalLM",
+        "SumAggForMaskedLM",
+        "SumAggForCTC",
+        "SumAggForMultimodalRegression",
+        "ToSTForCausalLM",
+        "ToSTForImageClassification",
+    }
+    for name in ("test_bc_torch_dtype", "test_eager_matches_sdpa_inference")
+} | {
+    name: {"SumAggForCausalLM"}
+    for name in (
+        "test_fsdp2_bf16_training",
+        "test_fsdp2_save_load",
+        "test_hsdp_grad_accumulation_vs_single_device",
+        "test_tp_generation_quantized",
+    )
+}
+
 # Each distributed test starts processes: they are forked off one that has imported what they need.
 multiprocessing.set_forkserver_preload(["transformers.testing_utils", "transformers.trainer_utils", "modeling_sumagg"])
 torch.multiprocessing.spawn = functools.partial(torch.multiprocessing.start_processes, start_method="forkserver")
@@ -254,6 +276,16 @@ FAMILIES = {
 }
 
 
+def slow_copy(test):
+    """The same test, marked as slow; the mark would else be that of every class that inherits it."""
+
+    @functools.wraps(test)
+    def run(self):
+        test(self)
+
+    return pytest.mark.slow(run)
+
+
 def conformance(model_class):
     """The test case of one model class."""
     tester_class, family_tests = FAMILIES[model_class.config_class]
@@ -279,6 +311,11 @@ def conformance(model_class):
         class_name, _, test = key.rpartition(".")
         if class_name in ("", name) and hasattr(case, test):
             setattr(case, test, unittest.skip(reason)(getattr(case, test)))
+    for prefix, classes in FAST_FOR.items():
+        for test in dir(case) if name not in classes else ():
+            # Where a test has parameters, its own name stands for nothing.
+            if test.startswith(prefix) and callable(getattr(case, test)):
+                setattr(case, test, slow_copy(getattr(case, test)))
     return case
 
 

@@ -2,13 +2,11 @@
 
 import math
 import re
-import subprocess
-import sys
 from collections import Counter
 
 import pytest
 import torch
-from running import EXAMPLES, Run, environment, read_card, run_alone
+from running import Run, read_card, run_alone
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
 
 
@@ -96,16 +94,12 @@ def test_the_model_has_no_limit_of_length_and_a_state_that_does_not_grow(quickst
 def test_the_model_streams(quickstart):
     """As the message at the end of a refusal says, on the folder that the quickstart wrote."""
     (quickstart.folder.parent / "text.txt").write_text(TEXT * 30)
-    command = [
-        sys.executable, EXAMPLES / "stream_generation.py", "--model", "out", "--input", "text.txt", "--state",
-        "state.safetensors", "--report_every", 100, "--max_new_tokens", 4,
-    ]  # fmt: skip
-    process = subprocess.run(
-        list(map(str, command)), cwd=quickstart.folder.parent, env=environment(), capture_output=True, text=True
-    )
-    assert process.returncode == 0, process.stderr
+    streamed = run_alone(
+        "stream_generation.py", quickstart.folder.parent, "--model", "out", "--input", "text.txt", "--state",
+        "state.safetensors", "--report_every", 100, "--max_new_tokens", 4, output_dir="",
+    )  # fmt: skip
     reports = [
-        re.fullmatch(r"([\d,]+) tokens, perplexity [\d.]+, and on: .+", line) for line in process.stdout.splitlines()
+        re.fullmatch(r"([\d,]+) tokens, perplexity [\d.]+, and on: .+", line) for line in streamed.printed.splitlines()
     ]
     counts = [int(report.group(1).replace(",", "")) for report in reports]
     tokenizer = AutoTokenizer.from_pretrained(quickstart.folder)

@@ -38,7 +38,7 @@ from modeling_sumagg import (
     ToSTForImageClassification,
     __main__,
 )
-from modeling_sumagg.publishing import folder_checks
+from modeling_sumagg.publishing import cards, folder_checks
 from modeling_sumagg.publishing.clean_process import check_checkpoint, what_it_becomes
 from modeling_sumagg.publishing.folder_checks import check_files
 from modeling_sumagg.publishing.hub import (
@@ -326,6 +326,21 @@ def check(folder: Path) -> None:
     __main__.main(["check", str(folder)])
 
 
+@pytest.fixture
+def checks_in_this_process(monkeypatch):
+    """
+    `save_model_card` without a process of ten seconds for each kind of folder: that one is started, and cannot import
+    the package, is tested below for a language model, by the slow tests for an adapter, and for the code of every class
+    by `test_self_contained.py`.
+    """
+
+    def check_folder(folder: Path) -> None:
+        check_checkpoint(folder)
+        print(*check_card(folder / "README.md"), sep="\n")
+
+    monkeypatch.setattr(cards, "check_folder", check_folder)
+
+
 def without_model_id_and_type() -> dict:
     return {name: value for name, value in RUN.items() if name not in ("model_id", "dataset_type")}
 
@@ -366,6 +381,7 @@ def test_one_call_writes_the_card_and_checks_the_folder_in_a_clean_process(tmp_p
         assert text in printed, printed
 
 
+@pytest.mark.slow
 def test_code_that_ends_the_process_fails_the_check(tmp_path):
     build(SumAggForCausalLM, text_config()).save_pretrained(tmp_path)
     with code_file(tmp_path, "configuration_sumagg").open("a") as file:
@@ -379,6 +395,7 @@ def test_code_that_ends_the_process_fails_the_check(tmp_path):
     [
         ("import os; os.kill(os.getpid(), 9)", "was killed by SIGKILL, which the system does where memory runs out"),
         ("import os; os._exit(3)", "ended with the status 3"),
+        ("import sys; sys.exit(0)", "ended the process that loaded it: it calls `sys.exit` or the like"),
         ("import sys; sys.exit('first\\nValueError: \\x1b[2Jlast')", r"^ValueError: \\x1b\[2Jlast$"),
     ],
 )
@@ -405,7 +422,7 @@ def test_the_check_says_which_heads_are_trained():
     assert what_it_becomes(SumAggForCausalLM, model.config, saved) == untrained
 
 
-def test_a_folder_of_speech_is_heard_in_pieces_and_fits_its_processor(tmp_path, capfd):
+def test_a_folder_of_speech_is_heard_in_pieces_and_fits_its_processor(tmp_path, checks_in_this_process, capfd):
     processor = speech_processor(tmp_path)
     model, folder = build(SumAggForCTC, speech_config(vocab_size=len(processor.tokenizer))), tmp_path / "model"
     model.save_pretrained(folder)
@@ -437,7 +454,7 @@ def adapter(base: Path, folder: Path, **kwargs) -> PeftModel:
     return model
 
 
-def test_an_adapter_gets_a_card_of_ours_and_is_loaded_on_its_base(tmp_path, capfd):
+def test_an_adapter_gets_a_card_of_ours_and_is_loaded_on_its_base(tmp_path, checks_in_this_process, capfd):
     base, folder = tmp_path / "base", tmp_path / "adapter"
     build(SumAggForCausalLM, text_config(pooling="last")).save_pretrained(base)
     model = adapter(base, folder, task_type="SEQ_CLS")

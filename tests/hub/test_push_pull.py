@@ -23,6 +23,7 @@ def hub():
     server.server_close()
 
 
+@pytest.mark.slow
 def test_push_pull_pin_and_break_off(tmp_path, hub, clean_python, start_script, run_script):
     root = tmp_path / "checkpoints"
     model = build(SumAggForCausalLM, text_config(lm_head_bias=False, tie_word_embeddings=False))

@@ -24,12 +24,14 @@ def run_python(*arguments, **environment):
     assert process.returncode == 0, process.stdout + process.stderr
 
 
-@pytest.mark.parametrize(
-    "operator", ["sum or mean or convolution", pytest.param("statistics", marks=pytest.mark.slow)]
-)
-def test_in_the_interpreter(operator):
+# Of the dtypes, which the names of the cases number, float32 and bfloat16 alone.
+FEW = "(sum or mean or convolution) and not dtype1 and not dtype3"
+
+
+@pytest.mark.parametrize("cases", [FEW, pytest.param(f"not ({FEW})", marks=pytest.mark.slow)], ids=["few", "others"])
+def test_in_the_interpreter(cases):
     pytest.importorskip("triton")
-    run_python("-m", "pytest", "-q", "-p", "no:cacheprovider", "kernel_cases.py", "-k", operator, TRITON_INTERPRET="1")
+    run_python("-m", "pytest", "-q", "-p", "no:cacheprovider", "kernel_cases.py", "-k", cases, TRITON_INTERPRET="1")
 
 
 @pytest.mark.slow
