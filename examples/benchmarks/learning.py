@@ -892,7 +892,8 @@ def run_or_read(
 # The models of its picture of few curves, with their names and colours there.
 SUMMARY = {
     "llama": ("attention", "black"),
-    "keyed-window": ("keys, a window last (the default)", "tab:blue"),
+    "keyed-window-64-longer": ("keys, a window of 256 last, in float32", "tab:red"),
+    "keyed-window": ("keys, a window of 64 last", "tab:blue"),
     "pure": ("sums without keys", "tab:orange"),
     "hybrid": ("sums without keys, full attention last", "tab:green"),
     "hybrid-convolution": ("no sums, full attention last", "tab:gray"),
@@ -1060,7 +1061,7 @@ def summary(ends: dict[str, float], line: dict[str, Any]) -> str:
 def report(path: Path) -> str:
     """
     The tables of all lines of a file, written beside it as Markdown, and their plots. One more picture shows few models,
-    of the table with the most tokens.
+    of the table with the most tokens, and of its twin in another dtype those that it lacks.
 
     Raises:
         `ValueError`: there are no lines.
@@ -1080,6 +1081,14 @@ def report(path: Path) -> str:
         most = max(
             shown, key=lambda lines: (lines[0]["tokens"], len(best_runs(lines).keys() & SUMMARY.keys()), len(lines))
         )
+        same = {key: most[0][key] for key in TABLE_KEYS if key != "dtype"}
+        models = {line["model"] for line in most}
+        most = most + [
+            line
+            for lines in tables.values()
+            for line in lines
+            if line["model"] not in models and all(line[key] == value for key, value in same.items())
+        ]
         plot_summary(most, path.with_name(f"{path.stem}.png"))
     text = "\n".join(texts)
     path.with_suffix(".md").write_text(text)

@@ -430,7 +430,7 @@ def test_the_title_of_the_picture_says_how_far_from_attention_the_models_end(lea
     assert learning.summary(ends, {"tokens": 12_288_000, "data": "code"}) == (
         "Perplexity after 12 million tokens of code, beside attention:\n"
         "sums without keys, full attention last 5 % below\n"
-        "keys, a window last (the default) 0 % below\n"
+        "keys, a window of 64 last 0 % below\n"
         "sums without keys 50 % above"
     )
 
