@@ -27,7 +27,14 @@ from huggingface_hub import ModelCard, model_info
 from huggingface_hub.errors import HfHubHTTPError
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoTokenizer, PreTrainedModel, TrainingArguments, default_data_collator, set_seed
+from transformers import (
+    AutoTokenizer,
+    PreTrainedModel,
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
 
 from ..decoder.masks import decoder_layout
 from ..publishing.cards import decode_state_size, save_model_card
@@ -189,6 +196,20 @@ def perplexity(model: PreTrainedModel, rows: list[dict[str, list[int]]]) -> floa
         count += input_ids.shape[1] - 1
     model.train(was_training)
     return math.exp(total / count)
+
+
+class HeldOutPerplexity(TrainerCallback):
+    """Measures the model on held-out blocks at each checkpoint, and at the end."""
+
+    def __init__(self, held_out: list[dict[str, list[int]]]):
+        self.held_out = held_out
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step % state.save_steps == 0 or state.global_step == state.max_steps:
+            value = perplexity(model, self.held_out)
+            # Here, so that the checkpoint holds it.
+            state.log_history.append({"step": state.global_step, "eval_perplexity": value})
+            print(f"Step {state.global_step}: perplexity {value:.2f} on the held-out blocks.", flush=True)
 
 
 class StageTrainer(ChunkTrainer):
@@ -356,7 +377,8 @@ def main() -> None:
     history: list[dict[str, Any]] = []
     if any(arguments.steps):
         measured[untrained] = first
-        history = train_stages(student, teacher, splits["train"]["text"], tokenizer, arguments, training)
+        history = train_stages(student, teacher, splits["train"]["text"], held_out, tokenizer, arguments, training)
+        history.insert(0, {"stage": None, "step": 0, "tokens": 0, "eval_perplexity": first})
         print(f"Trained: {perplexity(student, held_out):.2f}.")
     finish(student, tokenizer, folder, arguments, measured, held_out, history, splits, license_, kept, training)
 
@@ -427,6 +449,7 @@ def train_stages(
     student: PreTrainedModel,
     teacher: PreTrainedModel,
     texts: Any,
+    held_out: list[dict[str, list[int]]],
     tokenizer: Any,
     arguments: LinearizeArguments,
     training: TrainingArguments,
@@ -435,7 +458,8 @@ def train_stages(
     Train the student in place, each stage from its last checkpoint if an earlier run left one.
 
     Returns:
-        `list[dict]`: what the stages have logged, with the steps counted through and the number of tokens seen.
+        `list[dict]`: the losses of the stages, and perplexities on the blocks `held_out` as `eval_perplexity`, with the
+            steps counted through and the number of tokens seen.
 
     Raises:
         `KeyboardInterrupt`: Ctrl-C; the message says how to go on.
@@ -477,8 +501,8 @@ def train_stages(
                 teacher=teacher,
                 chunk_length=min(arguments.chunk_length, block_size) if stage == "text" else None,
             )
-            interrupt = StopAtInterrupt()
-            trainer.add_callback(interrupt)
+            trainer.add_callback(HeldOutPerplexity(held_out))
+            trainer.add_callback(StopAtInterrupt())
             print(f"Stage {stage}: {steps} steps of {of_step * block_size:,} tokens.", flush=True)
             trainer.train(resume_from_checkpoint=last_checkpoint(place))
             if trainer.state.global_step < steps:
@@ -494,9 +518,11 @@ def train_stages(
                 "stage": stage,
                 "step": steps_before + entry["step"],
                 "tokens": tokens + entry["step"] * of_step * block_size,
-                "loss": entry["loss"],
+                name: entry[name],
             }
-            for entry in losses
+            for entry in log
+            for name in ("loss", "eval_perplexity")
+            if name in entry
         ]
         steps_before, tokens = steps_before + steps, tokens + steps * of_step * block_size
         if losses:
@@ -550,9 +576,10 @@ def finish(
         plot_training(
             history,
             folder / "training.png",
+            metric="perplexity",
+            baselines={"the teacher": baselines["the teacher"]},
             model_name=type(student).__name__,
             loss_unit=f"of the stages {', '.join(STAGES)}",
-            logarithmic=True,
         )
     seen = history[-1]["tokens"] if history else 0
     layers = "no layer" if not kept else f"the layers {', '.join(map(str, kept))}"
