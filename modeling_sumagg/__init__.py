@@ -1,5 +1,6 @@
 """Linear-time sequence aggregators as native transformers models; importing registers them with the Auto classes."""
 
+import importlib
 import sys
 
 
@@ -25,12 +26,19 @@ if not (sys.argv[0] == "-m" and sys.orig_argv[-len(sys.argv)] == __name__):
         ToSTTextForTokenClassification,
         ToSTTextModel,
     )
-    from .publishing import moved_modules  # noqa: F401  (finds the module names of 0.2)
+    from .publishing import moved_modules
     from .publishing.remote_code import register_family
     from .training.data_collator import DataCollatorForCTC, DataCollatorForMultimodalRegression
 
     for _family in list(FAMILIES.values()):
         register_family(**vars(_family))
+
+    def __getattr__(name: str):
+        """The modules that were attributes of the package in 0.2."""
+        if name not in moved_modules.MOVED:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return importlib.import_module(f"{__name__}.{name}")
+
 
 __all__ = [
     "FAMILIES",

@@ -206,3 +206,13 @@ def test_the_module_names_of_0_2_give_the_modules_of_today(old, new):
         module = importlib.import_module(f"modeling_sumagg.{old}")
     assert module is importlib.import_module(f"modeling_sumagg.{new}")
     assert module.__spec__.name == f"modeling_sumagg.{new}"
+
+
+def test_modules_that_were_attributes_of_the_package_still_are(monkeypatch):
+    for name in ("families", "modeling_tost"):
+        monkeypatch.delitem(sys.modules, f"modeling_sumagg.{name}", raising=False)
+        monkeypatch.delattr(modeling_sumagg, name, raising=False)
+        with pytest.warns(FutureWarning, match=f"now `modeling_sumagg.models.{name}`"):
+            assert getattr(modeling_sumagg, name) is importlib.import_module(f"modeling_sumagg.models.{name}")
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        modeling_sumagg.nothing  # noqa: B018
