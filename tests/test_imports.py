@@ -194,7 +194,7 @@ def test_the_decoder_has_only_what_every_decoder_needs():
 
 
 def test_the_code_that_users_of_a_checkpoint_trust_is_short():
-    """A limit to go down: 3,190 of the lines are code, the others say what it does.."""
+    """A limit to go down: 3,190 of the lines are code, the others say what it does."""
     lines = {module: text.count("\n") for module, text in exported("sumagg").items()}
     assert sum(lines.values()) <= 5550, lines
 
