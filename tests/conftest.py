@@ -37,8 +37,9 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    """The longest test first, so that no worker waits for it at the end."""
-    items.sort(key=lambda item: item.name != "test_every_step_prints_what_the_pages_show")
+    """The longest tests first, so that no worker waits for them at the end."""
+    longest = ("test_every_step_prints_what_the_pages_show", "test_in_the_interpreter")
+    items.sort(key=lambda item: not item.name.startswith(longest))
 
 
 def pytest_terminal_summary(terminalreporter):
