@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from modeling_sumagg import __main__
-from modeling_sumagg import convert_original_checkpoint as converter
+from modeling_sumagg.publishing import conversion as converter
 
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -221,8 +221,7 @@ def test_the_command_of_0_2_advises_and_converts(tmp_path, monkeypatch, capsys):
     save_file(weights("sumagg_pure"), tmp_path / "original.safetensors")
     arguments = ["--model_family", "sumagg", "--checkpoint_path", "original.safetensors", "--output_dir", "converted"]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["convert_original_checkpoint", *arguments])
-    converter.main()
+    __main__.main(__main__.arguments_of_today("modeling_sumagg.convert_original_checkpoint", arguments))
     printed = capsys.readouterr()
     assert "convert_original_checkpoint` is now `python -m modeling_sumagg convert`.\n" in printed.err
     assert printed.out.startswith("converted: SumAggForCausalLM, ")

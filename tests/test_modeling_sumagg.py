@@ -34,6 +34,8 @@ from modeling_sumagg import (
 from modeling_sumagg.configuration import preset_path
 
 
+# A converted model has no other mixers and no other decays than its own.
+OF_SUMS = [layers for layers in LAYER_TYPES if layers != "converted"]
 POSITIONS = ["learned", "sinusoidal", "none"]
 UNDECAYED = SumAggConfig.values_of_0_1
 MIXERS = {
@@ -76,7 +78,7 @@ def run_in_segments(model, cuts, input_ids, attention_mask=None, position_ids=No
 @pytest.mark.parametrize("norm_position", ["pre", "post"])
 @pytest.mark.parametrize("mixer", MIXERS)
 @pytest.mark.parametrize("position_embedding_type", POSITIONS)
-@pytest.mark.parametrize("layers", LAYER_TYPES)
+@pytest.mark.parametrize("layers", OF_SUMS)
 def test_any_segments_are_one_pass(layers, position_embedding_type, mixer, norm_position):
     own = {"position_embedding_type": position_embedding_type, "norm_position": norm_position}
     config = sumagg_config(layers, **{**MIXERS[mixer], **own})
@@ -237,7 +239,7 @@ def test_padding_is_transparent(layers, names, cuts):
 @pytest.mark.parametrize(
     "mixer, bidirectional", [*((m, False) for m in MIXERS), *((m, True) for m in BIDIRECTIONAL_MIXERS)]
 )
-@pytest.mark.parametrize("layers", LAYER_TYPES)
+@pytest.mark.parametrize("layers", OF_SUMS)
 def test_padding_is_transparent_in_one_pass(layers, mixer, bidirectional, position_embedding_type):
     own = {"position_embedding_type": position_embedding_type, "is_causal": not bidirectional}
     config = sumagg_config(layers, **{**MIXERS[mixer], **own})
@@ -287,7 +289,7 @@ def test_packed_documents_are_alone(layers, cuts, masked):
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("mixer", BIDIRECTIONAL_MIXERS)
-@pytest.mark.parametrize("layers", LAYER_TYPES)
+@pytest.mark.parametrize("layers", OF_SUMS)
 def test_packed_documents_are_alone_in_a_bidirectional_model(layers, mixer, masked):
     config = sumagg_config(layers, **{**MIXERS[mixer], "is_causal": False})
     model = build(SumAggForMaskedLM, config)
@@ -507,7 +509,7 @@ def test_round_trip_through_auto_classes(auto_class, model_class, arguments, tmp
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("layers", LAYER_TYPES)
+@pytest.mark.parametrize("layers", OF_SUMS)
 def test_half_precision_keeps_its_sums_in_float32(layers, dtype):
     for state_size, operator, state_dtype in (
         (None, "causal_mean", torch.float64),
