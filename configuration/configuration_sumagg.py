@@ -22,7 +22,7 @@ class SumAggConfig(TextConfig):
     Args:
         layer_types (`list[str]`, *optional*): the mixer of each block, `"summation"`, `"full_attention"` or
             `"sliding_attention"`. By default the last block attends and all others sum: to a window of
-            `sliding_window` tokens if the sums have keys, else to all tokens (as in the published hybrid).
+            `sliding_window` tokens (256) if the sums have keys, else to all tokens (as in the published hybrid).
         is_causal (`bool`, defaults to `True`): whether a token sees only itself and earlier tokens. In a bidirectional
             model `sliding_window` is the reach on either side, and terms decay to both sides.
         position_embedding_type (`str`, defaults to `"none"`): the `P` of `E[x] * (P + b)`: `"learned"` (a table, as

@@ -101,7 +101,7 @@ def configurations(arguments: LanguageModelArguments, max_length: int) -> dict[s
     tokens = {"vocab_size": arguments.vocab_size, "bos_token_id": 0, "eos_token_id": 0}
     size = {"hidden_size": width, "num_hidden_layers": depth, "num_attention_heads": arguments.num_attention_heads}
     size |= {"max_position_embeddings": max_length} | tokens
-    # The mixers of `presets/sumagg-small.json`, those without keys, and the sums of 0.1, of as many parameters: feed-forward
+    # The mixers of `presets/sumagg-small.json` but with a window of 64, those without keys, and the sums of 0.1, of as many parameters: feed-forward
     # layers are 4 times as wide as the model, or gated and 8/3 times, or 2 times beside keys.
     ours = size | {"fuse_linear_cross_entropy": arguments.fuse_linear_cross_entropy}
     lower = ["summation"] * (depth - 1)

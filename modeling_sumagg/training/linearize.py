@@ -36,6 +36,7 @@ from transformers import (
     set_seed,
 )
 
+from ..common.whole_files import write_whole
 from ..decoder.masks import decoder_layout
 from ..publishing.cards import decode_state_size, save_model_card
 from ..publishing.files import printable, read_json
@@ -435,14 +436,7 @@ def check_stages(folder: Path, student: PreTrainedModel, arguments: LinearizeArg
             )
     elif any(arguments.steps):
         folder.mkdir(parents=True, exist_ok=True)
-        _write_json(path, wanted)
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write a file that is whole once it has its name, so that a run which was killed can be trusted to go on from it."""
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(values), encoding="utf-8")
-    unfinished.replace(path)
+        write_whole(path, json.dumps(wanted).encode())
 
 
 def train_stages(
@@ -509,7 +503,7 @@ def train_stages(
                 raise KeyboardInterrupt("give the same command again to go on.")
             student.requires_grad_(True).save_pretrained(place)
             log = trainer.state.log_history
-            _write_json(place / FINISHED, {"log_history": log})
+            write_whole(place / FINISHED, json.dumps({"log_history": log}).encode())
             for checkpoint in place.glob("checkpoint-*"):
                 shutil.rmtree(checkpoint)
         losses = [entry for entry in log if "loss" in entry]
