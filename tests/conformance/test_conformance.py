@@ -82,12 +82,20 @@ FAST_FOR: dict[str, set[str]] = {
     )
 }
 
-# Each distributed test starts processes: they are forked off one that has imported what they need.
 multiprocessing.set_forkserver_preload(["transformers.testing_utils", "transformers.trainer_utils", "modeling_sumagg"])
-torch.multiprocessing.spawn = functools.partial(torch.multiprocessing.start_processes, start_method="forkserver")
 # By default the distributed tests run for a few model types only.
 test_tensor_parallel_mixin.TP_DISTRIBUTED_TEST_MODEL_TYPES = None
 test_fsdp_mixin.FSDP_DISTRIBUTED_TEST_MODEL_TYPES = None
+
+
+@pytest.fixture(autouse=True)
+def processes_are_forked_off_one_that_has_imported_libraries(monkeypatch):
+    """
+    Each distributed test starts processes, and importing takes longer than the test. Other modules keep the real `spawn`:
+    a process of the fork server has the environment in which the server started.
+    """
+    forked = functools.partial(torch.multiprocessing.start_processes, start_method="forkserver")
+    monkeypatch.setattr(torch.multiprocessing, "spawn", forked)
 
 
 class TextModelTester:
