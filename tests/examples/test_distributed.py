@@ -61,9 +61,9 @@ def free_port() -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["sumagg", "tost_text"])
-def test_two_processes_two_nodes_and_accumulated_gradients_have_the_losses_of_one_process(tmp_path, family):
-    overrides = ["--config_overrides", json.dumps({"model_type": family, **TINY})]
+def test_two_processes_two_nodes_and_accumulated_gradients_have_the_losses_of_one_process(tmp_path):
+    # Eight processes that import their libraries; averaging gradients is the same for every family.
+    overrides = ["--config_overrides", json.dumps({"model_type": "sumagg", **TINY})]
     port = free_port()
     runs = {
         "one": ([[]], ["--per_device_train_batch_size", 4]),

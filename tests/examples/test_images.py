@@ -174,7 +174,7 @@ def test_default_run_reads_digits(run_script):
         assert (run.folder / name).stat().st_size > 0
 
 
-@pytest.mark.slow
+@pytest.mark.full_training
 def test_default_run_draws_memberships(tmp_path, in_a_clean_process):
     run = run_alone("visualize_membership.py", tmp_path, output_dir="")
     right = float(re.search(r"([\d.]+)% of 500 other crops", run.printed).group(1))

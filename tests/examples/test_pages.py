@@ -205,7 +205,7 @@ def run_pages(run: Callable[[Step], str]) -> list[tuple[Step, str]]:
     return outputs
 
 
-@pytest.mark.slow
+@pytest.mark.full_training
 def test_every_step_prints_what_the_pages_show(folder):
     outputs = run_pages(run_as_it_stands)
     assert sum(bool(step.shown) for step, _ in outputs) >= 8

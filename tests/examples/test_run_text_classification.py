@@ -120,7 +120,7 @@ def test_a_csv_that_cannot_be_learned_is_refused(error_of, tmp_path, header, row
     assert re.search(message, error)
 
 
-@pytest.mark.slow
+@pytest.mark.full_training
 def test_the_defaults_beat_the_baselines(run_script):
     run = run_script("run_text_classification.py", "--disable_tqdm", True)
     assert metrics(run.folder)["test_accuracy"] > 0.75

@@ -554,8 +554,8 @@ def test_ctrl_c_saves_the_state(learned, tmp_path):
 
 
 @pytest.mark.slow
-def test_an_hour_is_heard_in_constant_memory(learned, talk, tmp_path):
-    """Peak memory of a process after a minute and after an hour of the same talk."""
+def test_a_long_talk_is_heard_in_constant_memory(learned, talk, tmp_path):
+    """Peak memory of a process after a minute and after fifteen of the same talk, whose samples are 29 MB."""
     samples = soundfile.read(talk, dtype="int16")[0]
     script = (
         "import resource, runpy, sys; sys.argv[1:] = sys.argv[1:]\n"
@@ -563,7 +563,7 @@ def test_an_hour_is_heard_in_constant_memory(learned, talk, tmp_path):
         "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)"
     )
     peaks = []
-    for seconds in (60, 3600):
+    for seconds in (60, 900):
         file = tmp_path / f"{seconds}.wav"
         soundfile.write(file, np.resize(samples, seconds * 16000), 16000, subtype="PCM_16")
         command = [sys.executable, "-c", script, "--model", str(learned.folder), "--input", str(file)]

@@ -6,7 +6,7 @@ import onnx_ir
 import onnxruntime
 import pytest
 import torch
-from testing import MODEL_CLASSES, assert_close, build, cache_tensors, tiny_config, tiny_inputs
+from testing import assert_close, build, cache_tensors, tiny_config, tiny_inputs
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.export import Dim
 from transformers import DynamicCache, StaticCache
@@ -18,7 +18,6 @@ from modeling_sumagg import (
     SumAggForCTC,
     SumAggForMaskedLM,
     SumAggForMultimodalRegression,
-    SumAggForSequenceClassification,
     ToSTForCausalLM,
     ToSTForImageClassification,
 )
@@ -27,12 +26,8 @@ from modeling_sumagg import (
 CAUSAL_LMS = (SumAggForCausalLM, ToSTForCausalLM)
 # The layers that every export is tried with.
 EXPORTED = [*((cls, "hybrid") for cls in CAUSAL_LMS), (SumAggForCausalLM, "converted")]
-# One class of each family by default; what differs from it by a head is slow.
-FAMILIES = (*CAUSAL_LMS, SumAggForMaskedLM, SumAggForMultimodalRegression, ToSTForImageClassification)
-EVERY_CLASS = [
-    model_class if model_class in FAMILIES else pytest.param(model_class, marks=pytest.mark.slow)
-    for model_class in MODEL_CLASSES
-]
+# One class of each family: a head changes nothing of how a graph is made.
+FAMILIES = (*CAUSAL_LMS, SumAggForMultimodalRegression, ToSTForImageClassification)
 
 
 def make(model_class, layers="hybrid"):
@@ -89,9 +84,7 @@ def test_dynamo_exporter_decode_step(model_class, layers):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("model_class", "layers"), [*EXPORTED, (SumAggForMaskedLM, "hybrid"), (SumAggForSequenceClassification, "hybrid")]
-)
+@pytest.mark.parametrize(("model_class", "layers"), EXPORTED)
 def test_onnx_forward(model_class, layers, tmp_path):
     model = make(model_class, layers)
     model.config.use_cache = False
@@ -178,10 +171,9 @@ def no_cache(model):
     return {"use_cache": False} if hasattr(model.config, "use_cache") else {}
 
 
+# Sums to both sides, and frames, take longest.
 @pytest.mark.parametrize(
-    "model_class",
-    # Compiling sums to both sides takes longest.
-    [pytest.param(it, marks=pytest.mark.slow) if it is SumAggForMaskedLM else it for it in EVERY_CLASS],
+    "model_class", [*FAMILIES, *(pytest.param(it, marks=pytest.mark.slow) for it in (SumAggForMaskedLM, SumAggForCTC))]
 )
 def test_compile(model_class):
     torch._dynamo.reset()
@@ -189,8 +181,7 @@ def test_compile(model_class):
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     takes_lengths = {"input_ids", "input_features"} & tiny_inputs(model).keys()
-    # A head changes nothing of how lengths are compiled.
-    for length in (6, 9, 13, 20) if takes_lengths and model_class in (*FAMILIES, SumAggForCTC) else ():
+    for length in (6, 9, 13, 20) if takes_lengths else ():
         inputs = {**tiny_inputs(model, length=length), **no_cache(model)}
         with torch.no_grad():
             assert_close(compiled(**inputs)[0], model(**inputs)[0])
@@ -200,7 +191,7 @@ def test_compile(model_class):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model_class", [model_class for model_class in FAMILIES if model_class != SumAggForMaskedLM])
+@pytest.mark.parametrize("model_class", FAMILIES)
 def test_inductor(model_class):
     torch._dynamo.reset()
     model = make(model_class)

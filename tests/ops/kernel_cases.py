@@ -191,7 +191,10 @@ def test_mean_is_that_of_pytorch(length, size, heads, masked, packed, dtype, man
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_derivatives_of_the_mean_of_both_orders(packed):
-    leaves, arguments = draw_mean(18, 4, 2, torch.float64, packed, packed)
+    leaves, arguments = draw_mean(17, 2, 1, torch.float64, packed, packed)
+    # The interpreter runs one row after the other.
+    leaves = [leaf[:1] for leaf in leaves]
+    arguments = {name: value[:1] for name, value in arguments.items()}
     x = leaves[0].nan_to_num(0, 0, 0)
     leaves = to_device(torch.where(x.abs() < 0.1, 0.5, x).clamp(-3, 3), *(leaf.double() for leaf in leaves[1:]))
     leaves = [leaf.requires_grad_() for leaf in leaves]
