@@ -36,7 +36,6 @@ from modeling_sumagg.configuration import preset_path
 
 # A converted model has no other mixers and no other decays than its own.
 OF_SUMS = [layers for layers in LAYER_TYPES if layers != "converted"]
-POSITIONS = ["learned", "sinusoidal", "none"]
 UNDECAYED = SumAggConfig.values_of_0_1
 MIXERS = {
     "sum": {**UNDECAYED, "sum_normalization": "none"},
@@ -51,6 +50,11 @@ MIXERS = {
     "convolution first": {"conv_before": "mixer"},
     "keys": {"num_sum_key_heads": 2},
 }
+# Positions are added before the layers, whatever mixes tokens in them.
+MIXERS_AND_POSITIONS = [
+    *((mixer, "sinusoidal") for mixer in MIXERS),
+    *((mixer, positions) for mixer in ("sum", "keys") for positions in ("learned", "none")),
+]
 BIDIRECTIONAL_MIXERS = [name for name in MIXERS if not name.startswith("convolution")]
 
 
@@ -76,8 +80,7 @@ def run_in_segments(model, cuts, input_ids, attention_mask=None, position_ids=No
 
 
 @pytest.mark.parametrize("norm_position", ["pre", "post"])
-@pytest.mark.parametrize("mixer", MIXERS)
-@pytest.mark.parametrize("position_embedding_type", POSITIONS)
+@pytest.mark.parametrize("mixer, position_embedding_type", MIXERS_AND_POSITIONS)
 @pytest.mark.parametrize("layers", OF_SUMS)
 def test_any_segments_are_one_pass(layers, position_embedding_type, mixer, norm_position):
     own = {"position_embedding_type": position_embedding_type, "norm_position": norm_position}
@@ -235,12 +238,15 @@ def test_padding_is_transparent(layers, names, cuts):
                     assert_close(layer.state[0][row], alone_layer.state[0][0])
 
 
-@pytest.mark.parametrize("position_embedding_type", POSITIONS)
 @pytest.mark.parametrize(
-    "mixer, bidirectional", [*((m, False) for m in MIXERS), *((m, True) for m in BIDIRECTIONAL_MIXERS)]
+    "mixer, position_embedding_type, bidirectional",
+    [
+        *((mixer, positions, False) for mixer, positions in MIXERS_AND_POSITIONS),
+        *((mixer, positions, True) for mixer, positions in MIXERS_AND_POSITIONS if mixer in BIDIRECTIONAL_MIXERS),
+    ],
 )
 @pytest.mark.parametrize("layers", OF_SUMS)
-def test_padding_is_transparent_in_one_pass(layers, mixer, bidirectional, position_embedding_type):
+def test_padding_is_transparent_in_one_pass(layers, mixer, position_embedding_type, bidirectional):
     own = {"position_embedding_type": position_embedding_type, "is_causal": not bidirectional}
     config = sumagg_config(layers, **{**MIXERS[mixer], **own})
     model = build(SumAggForMaskedLM if bidirectional else SumAggForCausalLM, config)
