@@ -22,7 +22,7 @@ from transformers import (
 
 import modeling_sumagg.training.linearize as module
 from modeling_sumagg.__main__ import main
-from modeling_sumagg.publishing.pretrained import convert_pretrained
+from modeling_sumagg.publishing.pretrained import convert_pretrained, load_teacher
 from modeling_sumagg.training.linearize import linearize
 
 
@@ -366,6 +366,47 @@ def test_the_benchmark_of_linearized_models(folder, monkeypatch, capsys):
     assert windows["bytes after 400"] == windows["bytes after 200"] == (63 + 4) * 2 * 2 * 4 * 4 * 3
     # Rows are shorter than the window, so both models are the same.
     assert windows["news, 32 tokens"] == pytest.approx(teacher["news, 32 tokens"], rel=1e-4)
+
+
+def test_the_benchmark_of_joins(folder, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "examples" / "benchmarks")
+    import joins
+
+    # Its task is the teacher's layer, and its window is the layer of the command.
+    teacher = convert_pretrained(load_teacher(str(folder / "teacher"), dtype=torch.float32)).eval()
+    student = linearize(teacher, [], window=6, sinks=2, with_sum=False).eval()
+    place, outputs = torch.arange(24), []
+    is_seen = (place[:, None] - place < 6) | (place < 2)
+    rows = [{"input_ids": torch.randint(60, (24,)).tolist()}]
+    for model in (teacher, student):
+        model.model.layers[0].mixer.register_forward_hook(lambda module, args, output: outputs.append(output[0]))
+    (task,) = joins.tasks_of(teacher, 0, rows, is_seen)
+    with torch.no_grad():
+        student.model(torch.tensor([rows[0]["input_ids"]]), use_cache=False)
+        attention = teacher.model.layers[0].mixer
+        assert_close(task.target, outputs[0])
+        assert_close(attention.out_proj(task.windowed.flatten(2)), outputs[1])
+        alone = joins.distance(joins.Join(attention, is_seen, 6), attention, task)
+        assert joins.distance(joins.GatedSum(attention, is_seen, 6), attention, task) == alone
+    for make in (joins.GatedSum, joins.OneNormaliser, joins.MixedMeans, joins.MixedMeansOfTokens):
+        join = make(attention, is_seen, 6)
+        begin = joins.distance(join, attention, task).item()
+        assert joins.learn(join, attention, [task], [task], 20, 1e-2) < begin
+    # One softmax over all that is seen and unseen, if nothing unseen counts.
+    normalised = joins.OneNormaliser(attention, is_seen, 6)
+    torch.nn.init.constant_(normalised.logit, -50.0)
+    assert_close(normalised(task), task.windowed)
+
+    texts = {split: {"text": [(folder / "text.txt").read_text()]} for split in ("train", "validation")}
+    monkeypatch.setattr(joins, "news_articles", lambda wheel, cache_dir: texts)
+    options = "--window 6 --sinks 2 --every 2 --block_size 24 --num_texts 4 --steps 30 --learning_rates 0.01 0.1"
+    folders = ["--model_name_or_path", folder / "teacher", "--cache_dir", folder, "--output_dir", folder / "results"]
+    monkeypatch.setattr("sys.argv", ["joins.py", *map(str, folders), *options.split()])
+    joins.main()
+    table = (folder / "results" / "joins.md").read_text()
+    distances = json.loads((folder / "results" / "joins.json").read_text())["distances"]
+    assert table in capsys.readouterr().out and table.count("\n") == 2 + len(joins.JOINS)
+    assert all(list(of_layers) == ["1"] for of_layers in distances.values())
 
 
 def test_a_repetition_from_far_away(monkeypatch):
