@@ -892,7 +892,7 @@ def run_or_read(
 # The models of its picture of few curves, with their names and colours there.
 SUMMARY = {
     "llama": ("attention", "black"),
-    "keyed-window-64-longer": ("keys, a window of 256 last, in float32", "tab:red"),
+    "keyed-window-longer": ("keys, a window of 256 last, in float32", "tab:red"),
     "keyed-window": ("keys, a window of 64 last", "tab:blue"),
     "pure": ("sums without keys", "tab:orange"),
     "hybrid": ("sums without keys, full attention last", "tab:green"),

@@ -38,14 +38,14 @@ def test_rows_ask_for_the_value_of_every_key_once(recall, length, pairs):
 
 def test_runs_are_lines_that_are_not_made_again(recall, tmp_path, monkeypatch, capsys):
     output = tmp_path / "recall.jsonl"
-    arguments = ["--widths", "64", "--models", "llama", "keys-16", "vector", "--learning_rates", "1e-3", "3e-3"]
+    arguments = ["--widths", "64", "--models", "llama", "keys-16", "--learning_rates", "1e-3", "3e-3"]
     arguments += ["--steps", "2", "--tokens_per_step", "256", "--output", str(output)]
     monkeypatch.setattr(recall, "EVALUATED", ((64, 4), (256, 64)))
     monkeypatch.setattr(sys, "argv", ["recall.py", *arguments])
     recall.main()
     lines = recall.read_lines(output)
     assert [(line["model"], line["learning_rate"]) for line in lines] == [
-        (name, rate) for name in ("llama", "keys-16", "vector") for rate in (1e-3, 3e-3)
+        (name, rate) for name in ("llama", "keys-16") for rate in (1e-3, 3e-3)
     ]
     state = {line["model"]: line["state_bytes"] for line in lines}
     # Keys and values of two layers; a matrix of 64 × 16 a layer, and the last 3 inputs of the convolution.
