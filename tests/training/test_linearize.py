@@ -399,7 +399,7 @@ def test_the_benchmark_of_joins(folder, monkeypatch, capsys):
 
     texts = {split: {"text": [(folder / "text.txt").read_text()]} for split in ("train", "validation")}
     monkeypatch.setattr(joins, "news_articles", lambda wheel, cache_dir: texts)
-    options = "--window 6 --sinks 2 --every 2 --block_size 24 --num_texts 4 --steps 30 --learning_rates 0.01 0.1"
+    options = "--window 6 --sinks 2 --layers 1 --block_size 24 --num_texts 4 --steps 30 --learning_rates 0.01 0.1"
     folders = ["--model_name_or_path", folder / "teacher", "--cache_dir", folder, "--output_dir", folder / "results"]
     monkeypatch.setattr("sys.argv", ["joins.py", *map(str, folders), *options.split()])
     joins.main()
