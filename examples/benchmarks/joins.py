@@ -9,6 +9,7 @@ a share of the target's square, here on held-out text. Attention is computed as 
 """
 
 import json
+import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,8 +23,6 @@ from torch.nn import functional as F
 from transformers import AutoTokenizer, HfArgumentParser, PreTrainedModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repeat_kv
 
-from modeling_sumagg.decoder.attention import Attention, rms_norm
-from modeling_sumagg.models.decay import SumDecay
 from modeling_sumagg.ops import causal_keyed_sum
 from modeling_sumagg.training.linearize import convert_pretrained, gguf_options, load_teacher, to_blocks
 
@@ -63,7 +62,7 @@ class Task:
 class Join(nn.Module):
     """Adds to the windowed attention what the sum gives; this one adds nothing."""
 
-    def __init__(self, attention: Attention, is_seen: torch.Tensor, window: int):
+    def __init__(self, attention: nn.Module, is_seen: torch.Tensor, window: int):
         super().__init__()
         self.window, self.head_dim = window, attention.head_dim
         self.heads, self.width = attention.config.num_attention_heads, attention.config.hidden_size
@@ -77,20 +76,24 @@ class Join(nn.Module):
 class GatedSum(Join):
     """Ours: `attention_t + g_t norm(S_tᵀ q_t)` with a decaying average of all tokens, and a gate that begins closed."""
 
-    def __init__(self, attention: Attention, is_seen: torch.Tensor, window: int, is_normed=True, leaves_window=False):
+    def __init__(self, attention: nn.Module, is_seen: torch.Tensor, window: int, is_normed=True, leaves_window=False):
         super().__init__(attention, is_seen, window)
         self.is_normed, self.delay = is_normed, window if leaves_window else 0
-        self.decay = SumDecay(attention.config, self.heads)
-        self.decay.reset_parameters()
-        self.gate = nn.Linear(self.width, self.heads, bias=False)
+        # Decays a = sigmoid(W h + l), at first exp(-1 / τ) with time constants τ in equal ratios.
+        shortest, longest = math.log(attention.config.sum_decay_min), math.log(attention.config.sum_decay_max)
+        decays = (-1 / torch.linspace(shortest, longest, self.heads).exp()).exp()
+        self.decay, self.gate = nn.Linear(self.width, self.heads), nn.Linear(self.width, self.heads, bias=False)
+        nn.init.zeros_(self.decay.weight)
         nn.init.zeros_(self.gate.weight)
+        with torch.no_grad():
+            self.decay.bias.copy_(decays.logit())
 
     def forward(self, task: Task) -> torch.Tensor:
         keys, queries = F.normalize(task.keys, dim=-1), F.normalize(task.queries, dim=-1)
         keys, values = (F.pad(x, (0, 0, 0, 0, self.delay, 0))[:, : x.shape[1]] for x in (keys, task.values))
-        log_decay = self.decay(task.hidden_states)[0]
+        log_decay = F.logsigmoid(self.decay(task.hidden_states))
         sums, _ = causal_keyed_sum(values, keys=keys, queries=queries, log_decay=log_decay, average=True)
-        sums = rms_norm(sums, 1e-5) if self.is_normed else sums
+        sums = F.rms_norm(sums, sums.shape[-1:], eps=1e-5) if self.is_normed else sums
         return task.windowed + self.gate(task.hidden_states)[..., None] * sums
 
 
@@ -100,7 +103,7 @@ class OneNormaliser(Join):
     denominator, with the learned maps `φ(x) = (softmax(W x), softmax(−W x))` of each head.
     """
 
-    def __init__(self, attention: Attention, is_seen: torch.Tensor, window: int):
+    def __init__(self, attention: nn.Module, is_seen: torch.Tensor, window: int):
         super().__init__(attention, is_seen, window)
         identity = torch.eye(self.head_dim).repeat(self.heads, 1, 1)
         self.query_map, self.key_map = nn.Parameter(identity), nn.Parameter(identity.clone())
@@ -129,7 +132,7 @@ class MixedMeans(Join):
     `φ(q) · φ(k)`, `φ(x) = 1 + elu(x)`, and `g` one number for each head.
     """
 
-    def __init__(self, attention: Attention, is_seen: torch.Tensor, window: int):
+    def __init__(self, attention: nn.Module, is_seen: torch.Tensor, window: int):
         super().__init__(attention, is_seen, window)
         self.logit = nn.Parameter(torch.full((self.heads,), -4.0))
 
@@ -148,7 +151,7 @@ class MixedMeans(Join):
 class MixedMeansOfTokens(MixedMeans):
     """The same with a gate of each token, as Liger (arXiv 2503.01496) takes one from the token."""
 
-    def __init__(self, attention: Attention, is_seen: torch.Tensor, window: int):
+    def __init__(self, attention: nn.Module, is_seen: torch.Tensor, window: int):
         super().__init__(attention, is_seen, window)
         self.proj = nn.Linear(self.width, self.heads, bias=False)
         nn.init.zeros_(self.proj.weight)
@@ -175,7 +178,7 @@ def tasks_of(
     """What each text is to one layer, with the input that the teacher gives it."""
     attention, tasks = teacher.model.layers[index].mixer, []
 
-    def keep(module: Attention, args: tuple[torch.Tensor, ...], kwargs: dict) -> None:
+    def keep(module: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict) -> None:
         tasks.append(task_of(module, args[0], kwargs["position_embeddings"], is_seen))
 
     hook = attention.register_forward_pre_hook(keep, with_kwargs=True)
@@ -185,7 +188,7 @@ def tasks_of(
     return tasks
 
 
-def task_of(attention: Attention, hidden_states: torch.Tensor, positions: Any, is_seen: torch.Tensor) -> Task:
+def task_of(attention: nn.Module, hidden_states: torch.Tensor, positions: Any, is_seen: torch.Tensor) -> Task:
     queries, keys, values = (
         proj(hidden_states).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
         for proj in (attention.q_proj, attention.k_proj, attention.v_proj)
@@ -205,13 +208,13 @@ def task_of(attention: Attention, hidden_states: torch.Tensor, positions: Any, i
     return Task(hidden_states, queries, keys, values, scores, windowed, target)
 
 
-def distance(join: Join, attention: Attention, task: Task) -> torch.Tensor:
+def distance(join: Join, attention: nn.Module, task: Task) -> torch.Tensor:
     """Squared distance of the layer's outputs as a share of the target's square."""
     output = getattr(attention, attention.output_name)(join(task).flatten(2))
     return (output - task.target).square().mean() / task.target.square().mean()
 
 
-def learn(join: Join, attention: Attention, tasks: list[Task], held_out: list[Task], steps: int, rate: float) -> float:
+def learn(join: Join, attention: nn.Module, tasks: list[Task], held_out: list[Task], steps: int, rate: float) -> float:
     """The mean distance on the held-out tasks after the training."""
     parameters = list(join.parameters())
     if parameters:
